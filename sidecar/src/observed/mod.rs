@@ -1,0 +1,340 @@
+//! What is really there. A [`Snapshot`] holds one [`Reading`] per facet; a facet that
+//! could not be read is `Blind` with a reason, never empty and never fine.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use crate::ruleset::Ruleset;
+use crate::terms::{Actor, Family, Port, Proto, PublicKey, Stamp};
+
+/// One thing we look at. The order is the order in reports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Facet {
+    /// nftables: our own table and everybody else's.
+    Nftables,
+    /// Sockets that wait for strangers.
+    Listeners,
+    /// Interfaces and addresses.
+    Links,
+    /// The WireGuard device of the mesh. Not read on Tailscale nodes.
+    Wireguard,
+    /// What sshd says of itself.
+    Sshd,
+    /// Modes of the files that the policy names.
+    Files,
+    /// The eBPF counters.
+    Counters,
+}
+
+impl Facet {
+    pub const ALL: [Facet; 7] = [
+        Facet::Nftables,
+        Facet::Listeners,
+        Facet::Links,
+        Facet::Wireguard,
+        Facet::Sshd,
+        Facet::Files,
+        Facet::Counters,
+    ];
+
+    pub const fn name(self) -> &'static str {
+        match self {
+            Facet::Nftables => "nftables",
+            Facet::Listeners => "listeners",
+            Facet::Links => "links",
+            Facet::Wireguard => "wireguard",
+            Facet::Sshd => "sshd",
+            Facet::Files => "files",
+            Facet::Counters => "counters",
+        }
+    }
+}
+
+impl fmt::Display for Facet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A look at one facet: what was seen, or why nothing was.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Reading<T> {
+    Seen(T),
+    Blind(Gap),
+}
+
+/// Why we could not look. `reason` is one sentence for the operator, with what to do
+/// about it where that is known ("needs CAP_NET_ADMIN: run as root").
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Gap {
+    pub reason: String,
+}
+
+impl Gap {
+    pub fn new(reason: impl Into<String>) -> Self {
+        Self { reason: reason.into() }
+    }
+}
+
+impl<T> Reading<T> {
+    pub fn blind(reason: impl Into<String>) -> Self {
+        Reading::Blind(Gap::new(reason))
+    }
+
+    /// From a result whose error chain is the reason.
+    pub fn from_result(result: anyhow::Result<T>) -> Self {
+        match result {
+            Ok(value) => Reading::Seen(value),
+            Err(error) => Reading::blind(format!("{error:#}")),
+        }
+    }
+
+    pub fn seen(&self) -> Option<&T> {
+        match self {
+            Reading::Seen(value) => Some(value),
+            Reading::Blind(_) => None,
+        }
+    }
+
+    pub fn gap(&self) -> Option<&Gap> {
+        match self {
+            Reading::Seen(_) => None,
+            Reading::Blind(gap) => Some(gap),
+        }
+    }
+
+    pub fn map<U>(self, f: impl FnOnce(T) -> U) -> Reading<U> {
+        match self {
+            Reading::Seen(value) => Reading::Seen(f(value)),
+            Reading::Blind(gap) => Reading::Blind(gap),
+        }
+    }
+}
+
+/// One look at everything.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Snapshot {
+    pub at: Stamp,
+    pub nftables: Reading<Ruleset>,
+    pub listeners: Reading<Vec<Listener>>,
+    pub links: Reading<Vec<Link>>,
+    /// `Seen(None)`: looked, and there is no such device.
+    pub wireguard: Reading<Option<Device>>,
+    /// `Seen(None)`: looked, and no sshd runs or is installed.
+    pub sshd: Reading<Option<Sshd>>,
+    pub files: Reading<Vec<FileMode>>,
+    pub counters: Reading<Counters>,
+}
+
+impl Snapshot {
+    /// The gap of a facet, if it is blind.
+    pub fn gap(&self, facet: Facet) -> Option<&Gap> {
+        let Self { at: _, nftables, listeners, links, wireguard, sshd, files, counters } = self;
+        match facet {
+            Facet::Nftables => nftables.gap(),
+            Facet::Listeners => listeners.gap(),
+            Facet::Links => links.gap(),
+            Facet::Wireguard => wireguard.gap(),
+            Facet::Sshd => sshd.gap(),
+            Facet::Files => files.gap(),
+            Facet::Counters => counters.gap(),
+        }
+    }
+}
+
+/// A TCP socket in LISTEN, or a UDP socket without a peer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listener {
+    pub proto: Proto,
+    /// The bound address; `0.0.0.0` or `::` for a wildcard.
+    pub address: IpAddr,
+    pub port: Port,
+    /// On an IPv6 socket: `true` if it takes IPv6 only. `false` on `::` means that it
+    /// answers on IPv4 too, although the kernel lists it once.
+    pub v6only: bool,
+    /// Bound to this device (SO_BINDTODEVICE), by index.
+    pub device: Option<u32>,
+    pub inode: u64,
+    pub uid: u32,
+    /// `None`: a socket of the kernel (WireGuard), or its holder could not be read.
+    pub owner: Option<Actor>,
+}
+
+impl Listener {
+    /// Whether a packet to `address` of this family would find this socket.
+    pub fn answers(&self, address: IpAddr) -> bool {
+        match (self.address, address) {
+            (bound, wanted) if bound == wanted => true,
+            (IpAddr::V4(bound), IpAddr::V4(_)) => bound.is_unspecified(),
+            (IpAddr::V6(bound), IpAddr::V6(_)) => bound.is_unspecified(),
+            (IpAddr::V6(bound), IpAddr::V4(v4)) => {
+                !self.v6only && (bound.is_unspecified() || bound.to_ipv4_mapped() == Some(v4))
+            }
+            (IpAddr::V4(_), IpAddr::V6(_)) => false,
+        }
+    }
+
+    /// Whether it takes packets of this family at all.
+    pub fn serves(&self, family: Family) -> bool {
+        match (self.address, family) {
+            (IpAddr::V4(_), Family::Ipv4) => true,
+            (IpAddr::V4(_), Family::Ipv6) => false,
+            (IpAddr::V6(a), Family::Ipv6) => a.to_ipv4_mapped().is_none(),
+            (IpAddr::V6(a), Family::Ipv4) => {
+                !self.v6only && (a.is_unspecified() || a.to_ipv4_mapped().is_some())
+            }
+        }
+    }
+
+    pub fn is_wildcard(&self) -> bool {
+        self.address.is_unspecified()
+    }
+
+    pub fn is_loopback(&self) -> bool {
+        match self.address {
+            IpAddr::V4(a) => a.is_loopback(),
+            IpAddr::V6(a) => a.is_loopback() || a.to_ipv4_mapped().is_some_and(|m| m.is_loopback()),
+        }
+    }
+}
+
+/// A network interface and its addresses.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    pub index: u32,
+    pub name: String,
+    pub up: bool,
+    /// Frames start with an Ethernet header. WireGuard and TUN devices have none.
+    pub ethernet: bool,
+    pub loopback: bool,
+    pub addresses: Vec<IpNet>,
+}
+
+/// A WireGuard device, from the kernel or from a userspace implementation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Device {
+    pub name: String,
+    /// Which interface answered: `Kernel` (generic netlink) or `Userspace` (UAPI socket).
+    pub backend: Backend,
+    pub public_key: Option<PublicKey>,
+    pub listen_port: u16,
+    pub peers: Vec<Peer>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Backend {
+    Kernel,
+    Userspace,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer {
+    pub public_key: PublicKey,
+    pub endpoint: Option<SocketAddr>,
+    /// Seconds; 0 is off.
+    pub keepalive: u16,
+    /// `None`: never.
+    pub last_handshake: Option<Stamp>,
+    pub rx_bytes: u64,
+    pub tx_bytes: u64,
+    pub allowed: Vec<IpNet>,
+}
+
+/// What `sshd -T` of the running sshd says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sshd {
+    pub password_authentication: bool,
+    pub keyboard_interactive: bool,
+    pub permit_root_login: String,
+    pub listen: Vec<SocketAddr>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FileMode {
+    pub path: std::path::PathBuf,
+    /// `None`: there is no such file.
+    pub mode: Option<u32>,
+    pub uid: u32,
+}
+
+/// Sums of the eBPF counters since they were first pinned.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// `false`: no programs are loaded (no daemon has run here yet); the rest is empty.
+    pub loaded: bool,
+    /// Interfaces whose two programs are attached.
+    pub attached: Vec<String>,
+    pub traffic: BTreeMap<TrafficKey, Amount>,
+    pub attempts: BTreeMap<AttemptKey, u64>,
+    /// Bytes of kernel memory that our maps and programs hold.
+    pub memory_bytes: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Amount {
+    pub packets: u64,
+    pub bytes: u64,
+}
+
+/// One cell of the traffic table. `class` is an index into `desired.services`, or
+/// `None` for a port that no service of the policy uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct TrafficKey {
+    pub scope: crate::terms::Scope,
+    pub direction: Direction,
+    pub family: Family,
+    pub proto: CountedProto,
+    pub class: Option<u16>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Direction {
+    In,
+    Out,
+}
+
+impl Direction {
+    pub const ALL: [Direction; 2] = [Direction::In, Direction::Out];
+    pub const fn name(self) -> &'static str {
+        match self {
+            Direction::In => "in",
+            Direction::Out => "out",
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum CountedProto {
+    Tcp,
+    Udp,
+    Icmp,
+    Other,
+}
+
+impl CountedProto {
+    pub const ALL: [CountedProto; 4] =
+        [CountedProto::Tcp, CountedProto::Udp, CountedProto::Icmp, CountedProto::Other];
+    pub const fn name(self) -> &'static str {
+        match self {
+            CountedProto::Tcp => "tcp",
+            CountedProto::Udp => "udp",
+            CountedProto::Icmp => "icmp",
+            CountedProto::Other => "other",
+        }
+    }
+}
+
+/// One cell of the table of new TCP connections (SYN without ACK) that arrive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct AttemptKey {
+    pub class: Option<u16>,
+    pub family: Family,
+    /// As the policy would judge it: `true` allowed.
+    pub allowed: bool,
+}

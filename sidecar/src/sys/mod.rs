@@ -1,0 +1,7 @@
+//! All unsafe code, in small blocks that each say why they hold. Everything above calls
+//! safe functions.
+
+pub mod bpf;
+pub mod memory;
+pub mod netns;
+pub mod sockets;
