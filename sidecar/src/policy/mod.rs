@@ -1,6 +1,14 @@
 //! What the operator declares. [`Policy`] is the validated value that everything
 //! downstream starts from; `load` makes it from a file, reporting every mistake at once.
 
+mod check;
+mod load;
+mod mistake;
+mod read;
+mod show;
+#[cfg(test)]
+mod tests;
+
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -9,6 +17,10 @@ use ipnet::IpNet;
 use serde::Serialize;
 
 use crate::terms::{IfacePattern, Port, Proto, PublicKey};
+
+pub use load::{BYTES_MAX, LoadError, Loaded, Note, NoteKind, load, parse};
+pub use mistake::{MISTAKES_MAX, Mistake, Mistakes};
+pub use show::show;
 
 /// A policy that has been parsed and checked. Every default is filled in.
 #[derive(Clone, Debug, PartialEq)]

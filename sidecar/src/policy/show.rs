@@ -1,0 +1,159 @@
+//! A [`Policy`] as the file that says it in full: every key written out, defaults too.
+
+use std::fmt::{Display, Write};
+use std::net::IpAddr;
+
+use super::{Bind, MeshKind, Mode, Policy, Role, Sources};
+use crate::terms::Port;
+
+/// Normalised TOML. Reading it gives an equal policy.
+pub fn show(policy: &Policy) -> String {
+    let mut out = Lines(String::new());
+    let Policy { node, mesh, public, ssh, services, locals, exceptions, files, enforce, metrics, heartbeat } =
+        policy;
+    out.key("version", 1);
+    out.table("[node]");
+    out.text("name", &node.name);
+    out.text(
+        "role",
+        match node.role {
+            Role::Spoke => "spoke",
+            Role::Hub => "hub",
+            Role::Device => "device",
+        },
+    );
+    out.table("[mesh]");
+    out.text(
+        "kind",
+        match mesh.kind {
+            MeshKind::Wireguard => "wireguard",
+            MeshKind::Tailscale => "tailscale",
+        },
+    );
+    out.text("interface", &mesh.interface);
+    if !mesh.address.is_empty() {
+        out.texts("address", &mesh.address);
+    }
+    out.texts("prefix", &mesh.prefix);
+    match mesh.keepalive {
+        Some(every) => out.text("keepalive", humantime::format_duration(every)),
+        None => out.text("keepalive", "off"),
+    }
+    out.text("handshake_max_age", humantime::format_duration(mesh.handshake_max_age));
+    if let Some(port) = mesh.listen_port {
+        out.key("listen_port", port);
+    }
+    if let Some(hub) = &mesh.hub {
+        out.table("[mesh.hub]");
+        out.texts("address", &hub.address);
+        if let Some(key) = hub.public_key {
+            out.text("public_key", key);
+        }
+        if let Some(endpoint) = hub.endpoint {
+            out.text("endpoint", endpoint);
+        }
+    }
+    out.table("[public]");
+    out.ports(&public.tcp, &public.udp);
+    if let Some(interfaces) = &public.interfaces {
+        out.texts("interfaces", interfaces);
+    }
+    out.table("[ssh]");
+    out.key("port", ssh.port);
+    match &ssh.bind {
+        Bind::Mesh => out.text("bind", "mesh"),
+        Bind::Addresses(list) => out.texts::<IpAddr>("bind", list),
+    }
+    out.key("rebind", ssh.rebind);
+    out.from(&ssh.from);
+    for service in services {
+        out.table("[[mesh.service]]");
+        out.text("name", &service.name);
+        out.ports(&service.tcp, &service.udp);
+        out.from(&service.from);
+    }
+    for local in locals {
+        out.table("[[local]]");
+        out.text("name", &local.name);
+        out.texts("interfaces", &local.interfaces);
+        out.ports(&local.tcp, &local.udp);
+    }
+    for exception in exceptions {
+        out.table("[[exception]]");
+        out.text("name", &exception.name);
+        out.ports(&exception.tcp, &exception.udp);
+        out.texts("from", &exception.from);
+        out.text("reason", &exception.reason);
+        if let Some(owner) = &exception.owner {
+            out.text("owner", owner);
+        }
+        out.text("until", exception.until);
+    }
+    for file in files {
+        out.table("[[file]]");
+        out.text("path", file.path.display());
+        out.text("mode", format_args!("{:04o}", file.mode));
+    }
+    out.table("[enforce]");
+    out.text(
+        "mode",
+        match enforce.mode {
+            Mode::Enforce => "enforce",
+            Mode::Audit => "audit",
+        },
+    );
+    out.key("firewall", enforce.firewall);
+    out.key("binds", enforce.binds);
+    out.key("keepalive", enforce.keepalive);
+    out.text("confirm_within", humantime::format_duration(enforce.confirm_within));
+    out.key("allow_no_admin_path", enforce.allow_no_admin_path);
+    out.table("[metrics]");
+    out.key("port", metrics.port);
+    out.table("[heartbeat]");
+    if let Some(path) = &heartbeat.kuma_url_file {
+        out.text("kuma_url_file", path.display());
+    }
+    if let Some(path) = &heartbeat.ntfy_url_file {
+        out.text("ntfy_url_file", path.display());
+    }
+    out.text("every", humantime::format_duration(heartbeat.every));
+    out.0
+}
+
+struct Lines(String);
+
+impl Lines {
+    fn table(&mut self, header: &str) {
+        let _ = writeln!(self.0, "\n{header}");
+    }
+
+    fn key(&mut self, key: &str, value: impl Display) {
+        let _ = writeln!(self.0, "{key} = {value}");
+    }
+
+    fn text(&mut self, key: &str, value: impl Display) {
+        self.key(key, quoted(value));
+    }
+
+    fn texts<T: Display>(&mut self, key: &str, values: &[T]) {
+        self.key(key, format_args!("[{}]", values.iter().map(quoted).collect::<Vec<_>>().join(", ")));
+    }
+
+    fn ports(&mut self, tcp: &[Port], udp: &[Port]) {
+        for (key, ports) in [("tcp", tcp), ("udp", udp)] {
+            self.key(key, format_args!("{ports:?}"));
+        }
+    }
+
+    fn from(&mut self, from: &Sources) {
+        match from {
+            Sources::Hub => self.text("from", "hub"),
+            Sources::Mesh => self.text("from", "mesh"),
+            Sources::Prefixes(list) => self.texts("from", list),
+        }
+    }
+}
+
+fn quoted(value: impl Display) -> String {
+    toml::Value::String(value.to_string()).to_string()
+}
