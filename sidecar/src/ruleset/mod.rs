@@ -5,6 +5,20 @@
 //! What we cannot understand is kept as `Unknown`, and an evaluation that would depend on
 //! it answers "unknown": a rule is never skipped as if it were not there.
 
+pub mod compare;
+pub mod decode;
+pub mod encode;
+pub mod evaluate;
+pub mod normal;
+pub mod render;
+
+#[cfg(test)]
+mod live;
+
+pub use compare::{changes, plan_text};
+pub use decode::DecodeError;
+pub use evaluate::{judge, published};
+
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
@@ -39,7 +53,8 @@ pub enum TableFamily {
 pub struct Table {
     pub family: TableFamily,
     pub name: String,
-    /// `flags dormant`: its chains see no packets.
+    /// `flags dormant`: its chains see no packets. Also true where the flags could not be
+    /// read, which `decode` then marks in the chains for `evaluate`.
     pub dormant: bool,
     pub chains: Vec<Chain>,
     /// Named counters with what they counted. In a desired table the amounts are 0 and
@@ -110,11 +125,29 @@ pub enum Statement {
     /// Statements that never decide a packet's fate: log, mark, comment, snat, masquerade,
     /// notrack, set updates ... kept as their JSON.
     Neutral(String),
-    /// A statement that may decide, and that we cannot evaluate: limit, quota, queue, vmap,
-    /// tproxy, dup ... kept as its JSON.
+    /// `KEY vmap { value : verdict, ... }`, or `vmap @name`.
+    Vmap {
+        key: Term,
+        map: VerdictMap,
+    },
+    /// A statement that lets the packet go on in this rule or not, and never decides by
+    /// itself: limit, quota, ct count, meter, matches of xtables ... kept as its JSON.
+    Maybe(String),
+    /// A statement that may decide, and that we cannot evaluate: queue, tproxy, fwd,
+    /// synproxy, targets of xtables ... kept as its JSON.
     Unknown(String),
 }
 
+#[derive(Clone, Debug, PartialEq)]
+pub enum VerdictMap {
+    /// Pairs of a key and Accept, Drop, Jump, Goto, Return or Neutral (`continue`).
+    Pairs(Vec<(Operand, Statement)>),
+    /// `@name`: a [`NamedSet`] with `verdicts`.
+    Named(String),
+}
+
+/// The target of a DNAT. `Operand::Unknown` where it rewrites to something that we can't
+/// tell: a map, or a target of xtables.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Nat {
     pub address: Option<Operand>,
@@ -139,6 +172,8 @@ pub enum Op {
     Le,
     Ge,
     Any,
+    /// None of these bits; nft's `!`.
+    NoneOf,
 }
 
 /// The left side of a match.
@@ -152,24 +187,34 @@ pub enum Term {
     Ct { key: String, dir: Option<String> },
     /// `fib KEYS RESULT`: (["daddr"], "type").
     Fib { flags: Vec<String>, result: String },
+    /// `TERM & MASK`.
+    And { term: Box<Term>, mask: Operand },
+    /// `TERM . TERM`.
+    Concat(Vec<Term>),
     /// Anything else, as its JSON.
     Unknown(String),
 }
 
 /// A value on the right side of a match.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Operand {
     Number(u64),
-    /// Names: interface names (also `docker*`), states ("established"), ICMP types, protocols.
+    /// Names: interface names (also `docker*`), states ("established"), ICMP types, protocols;
+    /// "exists" and "missing" where nft's JSON has true and false.
     Text(String),
     Address(IpAddr),
     Prefix(IpNet),
     Range(Box<Operand>, Box<Operand>),
-    /// An anonymous set `{ ... }`, or a list of flags. Sorted and without duplicates where
-    /// we make or decode it, so that order never counts as a difference.
+    /// An anonymous set `{ ... }`, or with `Any` and `NoneOf` a list of flags. Sorted and
+    /// without duplicates where we make or decode it, so that order never counts as a
+    /// difference.
     Set(Vec<Operand>),
+    /// Flags joined with `|`: a mask, or the exact value of a masked field.
+    Bits(Vec<Operand>),
     /// `@name`.
     Named(String),
+    /// `VALUE . VALUE`.
+    Concat(Vec<Operand>),
     /// Anything else, as its JSON.
     Unknown(String),
 }
@@ -182,7 +227,10 @@ pub struct NamedSet {
     pub map: bool,
     /// Flags as nft prints them: "interval", "timeout", "dynamic" ...
     pub flags: Vec<String>,
+    /// Elements, or keys of a map.
     pub elements: Vec<Operand>,
+    /// For a map to verdicts: one for each of `elements`. Else empty.
+    pub verdicts: Vec<Statement>,
     /// The listing was cut at our bound: membership of what is not listed is unknown.
     pub truncated: bool,
 }
