@@ -5,8 +5,83 @@ pub mod bpf;
 pub mod files;
 pub mod links;
 pub mod listeners;
+pub mod netlink;
 pub mod nft;
 pub mod nft_events;
 pub mod owners;
 pub mod sshd;
 pub mod wireguard;
+
+/// Runs the calling test once more, alone in fresh network and mount namespaces. `true`
+/// inside; outside it returns `false` once that run has passed.
+///
+/// Without root it is skipped, which is said, and is a failure where SPOKEGUARD_TEST_ROOT
+/// promises that everything is there.
+#[cfg(test)]
+fn in_namespace(test: &str, programs: &[&str]) -> bool {
+    const INSIDE: &str = "SPOKEGUARD_TEST_INSIDE";
+    if std::env::var_os(INSIDE).is_some_and(|inside| inside == test) {
+        return true;
+    }
+    let path = std::env::var("PATH").unwrap_or_default();
+    let have = |name: &str| {
+        path.split(':')
+            .chain(["/usr/sbin", "/sbin"])
+            .any(|folder| std::path::Path::new(folder).join(name).is_file())
+    };
+    let mut missing: Vec<&str> =
+        ["unshare", "ip"].iter().chain(programs).copied().filter(|p| !have(p)).collect();
+    if !rustix::process::geteuid().is_root() {
+        missing.push("root");
+    }
+    if !missing.is_empty() {
+        eprintln!("skipped {test}: needs {}", missing.join(", "));
+        assert!(std::env::var_os("SPOKEGUARD_TEST_ROOT").is_none(), "{test} needs {}", missing.join(", "));
+        return false;
+    }
+    let output = std::process::Command::new("unshare")
+        .args(["--net", "--mount", "--"])
+        .arg(std::env::current_exe().expect("this program"))
+        .args(["--exact", test, "--nocapture", "--test-threads=1"])
+        .env(INSIDE, test)
+        .output()
+        .expect("unshare");
+    let text =
+        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    // A name that matches no test passes too, so that is looked at as well.
+    assert!(output.status.success() && text.contains("1 passed"), "{test} in its namespaces:\n{text}");
+    false
+}
+
+/// Waits for something that happens soon, or fails at a deadline.
+#[cfg(test)]
+fn soon<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(std::time::Instant::now() < deadline, "{what} did not happen");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+}
+
+/// A child process of a test, ended with it.
+#[cfg(test)]
+struct Running(std::process::Child);
+
+#[cfg(test)]
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Runs a command of a test's set-up, and returns its output.
+#[cfg(test)]
+fn sh(command: &str) -> String {
+    let output = std::process::Command::new("sh").args(["-ec", command]).output().expect("sh");
+    assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
