@@ -1,1 +1,235 @@
-fn main() {}
+//! `cargo xtask`: what a fresh clone needs, and what a change has to pass.
+//!
+//! It knows the project by cargo's commands only and links none of it, so that it builds in seconds and
+//! works when the rest does not.
+
+mod setup;
+
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::{Arg, ArgAction, ArgMatches};
+
+/// Programs of the package `tests` that are a command here, listed as soon as their source is there.
+const PROGRAMS: &[(&str, &str)] = &[
+    ("demo", "Show the main job on a lab of network namespaces on this machine"),
+    ("bench", "Measure beside the peers, in one run"),
+];
+
+fn main() -> ExitCode {
+    match run(&commands().get_matches()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn commands() -> clap::Command {
+    let all = Arg::new("all")
+        .long("all")
+        .action(ArgAction::SetTrue)
+        .help("Also run the integration tests against the release build (takes minutes more)");
+    let mut commands = clap::Command::new("cargo xtask")
+        .about("Sets up, tests and shows spokeguard")
+        .subcommand_required(true)
+        .arg_required_else_help(true)
+        .subcommand(
+            clap::Command::new("setup")
+                .about("Install what building and testing need, or say what is missing"),
+        )
+        .subcommand(
+            clap::Command::new("test").about("Set up, then everything that a change has to pass").arg(all),
+        );
+    for (name, about) in programs() {
+        let rest = Arg::new("arguments").num_args(0..).trailing_var_arg(true).allow_hyphen_values(true);
+        commands = commands.subcommand(clap::Command::new(name).about(about).arg(rest));
+    }
+    commands
+}
+
+fn programs() -> impl Iterator<Item = (&'static str, &'static str)> {
+    PROGRAMS.iter().copied().filter(|(name, _)| root().join(format!("tests/src/bin/{name}.rs")).is_file())
+}
+
+fn run(matches: &ArgMatches) -> Result<()> {
+    std::env::set_current_dir(root()).with_context(|| format!("go to {}", root().display()))?;
+    match matches.subcommand() {
+        Some(("setup", _)) => setup::setup(),
+        Some(("test", matches)) => test(matches.get_flag("all")),
+        Some((name, matches)) => {
+            let arguments: Vec<&String> = matches.get_many("arguments").into_iter().flatten().collect();
+            program(name, &arguments)
+        }
+        None => bail!("no command"),
+    }
+}
+
+/// The folder above this package's.
+fn root() -> PathBuf {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.parent().unwrap_or(here).to_path_buf()
+}
+
+/// Builds and becomes one of the programs, so that Ctrl-C and the exit code are its own.
+fn program(name: &str, arguments: &[&String]) -> Result<()> {
+    setup::setup()?;
+    let mut steps = Steps::default();
+    steps.cargo(
+        "build, release",
+        &["build", "--release", "--package", "spokeguard", "--package", "spokeguard-tests", "--bins"],
+    )?;
+    let mut command = cargo();
+    command
+        .args(["run", "--quiet", "--release", "--package", "spokeguard-tests", "--bin", name, "--"])
+        .args(arguments);
+    Err(command.exec()).with_context(|| format!("start {name}"))
+}
+
+fn test(all: bool) -> Result<()> {
+    let mut steps = Steps::default();
+    let result = passes(all, &mut steps);
+    steps.summary();
+    result
+}
+
+fn passes(all: bool, steps: &mut Steps) -> Result<()> {
+    steps.step("setup", setup::setup)?;
+    steps.cargo("formatting", &["fmt", "--all", "--check"])?;
+    steps.cargo("clippy", &["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"])?;
+    steps.cargo("build", &["build", "--workspace"])?;
+    steps.cargo("unit tests", &["test", "--workspace", "--lib", "--bins"])?;
+    let integration = ["test", "--package", "spokeguard-tests", "--test", "all"];
+    steps.run("integration tests", promised(&integration, "debug"))?;
+    let deny = ["deny", "--offline", "check", "licenses", "bans", "sources"];
+    steps.cargo("licences, bans, sources", &deny)?;
+    advisories(steps)?;
+    if all {
+        steps.cargo("build, release", &["build", "--release", "--package", "spokeguard"])?;
+        steps.run("integration tests, release", promised(&integration, "release"))?;
+    }
+    Ok(())
+}
+
+/// After setup nothing may be missing: a test that would skip itself fails instead.
+fn promised(arguments: &[&str], profile: &str) -> Command {
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
+    let mut command = cargo();
+    command.args(arguments).env("SPOKEGUARD_LAB", "required");
+    command.env("SPOKEGUARD_BIN", root().join(target).join(profile).join("spokeguard"));
+    command
+}
+
+/// The advisory database is a git repository on the internet. Without the internet an older copy does; without
+/// either nothing is known, and that is said.
+fn advisories(steps: &mut Steps) -> Result<()> {
+    let mut fetch = cargo();
+    let fetched = bounded(fetch.args(["deny", "fetch", "db"]), Duration::from_secs(60));
+    let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
+    let home = home.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cargo")));
+    // A clone that failed may leave an empty folder.
+    let copies = home.and_then(|home| std::fs::read_dir(home.join("advisory-dbs")).ok());
+    let copy = copies.into_iter().flatten().flatten().any(|entry| entry.path().join(".git").exists());
+    match fetched {
+        Ok(()) => steps.cargo("advisories", &["deny", "check", "--disable-fetch", "advisories"]),
+        Err(why) if copy => {
+            println!("the advisory database could not be renewed ({why:#}): using the copy at hand");
+            steps.cargo("advisories, old copy", &["deny", "check", "--disable-fetch", "advisories"])
+        }
+        Err(why) => {
+            steps.skip("advisories", &format!("no advisory database on this machine, and {why:#}"));
+            Ok(())
+        }
+    }
+}
+
+/// cargo itself, as the one that runs this program.
+fn cargo() -> Command {
+    Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+}
+
+/// Runs a command without its output and with a limit, for questions whose answer may be no.
+fn bounded(command: &mut Command, limit: Duration) -> Result<()> {
+    let shown = shown(command);
+    let started = Instant::now();
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .with_context(|| format!("start `{shown}`"))?;
+    loop {
+        if let Some(status) = child.try_wait().with_context(|| format!("wait for `{shown}`"))? {
+            ensure!(status.success(), "`{shown}` failed");
+            return Ok(());
+        }
+        if started.elapsed() > limit {
+            child.kill().and_then(|()| child.wait()).with_context(|| format!("end `{shown}`"))?;
+            bail!("`{shown}` took longer than {} s", limit.as_secs());
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn shown(command: &Command) -> String {
+    let program =
+        Path::new(command.get_program()).file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let words = command.get_args().map(|word| word.to_string_lossy().into_owned());
+    std::iter::once(program).chain(words).collect::<Vec<_>>().join(" ")
+}
+
+/// What has been done so far, a line each.
+#[derive(Default)]
+struct Steps {
+    lines: Vec<String>,
+    failed: bool,
+}
+
+impl Steps {
+    fn cargo(&mut self, name: &str, arguments: &[&str]) -> Result<()> {
+        let mut command = cargo();
+        command.args(arguments);
+        self.run(name, command)
+    }
+
+    fn run(&mut self, name: &str, mut command: Command) -> Result<()> {
+        let shown = shown(&command);
+        self.step(name, || {
+            let status = command.stdin(Stdio::null()).status().with_context(|| format!("start `{shown}`"))?;
+            ensure!(status.success(), "`{shown}`: {status}");
+            Ok(())
+        })
+    }
+
+    fn step(&mut self, name: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
+        println!("==> {name}");
+        let started = Instant::now();
+        let result = work();
+        let word = if result.is_ok() { "ok" } else { "FAILED" };
+        self.failed |= result.is_err();
+        self.line(name, word, &format!("{:6.1} s", started.elapsed().as_secs_f64()));
+        result.with_context(|| name.to_string())
+    }
+
+    fn skip(&mut self, name: &str, why: &str) {
+        self.line(name, "SKIPPED", why);
+    }
+
+    fn line(&mut self, name: &str, word: &str, more: &str) {
+        let line = format!("{name:<28} {word:<8} {more}");
+        println!("    {line}");
+        self.lines.push(line);
+    }
+
+    fn summary(&self) {
+        let word = if self.failed { "failed; the steps after it did not run" } else { "passed" };
+        println!("\ncargo xtask test: {word}");
+        for line in &self.lines {
+            println!("    {line}");
+        }
+    }
+}

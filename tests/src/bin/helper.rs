@@ -1,0 +1,156 @@
+//! What the lab runs inside its namespaces. Not for people; `lab`'s functions start it.
+
+use std::ffi::OsString;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, ExitCode};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{Mode, OFlags};
+use rustix::mount::{MountFlags, mount};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+fn main() -> ExitCode {
+    let words: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let text: Vec<&str> = words.iter().map(|word| word.to_str().unwrap_or("")).collect();
+    let done = match text.as_slice() {
+        ["enter", net, mounts, program, ..] => enter(net, mounts, program, &words[4..]),
+        ["keep", netns] => keep(netns),
+        ["reap", prefix, dir] => reap(prefix, Path::new(dir)),
+        ["listen", name, what @ ..] => listen(name, what),
+        _ => Err(anyhow::anyhow!(
+            "usage: enter NET MNT COMMAND.. | keep NETNS | reap PREFIX DIR | listen NAME WHAT.."
+        )),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("sg-lab-helper: {error:#}");
+            ExitCode::from(127)
+        }
+    }
+}
+
+/// Joins a node and becomes the command. Returns only when that failed.
+fn enter(net: &str, mounts: &str, program: &str, rest: &[OsString]) -> Result<()> {
+    let folder = std::env::current_dir().context("read the current folder")?;
+    join(net, LinkNameSpaceType::Network)?;
+    join(mounts, LinkNameSpaceType::Mount)?;
+    // Joining a mount namespace goes to its root.
+    std::env::set_current_dir(&folder).with_context(|| format!("return to {}", folder.display()))?;
+    Err(Command::new(program).args(rest).exec()).with_context(|| format!("start {program}"))
+}
+
+fn join(path: &str, kind: LinkNameSpaceType) -> Result<()> {
+    let namespace = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+        .with_context(|| format!("open {path}"))?;
+    move_into_link_name_space(namespace.as_fd(), Some(kind)).with_context(|| format!("enter {path}"))
+}
+
+/// Holds the mount namespace that `unshare` made, with folders of the node's own in it.
+fn keep(netns: &str) -> Result<()> {
+    join(&format!("/run/netns/{netns}"), LinkNameSpaceType::Network)?;
+    // A duplicate-address check would hold every IPv6 address back for a second or two. Interfaces that
+    // come later, such as the tunnel's, take the value of `default`.
+    for interface in std::fs::read_dir("/proc/sys/net/ipv6/conf").context("list /proc/sys/net/ipv6/conf")? {
+        let path = interface?.path().join("accept_dad");
+        std::fs::write(&path, "0").with_context(|| format!("write {}", path.display()))?;
+    }
+    mount("bpf", "/sys/fs/bpf", "bpf", MountFlags::empty(), None).context("mount a bpffs on /sys/fs/bpf")?;
+    // sshd wants its own empty folder; it and the folder of WireGuard's sockets are usually made at boot.
+    for folder in ["/run/wireguard", "/run/sshd"] {
+        std::fs::create_dir_all(folder).with_context(|| format!("create {folder}"))?;
+        mount("tmpfs", folder, "tmpfs", MountFlags::empty(), Some(c"mode=0755"))
+            .with_context(|| format!("mount a tmpfs on {folder}"))?;
+    }
+    println!("{}", lab::HELD);
+    // The lab's reaper ends this process.
+    loop {
+        std::thread::park();
+    }
+}
+
+/// Waits for the end of whoever started the lab, in whichever way, and cleans up.
+fn reap(prefix: &str, dir: &Path) -> Result<()> {
+    ensure!(prefix.starts_with("sg-") && prefix.ends_with('-'), "{prefix} is not a lab's prefix");
+    let mut rest = [0u8; 16];
+    while std::io::stdin().read(&mut rest).context("wait for the end of the lab")? > 0 {}
+    lab::reap(prefix, dir);
+    Ok(())
+}
+
+enum Socket {
+    Tcp(TcpListener),
+    Udp(UdpSocket),
+}
+
+/// Listens as a process called NAME: TCP says the name (or a web page, as `web/ADDRESS`), UDP echoes.
+/// `tcp/ADDRESS+9` means ten ports in a row.
+fn listen(name: &str, what: &[&str]) -> Result<()> {
+    let name_of_process = std::ffi::CString::new(name).context("a process name has no zero byte")?;
+    rustix::thread::set_name(&name_of_process).context("name this process")?;
+    let mut sockets = Vec::new();
+    for word in what {
+        let (kind, address) = word.split_once('/').with_context(|| format!("{word} is not KIND/ADDRESS"))?;
+        let (address, more) = address.split_once('+').unwrap_or((address, "0"));
+        let first: SocketAddr = address.parse().with_context(|| format!("read {word}"))?;
+        for offset in 0..=more.parse::<u16>().with_context(|| format!("read {word}"))? {
+            let mut address = first;
+            address.set_port(first.port().checked_add(offset).context("there are 65535 ports")?);
+            let socket = match kind {
+                "tcp" | "web" => {
+                    TcpListener::bind(address).map(|socket| (Socket::Tcp(socket), kind == "web"))
+                }
+                "udp" => UdpSocket::bind(address).map(|socket| (Socket::Udp(socket), false)),
+                _ => bail!("{word}: tcp, web or udp"),
+            };
+            sockets.push(socket.with_context(|| format!("bind {kind} {address}"))?);
+        }
+    }
+    println!("{}", lab::BOUND);
+    loop {
+        let mut waiting: Vec<PollFd> = sockets
+            .iter()
+            .map(|(socket, _)| match socket {
+                Socket::Tcp(socket) => PollFd::new(socket, PollFlags::IN),
+                Socket::Udp(socket) => PollFd::new(socket, PollFlags::IN),
+            })
+            .collect();
+        poll(&mut waiting, None).context("poll the listeners")?;
+        let ready: Vec<bool> = waiting.iter().map(|fd| !fd.revents().is_empty()).collect();
+        for ((socket, web), _) in sockets.iter().zip(ready).filter(|(_, ready)| *ready) {
+            match answer(socket, name, *web) {
+                // A peer that has gone away is its own business.
+                Err(error) if error.kind() != ErrorKind::Other => {}
+                other => other.context("answer")?,
+            }
+        }
+    }
+}
+
+fn answer(socket: &Socket, name: &str, web: bool) -> std::io::Result<()> {
+    match socket {
+        Socket::Tcp(listener) => {
+            let (mut stream, _) = listener.accept()?;
+            stream.set_write_timeout(Some(Duration::from_millis(200)))?;
+            if !web {
+                return stream.write_all(format!("{name}\n").as_bytes());
+            }
+            // Closing with unread bytes would reset the connection under the answer.
+            stream.set_read_timeout(Some(Duration::from_millis(200)))?;
+            let _ = stream.read(&mut [0u8; 4096])?;
+            stream
+                .write_all(format!("HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\n\r\n{name}\n").as_bytes())
+        }
+        Socket::Udp(socket) => {
+            let mut datagram = [0u8; 2048];
+            let (length, from) = socket.recv_from(&mut datagram)?;
+            socket.send_to(&datagram[..length], from).map(|_| ())
+        }
+    }
+}

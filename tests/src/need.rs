@@ -1,0 +1,88 @@
+//! What a test needs from the machine, and what to say when it is not there.
+
+use std::path::Path;
+
+/// One thing that a machine may lack.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Need {
+    /// Namespaces: root with ip, nft and unshare.
+    Lab,
+    /// A tunnel: wg, and wireguard-go with /dev/net/tun where the kernel has no WireGuard.
+    WireGuard,
+    Nmap,
+    Sshd,
+    Prometheus,
+    /// The product's own program.
+    Spokeguard,
+}
+
+/// True when the test must be skipped, after saying why. On a machine that promised to have everything
+/// (`CI` or `SPOKEGUARD_LAB=required`) a missing piece is a failure instead.
+pub fn lacking(needs: &[Need]) -> bool {
+    let missing = missing(needs);
+    if missing.is_empty() {
+        return false;
+    }
+    let text = missing.join("; ");
+    let promised = std::env::var_os("CI").is_some_and(|value| !value.is_empty())
+        || std::env::var_os("SPOKEGUARD_LAB").is_some_and(|value| value == "required");
+    assert!(!promised, "this machine promised to run every test, but: {text}");
+    eprintln!("skipped: {text}");
+    true
+}
+
+/// Everything that is missing, each with the way to get it.
+pub fn missing(needs: &[Need]) -> Vec<String> {
+    let mut out = Vec::new();
+    let mut program = |name: &str, package: &str| {
+        if find(name).is_none() {
+            out.push(format!("{name} is missing (apt-get install {package})"));
+        }
+    };
+    for need in needs {
+        match need {
+            Need::Lab => {
+                program("ip", "iproute2");
+                program("nft", "nftables");
+                program("unshare", "util-linux");
+            }
+            Need::WireGuard => {
+                program("wg", "wireguard-tools");
+                if !crate::tunnel::kernel_has_it() {
+                    program("wireguard-go", "wireguard-go");
+                }
+            }
+            Need::Nmap => program("nmap", "nmap"),
+            Need::Sshd => {
+                program("sshd", "openssh-server");
+                program("ssh", "openssh-client");
+                program("ssh-keygen", "openssh-client");
+            }
+            Need::Prometheus => program("prometheus", "prometheus"),
+            Need::Spokeguard => {}
+        }
+    }
+    let in_a_lab = needs.iter().any(|need| *need != Need::Spokeguard);
+    if in_a_lab && !rustix::process::geteuid().is_root() {
+        out.push("network namespaces need root".to_string());
+    }
+    if needs.contains(&Need::WireGuard)
+        && !crate::tunnel::kernel_has_it()
+        && !Path::new("/dev/net/tun").exists()
+    {
+        out.push("/dev/net/tun is missing and the kernel has no WireGuard (modprobe tun)".to_string());
+    }
+    if needs.contains(&Need::Spokeguard)
+        && let Err(error) = crate::spokeguard()
+    {
+        out.push(format!("{error:#}"));
+    }
+    out
+}
+
+/// Where a program is; the folders of administrators' programs too, which a user's PATH may lack.
+pub(crate) fn find(name: &str) -> Option<std::path::PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let folders = std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]);
+    folders.map(|folder| folder.join(name)).find(|path| path.is_file())
+}

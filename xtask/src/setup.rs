@@ -1,0 +1,266 @@
+//! What building and testing need beyond a Rust toolchain, and where it comes from.
+//!
+//! On Debian as root it is installed. Elsewhere it is listed with the way to get it, and nothing is changed.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+
+/// A program that some step runs, and Debian's package for it.
+const PROGRAMS: &[(&str, &str)] = &[
+    ("ip", "iproute2"),
+    ("ss", "iproute2"),
+    ("nft", "nftables"),
+    ("unshare", "util-linux"),
+    ("ps", "procps"),
+    ("nmap", "nmap"),
+    ("sshd", "openssh-server"),
+    ("ssh", "openssh-client"),
+    ("wg", "wireguard-tools"),
+    ("wireguard-go", "wireguard-go"),
+    ("prometheus", "prometheus"),
+    ("promtool", "prometheus"),
+    ("prometheus-node-exporter", "prometheus-node-exporter"),
+    ("tcpdump", "tcpdump"),
+    ("iperf3", "iperf3"),
+    ("conntrack", "conntrack"),
+];
+
+/// A Rust compiler that comes with the source of its library, for the eBPF target.
+const BPF_COMPILER: &[&str] = &["rustc-web", "cargo-web", "rust-web-src"];
+
+/// What bpf-linker is built against.
+const LLVM: &[&str] = &["llvm-22-dev", "libpolly-22-dev", "libzstd-dev", "zlib1g-dev"];
+const LLVM_PREFIX: &str = "/usr/lib/llvm-22";
+
+const BPF_LINKER: &[&str] = &[
+    "install",
+    "bpf-linker",
+    "--version",
+    "0.13.0",
+    "--locked",
+    "--no-default-features",
+    "--features",
+    "llvm-22",
+];
+const CARGO_DENY: &[&str] = &["install", "cargo-deny", "--version", "0.20.2", "--locked"];
+
+/// How often a download is tried.
+const TRIES: u32 = 3;
+
+pub fn setup() -> Result<()> {
+    let mut packages = missing_packages();
+    let linker = find("bpf-linker").is_none();
+    if linker && !Path::new(LLVM_PREFIX).join("bin/llvm-config").exists() {
+        packages.extend(LLVM);
+    }
+    packages.sort_unstable();
+    packages.dedup();
+    let deny = find("cargo-deny").is_none();
+    if packages.is_empty() && !linker && !deny {
+        println!("setup: everything is there");
+        return Ok(());
+    }
+    if !packages.is_empty() {
+        let here = find("apt-get").is_some() && Path::new("/etc/debian_version").exists();
+        ensure!(here && is_root(), "{}", advice(&packages, linker, deny, here));
+        apt(&packages)?;
+        let left = missing_packages();
+        ensure!(left.is_empty(), "still missing after the installation: {}", left.join(" "));
+    }
+    if linker {
+        timed(
+            "bpf-linker 0.13.0, about a minute",
+            cargo_install(BPF_LINKER).env("LLVM_PREFIX", LLVM_PREFIX),
+        )?;
+    }
+    if deny {
+        timed("cargo-deny 0.20.2, about three minutes", &mut cargo_install(CARGO_DENY))?;
+    }
+    Ok(())
+}
+
+fn missing_packages() -> Vec<&'static str> {
+    let mut packages: Vec<&str> =
+        PROGRAMS.iter().filter(|(name, _)| find(name).is_none()).map(|(_, package)| *package).collect();
+    if !bpf_compiler() {
+        packages.extend(BPF_COMPILER);
+    }
+    packages
+}
+
+/// Whether some compiler can build a core library for eBPF: the one in use, rustup's nightly or the
+/// distribution's. sidecar/build.rs looks in the same places and decides.
+fn bpf_compiler() -> bool {
+    if std::env::var_os("SPOKEGUARD_BPF_RUSTC").is_some() {
+        return true;
+    }
+    let said = |command: &mut Command| {
+        let output = command.stderr(Stdio::null()).output().ok().filter(|output| output.status.success())?;
+        Some(PathBuf::from(String::from_utf8_lossy(&output.stdout).trim().to_string()))
+    };
+    // `rustup which` never fetches a toolchain, as `rustup run` might.
+    let nightly = said(Command::new("rustup").args(["which", "--toolchain", "nightly", "rustc"]));
+    [Some("rustc".into()), nightly, Some("/usr/bin/rustc".into())].into_iter().flatten().any(
+        |rustc: PathBuf| {
+            said(Command::new(rustc).args(["--print", "sysroot"]))
+                .is_some_and(|sysroot| sysroot.join("lib/rustlib/src/rust/library/core/Cargo.toml").exists())
+        },
+    )
+}
+
+/// What to type where nothing is installed for you.
+fn advice(packages: &[&str], linker: bool, deny: bool, debian: bool) -> String {
+    let mut out = if debian {
+        format!(
+            "missing, and not root. Run this and come back:\n  sudo apt-get install --no-install-recommends {}",
+            packages.join(" ")
+        )
+    } else {
+        let mut out = String::from(
+            "missing, and this is no Debian. Get these with your system's means (Debian's names):\n",
+        );
+        out += &packages.iter().map(|package| format!("  {package}\n")).collect::<String>();
+        out + "The compiler for eBPF may be rustup's: rustup toolchain install nightly --component rust-src"
+    };
+    if linker {
+        out += &format!("\n  LLVM_PREFIX={LLVM_PREFIX} cargo {}", BPF_LINKER.join(" "));
+    }
+    if deny {
+        out += &format!("\n  cargo {}", CARGO_DENY.join(" "));
+    }
+    out
+}
+
+/// Installs packages without starting their services: nothing may begin to listen because a test was run.
+fn apt(packages: &[&str]) -> Result<()> {
+    let _quiet = NoServices::begin()?;
+    println!("setup: apt-get install {} (their services are not started)", packages.join(" "));
+    let apt = |arguments: &[&str]| {
+        let mut command = Command::new("apt-get");
+        command
+            .args(["-o", "Acquire::Retries=3", "-o", "DPkg::Lock::Timeout=120", "-qq", "-y"])
+            .args(arguments);
+        command.env("DEBIAN_FRONTEND", "noninteractive");
+        command
+    };
+    let install: Vec<&str> = ["install", "--no-install-recommends"].iter().chain(packages).copied().collect();
+    for attempt in 1..=TRIES {
+        let done = timed("apt-get update", &mut apt(&["update"]))
+            .and_then(|()| timed("apt-get install", &mut apt(&install)));
+        match done {
+            Ok(()) => return Ok(()),
+            Err(error) if attempt == TRIES => return Err(error),
+            Err(error) => eprintln!("setup: try {attempt} of {TRIES}: {error:#}"),
+        }
+    }
+    bail!("no try was made")
+}
+
+const NO_SERVICES: &str =
+    "#!/bin/sh\n# Written by `cargo xtask setup` of spokeguard for the time of an installation.\nexit 101\n";
+
+/// While it lives, Debian's packages ask it whether to start their services, and the answer is no.
+struct NoServices(Option<PathBuf>);
+
+impl NoServices {
+    fn begin() -> Result<NoServices> {
+        let path = PathBuf::from("/usr/sbin/policy-rc.d");
+        // Somebody else's decision stands. One of ours is what an interrupted setup left, and ends with this one.
+        if path.exists() && fs::read_to_string(&path).ok().as_deref() != Some(NO_SERVICES) {
+            return Ok(NoServices(None));
+        }
+        fs::write(&path, NO_SERVICES).with_context(|| format!("write {}", path.display()))?;
+        let guard = NoServices(Some(path.clone()));
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))
+            .with_context(|| format!("make {} executable", path.display()))?;
+        Ok(guard)
+    }
+}
+
+impl Drop for NoServices {
+    fn drop(&mut self) {
+        if let Some(path) = &self.0
+            && let Err(error) = fs::remove_file(path)
+        {
+            eprintln!("setup: remove {}: {error}", path.display());
+        }
+    }
+}
+
+fn cargo_install(arguments: &[&str]) -> Command {
+    let mut command = crate::cargo();
+    command.args(arguments);
+    // This is another program's build: the workspace's target folder and flags are not for it.
+    for name in ["CARGO_TARGET_DIR", "RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS", "CARGO_BUILD_TARGET"] {
+        command.env_remove(name);
+    }
+    command
+}
+
+/// Runs a long command quietly and says how long it took; its last words are shown when it failed.
+fn timed(what: &str, command: &mut Command) -> Result<()> {
+    println!("setup: {what} ...");
+    let started = Instant::now();
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("start `{}`", crate::shown(command)))?;
+    let text = [output.stdout, output.stderr].concat();
+    let text = String::from_utf8_lossy(&text);
+    let last =
+        text.lines().rev().take(40).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("\n");
+    ensure!(output.status.success(), "`{}`: {}\n{last}", crate::shown(command), output.status);
+    println!("setup: {what} done in {:.0} s", started.elapsed().as_secs_f64());
+    Ok(())
+}
+
+fn is_root() -> bool {
+    let id = Command::new("id").arg("-u").output();
+    id.is_ok_and(|output| output.stdout.trim_ascii() == b"0")
+}
+
+/// On the PATH, among administrators' programs, or where `cargo install` puts things.
+fn find(name: &str) -> Option<PathBuf> {
+    let home = std::env::var_os("HOME").map(PathBuf::from).unwrap_or_default();
+    let installed =
+        std::env::var_os("CARGO_HOME").map_or_else(|| home.join(".cargo"), PathBuf::from).join("bin");
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(["/usr/sbin".into(), "/sbin".into(), installed])
+        .map(|folder| folder.join(name))
+        .find(|path| path.is_file())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_advice_can_be_typed_in() {
+        let text = advice(&["nmap", "nftables"], true, false, true);
+        assert!(text.contains("sudo apt-get install --no-install-recommends nmap nftables\n"), "{text}");
+        assert!(
+            text.contains("LLVM_PREFIX=/usr/lib/llvm-22 cargo install bpf-linker --version 0.13.0"),
+            "{text}"
+        );
+        assert!(!text.contains("cargo-deny"), "{text}");
+        let text = advice(&["nmap"], false, true, false);
+        assert!(text.contains("  nmap\n") && text.contains("cargo install cargo-deny"), "{text}");
+        assert!(!text.contains("sudo") && !text.contains("bpf-linker"), "{text}");
+    }
+
+    #[test]
+    fn a_failed_command_shows_its_last_words() {
+        let mut command = Command::new("sh");
+        command.args(["-c", "seq 1 100; echo the reason >&2; exit 4"]);
+        let error = timed("a failure", &mut command).unwrap_err().to_string();
+        assert!(error.contains("the reason") && error.contains("exit status: 4"), "{error}");
+        assert!(!error.contains("\n10\n"), "{error}");
+        assert!(timed("a success", Command::new("sh").args(["-c", "exit 0"])).is_ok());
+    }
+}
