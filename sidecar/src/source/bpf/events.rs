@@ -1,0 +1,124 @@
+//! What the programs say of their own accord: a socket began to listen; a line for the
+//! log. Both wake the daemon, neither is believed.
+
+use std::io;
+use std::path::Path;
+
+use anyhow::Context as _;
+use aya::maps::{Map, MapData, RingBuf};
+use aya::programs::RawTracePoint;
+use aya_log::EbpfLogger;
+use sidecar_ebpf::{ListenEvent, maps, programs};
+use tokio::io::unix::AsyncFd;
+
+use super::{Bpf, root};
+use crate::sys;
+use crate::terms::printable;
+
+/// Sockets that begin to listen, in every network namespace of this machine. The
+/// tracepoint is attached for as long as this value lives.
+pub struct ListenEvents {
+    ring: AsyncFd<RingBuf<MapData>>,
+    _program: RawTracePoint,
+}
+
+/// Who called listen().
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listening {
+    pub pid: u32,
+    pub process: String,
+}
+
+impl ListenEvents {
+    /// From the pins below this directory, inside a tokio runtime.
+    pub fn open(pin_dir: &Path) -> anyhow::Result<Self> {
+        let root = root(pin_dir);
+        let map =
+            MapData::from_pin(root.join("maps").join(maps::LISTENS)).context("open of the listen events")?;
+        let mut ring = RingBuf::try_from(Map::RingBuf(map)).context("map of the listen events")?;
+        // Left over from another daemon; whoever opens this is about to look anyway.
+        while ring.next().is_some() {}
+        let ring = sys::bpf::poll_ring(ring).context("poll of the listen events")?;
+        let mut program = RawTracePoint::from_pin(root.join("programs").join(programs::LISTEN))
+            .context("open of the pinned program listen")?;
+        program
+            .attach(programs::LISTEN_TRACEPOINT)
+            .with_context(|| format!("attach to the tracepoint {}", programs::LISTEN_TRACEPOINT))?;
+        Ok(Self { ring, _program: program })
+    }
+
+    /// Waits for at least one. Cancelling loses none. A burst beyond the ring's size
+    /// comes back shorter.
+    pub async fn next(&mut self) -> io::Result<Vec<Listening>> {
+        loop {
+            let mut ready = self.ring.readable_mut().await?;
+            let ring = ready.get_inner_mut();
+            let mut events = Vec::new();
+            while events.len() < LISTENS_PER_WAKE {
+                let Some(item) = ring.next() else { break };
+                events.extend(decode(&item));
+            }
+            if events.len() < LISTENS_PER_WAKE {
+                ready.clear_ready();
+            }
+            if !events.is_empty() {
+                return Ok(events);
+            }
+        }
+    }
+}
+
+const LISTENS_PER_WAKE: usize = 128;
+
+fn decode(bytes: &[u8]) -> Option<Listening> {
+    if bytes.len() < size_of::<ListenEvent>() {
+        return None;
+    }
+    let pid = u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?);
+    let comm = bytes.get(4..20)?;
+    let comm = comm.split(|byte| *byte == 0).next().unwrap_or_default();
+    Some(Listening { pid, process: printable(&String::from_utf8_lossy(comm), 16) })
+}
+
+/// Hands the programs' own messages (aya-log) to the `log` crate.
+pub struct ProgramLog {
+    logger: AsyncFd<sys::bpf::ProgramLogger>,
+}
+
+impl ProgramLog {
+    /// Inside a tokio runtime. aya-log finds its ring by walking all programs, which needs
+    /// CAP_SYS_ADMIN; without it the messages stay unread, and nothing else is lost.
+    pub fn open(bpf: &Bpf) -> anyhow::Result<Self> {
+        let id = bpf.attachments.program_id(programs::COUNTERS[0][0][0])?;
+        let logger =
+            EbpfLogger::init_from_id(id).context("open of the programs' log (needs CAP_SYS_ADMIN)")?;
+        let logger = sys::bpf::poll_log(logger).context("poll of the programs' log")?;
+        Ok(Self { logger })
+    }
+
+    /// Forwards until it fails or is dropped.
+    pub async fn forward(mut self) -> io::Result<()> {
+        loop {
+            let mut ready = self.logger.readable_mut().await?;
+            ready.get_inner_mut().flush();
+            ready.clear_ready();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_listen_event_is_decoded_and_its_name_made_harmless() {
+        let mut bytes = 812u32.to_ne_bytes().to_vec();
+        bytes.extend(b"post\x1b[2Jgres\0\0\0\0");
+        let event = decode(&bytes).expect("an event");
+        assert_eq!((event.pid, event.process.as_str()), (812, "post\u{fffd}[2Jgres"));
+        bytes[4..].fill(b'x');
+        assert_eq!(decode(&bytes).expect("no terminator").process, "x".repeat(16));
+        assert_eq!(decode(&bytes[..19]), None);
+        assert_eq!(decode(&[]), None);
+    }
+}

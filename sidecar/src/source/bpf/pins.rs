@@ -1,0 +1,102 @@
+//! Where things are pinned: finding or mounting a bpffs, and the directory of this
+//! instance below it.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+
+use crate::sys;
+
+pub const BPFFS: &str = "/sys/fs/bpf";
+/// The directory below bpffs in the initial network namespace; others add a suffix.
+pub const DIRECTORY: &str = "spokeguard";
+
+const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
+
+/// The pin directory of this instance: the given one, or the default with a suffix where
+/// this is not the initial network namespace. `mount`: mounts a bpffs if there is none.
+/// `Ok(None)`: there is none and none was to be mounted.
+pub fn pin_dir(given: Option<&Path>, mount: bool) -> anyhow::Result<Option<PathBuf>> {
+    let below = match given {
+        Some(path) => match path.strip_prefix(BPFFS) {
+            Ok(below) => below.to_path_buf(),
+            Err(_) => return Ok(Some(path.to_path_buf())),
+        },
+        None => PathBuf::from(match sys::netns::instance_suffix() {
+            Some(suffix) => format!("{DIRECTORY}-{suffix}"),
+            None => DIRECTORY.to_owned(),
+        }),
+    };
+    let root = if mount { Some(ensure_bpffs()?) } else { find_bpffs() };
+    Ok(root.map(|root| root.join(below)))
+}
+
+/// A bpffs, mounted if need be.
+pub fn ensure_bpffs() -> anyhow::Result<PathBuf> {
+    if let Some(found) = find_bpffs() {
+        return Ok(found);
+    }
+    sys::bpf::mount_bpffs().with_context(|| format!("mount of a bpffs at {BPFFS} (needs CAP_SYS_ADMIN)"))?;
+    find_bpffs().with_context(|| format!("a bpffs was mounted at {BPFFS} but can't be seen from here"))
+}
+
+/// The bpffs at its usual place, or at PID 1's: `ip netns exec` mounts a /sys of its own,
+/// and pins in a private bpffs would be gone with the process.
+pub fn find_bpffs() -> Option<PathBuf> {
+    [PathBuf::from(BPFFS), Path::new("/proc/1/root").join(&BPFFS[1..])]
+        .into_iter()
+        .find(|path| is_bpffs(path))
+}
+
+fn is_bpffs(path: &Path) -> bool {
+    // The type's width and sign differ by architecture; the magic is 32 bits.
+    rustix::fs::statfs(path).is_ok_and(|stat| stat.f_type as u64 & 0xffff_ffff == BPF_FS_MAGIC)
+}
+
+/// Makes a directory and those above it, for root only.
+pub(super) fn make_dir(path: &Path) -> anyhow::Result<()> {
+    use std::os::unix::fs::DirBuilderExt as _;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .with_context(|| format!("directory {}", path.display()))
+}
+
+/// Unpins; what isn't there needs no unpinning.
+pub(super) fn remove(path: &Path) -> anyhow::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("unpin {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_elsewhere_is_taken_as_it_is() {
+        let given = Path::new("/mnt/bpf/mine");
+        assert_eq!(pin_dir(Some(given), false).expect("no look-up"), Some(given.to_path_buf()));
+    }
+
+    #[test]
+    fn an_ordinary_file_system_is_no_bpffs() {
+        assert!(!is_bpffs(Path::new("/proc")) && !is_bpffs(Path::new("/no/such/place")));
+    }
+
+    #[test]
+    fn the_default_differs_from_one_namespace_to_the_next() {
+        let Some(found) = find_bpffs() else { return };
+        let dir = pin_dir(None, false).expect("a look").expect("the bpffs just found");
+        let name = match sys::netns::instance_suffix() {
+            Some(suffix) => format!("spokeguard-{suffix}"),
+            None => "spokeguard".to_owned(),
+        };
+        assert_eq!(dir, found.join(name));
+    }
+}
