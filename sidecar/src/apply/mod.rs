@@ -1,1 +1,97 @@
-//! apply
+//! Carries out what was decided: our table into the kernel, and out of it again. Touches
+//! the table `inet spokeguard` and nothing else, in single transactions.
+
+pub mod replay;
+
+use crate::desired::{Desired, TABLE};
+use crate::ruleset::{Change, Table, TableFamily, compare, encode};
+use crate::source::nft;
+use crate::source::nft_events::NftQueries;
+
+/// What came of putting our table in place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Applied {
+    /// It was as desired already.
+    Unchanged,
+    /// It is now; these differences were found before.
+    Changed(Vec<Change>),
+    /// The policy wants no table of ours (`[enforce] firewall = false`). One that is
+    /// there stays until `release`.
+    NotWanted,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ApplyError {
+    #[error("read table inet spokeguard before the change")]
+    Look(#[source] anyhow::Error),
+    #[error("put table inet spokeguard in place")]
+    Act(#[source] anyhow::Error),
+    #[error("read table inet spokeguard back")]
+    LookAgain(#[source] anyhow::Error),
+    /// nft took the transaction, and yet the kernel holds something else: another tool
+    /// was faster, or nft did not mean what we did.
+    #[error("table inet spokeguard still differs after it was put in place: {}", named(.0))]
+    StillDiffers(Vec<Change>),
+}
+
+/// A table that was made dormant takes two transactions; a third means somebody else.
+const ROUNDS: usize = 3;
+
+/// Makes the kernel's table what is desired, and reads it back.
+pub fn apply_table(desired: &Desired) -> Result<Applied, ApplyError> {
+    let Some(table) = &desired.table else { return Ok(Applied::NotWanted) };
+    let mut found = nft::list_table().map_err(ApplyError::Look)?;
+    let changes = compare::changes(table, found.as_ref());
+    let mut left = changes.clone();
+    for _ in 0..ROUNDS {
+        if left.is_empty() {
+            break;
+        }
+        nft::run_transaction(&encode::transaction(table, found.as_ref())).map_err(ApplyError::Act)?;
+        found = nft::list_table().map_err(ApplyError::LookAgain)?;
+        left = compare::changes(table, found.as_ref());
+    }
+    match (changes.is_empty(), left.is_empty()) {
+        (true, _) => Ok(Applied::Unchanged),
+        (false, true) => Ok(Applied::Changed(changes)),
+        (false, false) => Err(ApplyError::StillDiffers(left)),
+    }
+}
+
+/// The way back that is made ready in advance, for [`restore_table`].
+pub fn restoring_transaction(desired: &Desired) -> Option<String> {
+    desired.table.as_ref().map(|table| encode::transaction(table, None))
+}
+
+/// Puts the whole table in place at once, for when it is known to be gone. Does not look
+/// before or after: the event of its own commit brings the next look.
+pub fn restore_table(transaction: &str) -> Result<(), ApplyError> {
+    nft::run_transaction(transaction).map_err(ApplyError::Act)
+}
+
+/// Takes our table away. `false`: there was none.
+pub fn release() -> Result<bool, ApplyError> {
+    let there = NftQueries::open()
+        .and_then(|mut queries| queries.own_table_exists())
+        .map_err(|e| ApplyError::Look(e.into()))?;
+    if there {
+        let bare = Table {
+            family: TableFamily::Inet,
+            name: TABLE.to_owned(),
+            dormant: false,
+            chains: Vec::new(),
+            counters: Default::default(),
+            sets: Vec::new(),
+        };
+        nft::run_transaction(&encode::delete(&bare)).map_err(ApplyError::Act)?;
+    }
+    Ok(there)
+}
+
+fn named(changes: &[Change]) -> String {
+    let mut names: Vec<String> = changes.iter().take(5).map(ToString::to_string).collect();
+    if changes.len() > names.len() {
+        names.push(format!("and {} more", changes.len() - names.len()));
+    }
+    names.join("; ")
+}

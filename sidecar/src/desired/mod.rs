@@ -1,12 +1,19 @@
 //! What should be, computed from a [`Policy`] alone: our nftables table, the services
 //! by port, and the proof that the operator keeps a way in. Pure.
 
+mod admin;
+mod services;
+mod table;
+
 use ipnet::IpNet;
 use std::net::IpAddr;
 
 use crate::policy::Policy;
 use crate::ruleset::Table;
 use crate::terms::{Port, Proto, Scope};
+
+pub use admin::{NoAdminPath, admin_path};
+pub use table::DropReason;
 
 pub const TABLE: &str = "spokeguard";
 /// Before every firewall at `filter` (0) that composes with us, after conntrack and DNAT.
@@ -28,20 +35,85 @@ pub struct Desired {
     pub services: Vec<Service>,
 }
 
+impl Desired {
+    /// Refuses a policy by which nobody could get in, unless it says that this is meant.
+    pub fn new(policy: Policy, today: jiff::civil::Date) -> Result<Self, NoAdminPath> {
+        let admin = match admin_path(&policy) {
+            Ok(path) => Some(path),
+            Err(_) if policy.enforce.allow_no_admin_path => None,
+            Err(nobody) => return Err(nobody),
+        };
+        let table = policy.enforce.firewall.then(|| table::table(&policy, today));
+        let services = services::services(&policy, today);
+        Ok(Self { policy, today, table, admin, services })
+    }
+
+    /// The services that a packet to this port, arriving in this scope, may be meant for.
+    /// Exceptions count in every scope. For `Scope::Other` look at `local` as well: each
+    /// `[[local]]` has a list of its own.
+    pub fn wanted(&self, proto: Proto, port: Port, scope: Scope) -> Vec<&Service> {
+        self.services
+            .iter()
+            .filter(|s| s.proto == proto && s.port == port && (s.scope == scope || s.exception.is_some()))
+            .collect()
+    }
+
+    /// The service that opens this port to anyone on the internet, if one does. An
+    /// exception may: see [`Service::exception`].
+    pub fn public(&self, proto: Proto, port: Port) -> Option<&Service> {
+        self.wanted(proto, port, Scope::Public).into_iter().find(|s| s.is_for_anyone())
+    }
+
+    /// What a port is called in metrics and reports, wherever it is reachable.
+    pub fn name_of(&self, proto: Proto, port: Port) -> Option<&str> {
+        self.services.iter().find(|s| s.proto == proto && s.port == port).map(|s| s.name.as_str())
+    }
+
+    /// Whether an address is one of the mesh.
+    pub fn in_mesh(&self, address: IpAddr) -> bool {
+        self.policy.mesh.prefix.iter().any(|net| net.contains(&address))
+    }
+}
+
 /// Proof that the hub (or whoever administers this node) gets in: someone, through the
 /// mesh or from listed addresses, reaches sshd. Only [`admin_path`] makes one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AdminPath {
     pub(crate) from: Vec<IpNet>,
     pub(crate) to: Vec<IpAddr>,
+    pub(crate) within: Vec<IpNet>,
     pub(crate) port: Port,
+}
+
+impl AdminPath {
+    /// Who gets in. Never empty.
+    pub fn from(&self) -> &[IpNet] {
+        &self.from
+    }
+
+    /// The addresses of this node that they reach. Empty where the mesh assigns the
+    /// address (Tailscale): it lies in [`Self::within`] then.
+    pub fn to(&self) -> &[IpAddr] {
+        &self.to
+    }
+
+    /// The mesh prefixes that stand for an address the policy does not know; empty
+    /// where it does.
+    pub fn within(&self) -> &[IpNet] {
+        &self.within
+    }
+
+    /// The port of sshd.
+    pub fn port(&self) -> Port {
+        self.port
+    }
 }
 
 /// One port of the policy and who may reach it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Service {
     /// Label in metrics: the well-known or configured name ("http", "https", "ssh",
-    /// "metrics", "netdata", "wireguard", else "tcp-8443").
+    /// "metrics", "netdata", "wireguard", else "tcp-8443"). With `proto` it is unique.
     pub name: String,
     pub proto: Proto,
     pub port: Port,
@@ -50,6 +122,21 @@ pub struct Service {
     pub local: Option<usize>,
     /// Who may reach it; `None`: anyone in that scope.
     pub from: Option<Vec<IpNet>>,
-    /// Which `[[exception]]` opened it, if one did.
+    /// Which `[[exception]]` opened it, if one did. Holds in every scope.
     pub exception: Option<usize>,
 }
+
+impl Service {
+    /// Whether this source may reach it.
+    pub fn admits(&self, source: IpAddr) -> bool {
+        self.from.as_ref().is_none_or(|nets| nets.iter().any(|net| net.contains(&source)))
+    }
+
+    /// No restriction of the source, for one family at least.
+    pub fn is_for_anyone(&self) -> bool {
+        self.from.as_ref().is_none_or(|nets| nets.iter().any(|net| net.prefix_len() == 0))
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod samples;

@@ -1,1 +1,377 @@
+//! The `nft` program: lists rule sets as JSON and takes transactions. It runs for a few
+//! milliseconds at a time, under a deadline, and its listing is decoded while it writes.
 
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStderr, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::desired::TABLE;
+use crate::ruleset::{Ruleset, Table, TableFamily, decode};
+use crate::terms::printable;
+
+/// A listing of ten thousand rules takes 0.4 s; this is for a machine that swaps.
+const DEADLINE: Duration = Duration::from_secs(30);
+/// As much of its complaints as we keep.
+const STDERR_MAX: usize = 4096;
+/// Where distributions put it when PATH does not say.
+const FALLBACK: [&str; 3] = ["/usr/sbin", "/sbin", "/run/current-system/sw/bin"];
+
+#[derive(Debug, thiserror::Error)]
+pub enum NftError {
+    #[error("nft not found: install nftables")]
+    Missing,
+    #[error("{operation}: not permitted, needs CAP_NET_ADMIN: run as root")]
+    Permission { operation: String },
+    #[error("{operation}: this kernel has no nf_tables, or may not load it")]
+    Unsupported { operation: String },
+    #[error("{operation}: no answer within {} s", DEADLINE.as_secs())]
+    TimedOut { operation: String },
+    #[error("{operation}: no such table, chain or rule: {text}")]
+    NotFound { operation: String, text: String },
+    #[error("{operation} failed: {text}")]
+    Failed { operation: String, text: String },
+    #[error("{operation}")]
+    Run { operation: String, source: io::Error },
+}
+
+/// Every table of this network namespace.
+pub fn list_ruleset() -> anyhow::Result<Ruleset> {
+    list(&["-j", "list", "ruleset"])
+}
+
+/// Our own table; `None` if there is none.
+pub fn list_table() -> anyhow::Result<Option<Table>> {
+    match list(&["-j", "list", "table", "inet", TABLE]) {
+        Ok(ruleset) => {
+            Ok(ruleset.tables.into_iter().find(|t| t.family == TableFamily::Inet && t.name == TABLE))
+        }
+        Err(e) if matches!(e.downcast_ref(), Some(NftError::NotFound { .. })) => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+/// All of it or nothing: nft sends what it reads as one batch.
+pub fn run_transaction(json: &str) -> anyhow::Result<()> {
+    let operation = "nft -j -f -";
+    // A file in memory can't fill up as a pipe can while nobody reads its other end.
+    let stdin = memory_file(json.as_bytes())
+        .map_err(|source| NftError::Run { operation: operation.to_owned(), source })?;
+    let mut nft =
+        Running::start(&program()?, &["-j", "-f", "-"], Stdio::from(stdin), Stdio::null(), DEADLINE)?;
+    nft.finish()?;
+    Ok(())
+}
+
+fn list(args: &[&str]) -> anyhow::Result<Ruleset> {
+    decoded(Running::start(&program()?, args, Stdio::null(), Stdio::piped(), DEADLINE)?)
+}
+
+fn decoded(mut nft: Running) -> anyhow::Result<Ruleset> {
+    let decoded = decode::ruleset(&mut nft);
+    if decoded.is_err() && !nft.ended {
+        // Half a listing read: it would wait for ever to write the rest.
+        nft.stop();
+    }
+    // What nft says of its failure explains more than JSON that ends in the middle.
+    match (nft.finish(), decoded) {
+        (Ok(()), Ok(ruleset)) => Ok(ruleset),
+        (Err(e), _) if nft.timed_out || !nft.stopped => Err(e.into()),
+        (_, Err(e)) => Err(anyhow::Error::new(e).context(nft.operation.clone())),
+        (Err(e), Ok(_)) => Err(e.into()),
+    }
+}
+
+fn memory_file(bytes: &[u8]) -> io::Result<File> {
+    let mut file = File::from(rustix::fs::memfd_create("nft", rustix::fs::MemfdFlags::CLOEXEC)?);
+    file.write_all(bytes)?;
+    file.seek(SeekFrom::Start(0))?;
+    Ok(file)
+}
+
+fn program() -> Result<PathBuf, NftError> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(FALLBACK.iter().map(PathBuf::from))
+        .filter(|dir| dir.is_absolute())
+        .map(|dir| dir.join("nft"))
+        .find(|file| rustix::fs::access(file, rustix::fs::Access::EXEC_OK).is_ok())
+        .ok_or(NftError::Missing)
+}
+
+/// An nft that runs. Reading it reads its output, until the deadline.
+struct Running {
+    operation: String,
+    child: Child,
+    /// Readable once it has ended, so that waiting has a deadline too.
+    exit: OwnedFd,
+    stdout: Option<ChildStdout>,
+    stderr: Option<ChildStderr>,
+    complaints: Vec<u8>,
+    deadline: Instant,
+    timed_out: bool,
+    /// We have killed it ourselves.
+    stopped: bool,
+    /// Its output has been read to the end.
+    ended: bool,
+}
+
+impl Running {
+    fn start(
+        program: &Path,
+        args: &[&str],
+        stdin: Stdio,
+        stdout: Stdio,
+        deadline: Duration,
+    ) -> Result<Self, NftError> {
+        let operation = format!("nft {}", args.join(" "));
+        let failed = |source: io::Error| NftError::Run { operation: operation.clone(), source };
+        let mut child = Command::new(program)
+            .args(args)
+            // Its messages are told apart by their text.
+            .env("LC_ALL", "C")
+            .stdin(stdin)
+            .stdout(stdout)
+            .stderr(Stdio::piped())
+            .spawn()
+            .map_err(failed)?;
+        let opened = (i32::try_from(child.id()).ok())
+            .and_then(rustix::process::Pid::from_raw)
+            .ok_or(rustix::io::Errno::SRCH)
+            .and_then(|pid| rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()));
+        let exit = match opened {
+            Ok(exit) => exit,
+            Err(errno) => {
+                let _ = child.kill();
+                let _ = child.wait();
+                return Err(failed(errno.into()));
+            }
+        };
+        let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+        Ok(Self {
+            ended: stdout.is_none(),
+            operation,
+            child,
+            exit,
+            stdout,
+            stderr,
+            complaints: Vec::new(),
+            deadline: Instant::now() + deadline,
+            timed_out: false,
+            stopped: false,
+        })
+    }
+
+    /// Its verdict, once it has ended.
+    fn finish(&mut self) -> Result<(), NftError> {
+        let failed = |operation: &str, source| NftError::Run { operation: operation.to_owned(), source };
+        while self.stderr.is_some() || !self.exited_now() {
+            match self.wait_readable() {
+                Ok(_) => {}
+                Err(_) if self.timed_out => break,
+                Err(source) => return Err(failed(&self.operation, source)),
+            }
+        }
+        let status = self.child.wait().map_err(|source| failed(&self.operation, source))?;
+        let operation = self.operation.clone();
+        if self.timed_out {
+            return Err(NftError::TimedOut { operation });
+        }
+        if status.success() {
+            return Ok(());
+        }
+        let said = String::from_utf8_lossy(&self.complaints);
+        Err(explained(operation, &said, status))
+    }
+
+    fn exited_now(&self) -> bool {
+        let mut fds = [PollFd::new(&self.exit, PollFlags::IN)];
+        poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|ready| ready > 0)
+    }
+
+    /// Waits for output (`true`), or for anything else of note (`false`); takes in what
+    /// it complains of meanwhile.
+    fn wait_readable(&mut self) -> io::Result<bool> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        let timeout = Timespec {
+            tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: i64::from(left.subsec_nanos()),
+        };
+        let mut fds: Vec<PollFd<'_>> = Vec::with_capacity(3);
+        let reading = self.stdout.is_some() && !self.ended;
+        if let (Some(stdout), true) = (&self.stdout, reading) {
+            fds.push(PollFd::from_borrowed_fd(stdout.as_fd(), PollFlags::IN));
+        } else {
+            fds.push(PollFd::new(&self.exit, PollFlags::IN));
+        }
+        if let Some(stderr) = &self.stderr {
+            fds.push(PollFd::from_borrowed_fd(stderr.as_fd(), PollFlags::IN));
+        }
+        match poll(&mut fds, Some(&timeout)) {
+            // Also where there is always something to read.
+            ready if ready == Ok(0) || left.is_zero() => {
+                drop(fds);
+                self.timed_out = true;
+                self.stop();
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+        let output = reading && !fds[0].revents().is_empty();
+        let complaint = fds.get(1).is_some_and(|fd| !fd.revents().is_empty());
+        drop(fds);
+        if let (true, Some(stderr)) = (complaint, &mut self.stderr) {
+            let mut piece = [0u8; 1024];
+            match stderr.read(&mut piece) {
+                Ok(0) => self.stderr = None,
+                Ok(n) => {
+                    let room = STDERR_MAX.saturating_sub(self.complaints.len());
+                    self.complaints.extend_from_slice(&piece[..n.min(room)]);
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(output)
+    }
+
+    fn stop(&mut self) {
+        self.stopped = true;
+        // Fails only if it has ended already.
+        let _ = self.child.kill();
+    }
+}
+
+impl Read for Running {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        while !self.ended && !self.wait_readable()? {}
+        match &mut self.stdout {
+            // Readers ask again after the end.
+            _ if self.ended => Ok(0),
+            Some(stdout) => {
+                let n = stdout.read(buffer)?;
+                self.ended |= n == 0 && !buffer.is_empty();
+                Ok(n)
+            }
+            None => Ok(0),
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if !matches!(self.child.try_wait(), Ok(Some(_))) {
+            self.stop();
+            let _ = self.child.wait();
+        }
+    }
+}
+
+fn explained(operation: String, said: &str, status: std::process::ExitStatus) -> NftError {
+    let lines: Vec<String> = (said.lines().map(str::trim))
+        .filter(|line| !line.is_empty() && !line.chars().all(|c| c == '^' || c == '~' || c == ' '))
+        .take(3)
+        .map(|line| printable(line, 200))
+        .collect();
+    let text = if lines.is_empty() { status.to_string() } else { lines.join("; ") };
+    // "cache initialization failed: Operation not permitted" and its like: the cause is
+    // at the end of a line, in the words of strerror(3).
+    if said.contains("Operation not permitted") {
+        NftError::Permission { operation }
+    } else if ["Protocol not supported", "Operation not supported on", "Unable to initialize Netlink socket"]
+        .iter()
+        .any(|cause| said.contains(cause))
+    {
+        NftError::Unsupported { operation }
+    } else if said.contains("No such file or directory") {
+        NftError::NotFound { operation, text }
+    } else {
+        NftError::Failed { operation, text }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt;
+
+    use super::*;
+
+    fn of(said: &str) -> String {
+        explained("nft x".into(), said, std::process::ExitStatus::from_raw(256)).to_string()
+    }
+
+    #[test]
+    fn failures_are_told_apart_by_what_nft_says() {
+        let denied = "Operation not permitted (you must be root)\nnetlink: Error: cache initialization failed: \
+                      Operation not permitted\n";
+        assert!(of(denied).contains("CAP_NET_ADMIN"));
+        assert!(of("Unable to initialize Netlink socket: Protocol not supported\n").contains("no nf_tables"));
+        assert!(
+            of("Error: No such file or directory\nlist table inet x\n      ^^^\n").contains("no such table")
+        );
+        assert_eq!(
+            of("internal:0:0-0: Error: bad\x1b[2J rule\n"),
+            "nft x failed: internal:0:0-0: Error: bad\u{fffd}[2J rule"
+        );
+        assert!(of("").starts_with("nft x failed: exit status"));
+    }
+
+    /// A shell in nft's place.
+    fn running(script: &str, deadline: Duration) -> Running {
+        Running::start(Path::new("/bin/sh"), &["-c", script], Stdio::null(), Stdio::piped(), deadline)
+            .expect("a shell")
+    }
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    #[track_caller]
+    fn refused(script: &str, deadline: Duration) -> String {
+        let start = Instant::now();
+        let error = decoded(running(script, deadline)).expect_err("was taken for a listing");
+        assert!(start.elapsed() < Duration::from_secs(20), "took {:?}", start.elapsed());
+        format!("{error:#}")
+    }
+
+    #[test]
+    fn a_listing_is_taken_only_whole_and_from_an_nft_that_succeeds() {
+        let table = r#"{"nftables":[{"table":{"family":"inet","name":"x","handle":1}}]}"#;
+        let listed = decoded(running(&format!("echo '{table}'; echo note >&2"), LONG)).expect("a listing");
+        assert_eq!(listed.tables.len(), 1);
+        assert!(
+            refused(&format!("echo '{table}'; echo 'Error: Bad' >&2; exit 1"), LONG).contains("Error: Bad")
+        );
+        assert!(refused("echo '{\"nftables\":[{'", LONG).contains("JSON"));
+        assert!(refused("exit 0", LONG).contains("JSON"));
+        // One that would write for ever is stopped at its first mistake.
+        assert!(refused("exec yes", LONG).contains("JSON"));
+    }
+
+    #[test]
+    fn an_nft_that_hangs_is_ended_at_the_deadline() {
+        let soon = Duration::from_millis(100);
+        assert!(refused("exec sleep 600", soon).contains("no answer"));
+        assert!(refused("echo '{\"nftables\":['; exec sleep 600", soon).contains("no answer"));
+        assert!(refused("exec >&- 2>&-; exec sleep 600", soon).contains("no answer"));
+        assert!(refused("yes ' '", soon).contains("no answer"), "blanks are JSON for as long as they come");
+    }
+
+    #[test]
+    fn complaints_are_bounded() {
+        let mut nft = running("exec >&-; head -c 1000000 /dev/zero | tr '\\0' x >&2; exit 1", LONG);
+        let error = nft.finish().expect_err("it failed");
+        assert_eq!(nft.complaints.len(), STDERR_MAX);
+        assert!(error.to_string().len() < 300, "{error}");
+    }
+
+    #[test]
+    fn a_transaction_is_read_from_its_start() {
+        let mut text = String::new();
+        memory_file(b"{}").expect("a file").read_to_string(&mut text).expect("reads");
+        assert_eq!(text, "{}");
+    }
+}

@@ -1,0 +1,935 @@
+//! The table `inet spokeguard` as a value. Deny-only: our `accept` ends nothing but our
+//! own chain, so every other table on the host still has its say.
+//!
+//! Per interface: `mesh`, `local-NAME` or `public` judges what this host receives, and
+//! `forward-...` what it passes on to containers and machines behind it, with the same
+//! lists (`allowed-...`). Ports are those that the outsider asked for: new flows by
+//! `ct original proto-dst`, whatever a DNAT or redirect made of them since; packets that
+//! conntrack does not know by what they carry.
+//!
+//! The forms are those in which nft 1.0.6 and later list what they were given, so that
+//! what is read back compares equal: interface patterns are rules of their own (a set
+//! holds no wildcards), so are the ports of `ct original proto-dst` (a set of them lists
+//! as "0x50 [invalid type]"), addresses are merged into ranges as an interval set does,
+//! and no chain is called by a keyword of nft's.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnet::IpNet;
+
+use super::{COMMENT_PREFIX, PRIORITY, TABLE};
+use crate::observed::Amount;
+use crate::policy::{Bind, Mode, Policy, Role, Sources};
+use crate::ruleset::{Base, Chain, Hook, Match, Op, Operand, Rule, Statement, Table, TableFamily, Term};
+use crate::terms::{Family, IfacePattern, Port, Proto};
+
+/// Why a packet is dropped: one named counter for each reason and family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum DropReason {
+    /// The sshd port, from the internet.
+    Ssh,
+    PublicTcp,
+    PublicUdp,
+    /// Neither TCP nor UDP, nor the ICMP that hosts need.
+    PublicOther,
+    /// A mesh address, asked for through an interface that is not the mesh.
+    WeakHost,
+    /// A source in the mesh that did not come through the mesh.
+    SpoofedMesh,
+    /// Through the mesh, but not open to it.
+    Mesh,
+    /// Through a `[[local]]` interface, but not on its list.
+    Local,
+    /// On the way to a container or a machine behind this host.
+    Forward,
+}
+
+impl DropReason {
+    pub const ALL: [DropReason; 9] = [
+        DropReason::Ssh,
+        DropReason::PublicTcp,
+        DropReason::PublicUdp,
+        DropReason::PublicOther,
+        DropReason::WeakHost,
+        DropReason::SpoofedMesh,
+        DropReason::Mesh,
+        DropReason::Local,
+        DropReason::Forward,
+    ];
+
+    pub const fn name(self) -> &'static str {
+        match self {
+            DropReason::Ssh => "ssh",
+            DropReason::PublicTcp => "public-tcp",
+            DropReason::PublicUdp => "public-udp",
+            DropReason::PublicOther => "public-other",
+            DropReason::WeakHost => "weak-host",
+            DropReason::SpoofedMesh => "spoofed-mesh",
+            DropReason::Mesh => "mesh",
+            DropReason::Local => "local",
+            DropReason::Forward => "forward",
+        }
+    }
+
+    /// The name of the counter in our table: "drop-weak-host-ipv4". In audit mode it
+    /// counts what would have been dropped.
+    pub fn counter(self, family: Family) -> String {
+        format!("drop-{}-{family}", self.name())
+    }
+
+    /// From the name of a counter; `None` for one that is not ours.
+    pub fn of_counter(name: &str) -> Option<(Self, Family)> {
+        Self::ALL
+            .into_iter()
+            .flat_map(|reason| Family::ALL.map(|family| (reason, family)))
+            .find(|(reason, family)| reason.counter(*family) == name)
+    }
+}
+
+pub(super) fn table(policy: &Policy, today: jiff::civil::Date) -> Table {
+    let build = Build { policy, today };
+    let locals = local_names(policy);
+    let mut chains = vec![
+        base("input", Hook::Input, build.input(&locals)),
+        base("forward", Hook::Forward, build.forward(&locals)),
+        regular("mesh", build.mesh()),
+        regular("public", build.public()),
+    ];
+    for (local, name) in policy.locals.iter().zip(&locals) {
+        let allowed = format!("allowed-local-{name}");
+        chains.push(regular(format!("local-{name}"), build.local(name)));
+        chains.push(regular(format!("forward-local-{name}"), build.forward_published(&allowed)));
+        chains.push(regular(allowed, build.allowed_local(local)));
+    }
+    chains.extend([
+        regular("forward-mesh", build.forward_published("allowed-mesh")),
+        regular("forward-public", build.forward_public()),
+        regular("allowed-mesh", build.allowed_mesh()),
+        regular("allowed-public", build.allowed_public()),
+        regular("mesh-leaks", build.mesh_leaks()),
+        regular("icmp-needed", icmp_needed()),
+    ]);
+    let counters: BTreeMap<String, Amount> = chains
+        .iter()
+        .flat_map(|chain| &chain.rules)
+        .flat_map(|rule| &rule.statements)
+        .filter_map(|statement| match statement {
+            Statement::CounterRef(name) => Some((name.clone(), Amount::default())),
+            _ => None,
+        })
+        .collect();
+    Table {
+        family: TableFamily::Inet,
+        name: TABLE.to_owned(),
+        dormant: false,
+        chains,
+        counters,
+        sets: Vec::new(),
+    }
+}
+
+/// Addresses of `ssh.bind` outside of the mesh: sshd is meant to be reached there from
+/// `ssh.from`, through whatever interface. An unspecified address is any.
+pub(super) fn open_binds(policy: &Policy) -> Vec<IpAddr> {
+    match &policy.ssh.bind {
+        Bind::Mesh => Vec::new(),
+        Bind::Addresses(list) => (list.iter().copied())
+            .filter(|&address| !address.is_loopback() && !super::admin::in_mesh(policy, address))
+            .collect(),
+    }
+}
+
+/// Who may reach the tunnel's own UDP port from outside: anyone on a hub, the hub's
+/// endpoint on a node that names it. `None`: nobody needs to, this node calls first.
+pub(super) fn tunnel_sources(policy: &Policy) -> Option<Option<Vec<IpNet>>> {
+    let endpoint = policy.mesh.hub.as_ref().and_then(|hub| hub.endpoint);
+    match (policy.node.role, endpoint) {
+        (Role::Hub, _) => Some(None),
+        (_, Some(endpoint)) => Some(Some(vec![endpoint.ip().into()])),
+        (_, None) => None,
+    }
+}
+
+struct Build<'a> {
+    policy: &'a Policy,
+    today: jiff::civil::Date,
+}
+
+impl Build<'_> {
+    fn input(&self, locals: &[String]) -> Vec<Rule> {
+        let Policy { mesh, ssh, metrics, public, .. } = self.policy;
+        let mut rules = vec![
+            accept("loopback", [iifname("lo")]),
+            accept("established", [ct_state(&["established", "related"])]),
+        ];
+        // First, and apart from everything that a policy may say: a mistake in the mesh's
+        // own list must not cost the way in.
+        let hub = Sources::Hub.prefixes(mesh);
+        let failsafe = Opening {
+            proto: Proto::Tcp,
+            ports: &[ssh.port, metrics.port],
+            from: Some(&hub),
+            to: None,
+            iifname: Some(&mesh.interface),
+        };
+        rules.extend(failsafe.rules("hub-failsafe"));
+        rules.push(jump("mesh", "mesh", [iifname(&mesh.interface)]));
+        for (pattern, name) in self.local_patterns(locals) {
+            rules.push(jump(
+                &format!("local-{name}-{pattern}"),
+                &format!("local-{name}"),
+                [iifname(pattern.as_str())],
+            ));
+        }
+        rules.extend(to_public(public.interfaces.as_deref(), "public", "public"));
+        rules
+    }
+
+    fn mesh(&self) -> Vec<Rule> {
+        let mut rules = vec![jump("mesh-allowed", "allowed-mesh", [])];
+        rules.extend(self.deny_both(DropReason::Mesh, "drop-mesh", []));
+        rules
+    }
+
+    fn public(&self) -> Vec<Rule> {
+        let mut rules = self.weak_host("public");
+        rules.push(jump("public-mesh-leaks", "mesh-leaks", []));
+        rules.push(jump("public-allowed", "allowed-public", []));
+        rules.extend(dhcp_client("public"));
+        let ssh = [l4proto("tcp"), original_port(self.policy.ssh.port)];
+        rules.extend(self.deny_both(DropReason::Ssh, "drop-ssh", ssh));
+        rules.extend(self.deny_both(DropReason::PublicTcp, "drop-public-tcp", [l4proto("tcp")]));
+        rules.extend(self.deny_both(DropReason::PublicUdp, "drop-public-udp", [l4proto("udp")]));
+        rules.extend(self.deny_both(DropReason::PublicOther, "drop-public-other", []));
+        rules
+    }
+
+    fn local(&self, name: &str) -> Vec<Rule> {
+        let id = format!("local-{name}");
+        let mut rules = self.weak_host(&id);
+        rules.push(jump(&format!("{id}-mesh-leaks"), "mesh-leaks", []));
+        rules.push(jump(&format!("{id}-allowed"), &format!("allowed-{id}"), []));
+        rules.extend(dhcp_client(&id));
+        rules.extend(self.deny_both(DropReason::Local, &format!("drop-{id}"), []));
+        rules
+    }
+
+    fn allowed_mesh(&self) -> Vec<Rule> {
+        let Policy { mesh, ssh, metrics, services, .. } = self.policy;
+        let mut rules = vec![jump("mesh-icmp", "icmp-needed", [])];
+        let from_ssh = ssh.from.prefixes(mesh);
+        rules.extend(Opening::tcp(&[ssh.port], Some(&from_ssh)).rules("ssh"));
+        let hub = Sources::Hub.prefixes(mesh);
+        rules.extend(Opening::tcp(&[metrics.port], Some(&hub)).rules("metrics"));
+        for service in services {
+            let from = service.from.prefixes(mesh);
+            for proto in Proto::ALL {
+                let id = format!("service-{}-{proto}", service.name);
+                rules.extend(Opening::new(proto, service.ports(proto), Some(&from)).rules(&id));
+            }
+        }
+        rules.extend(self.exceptions("mesh"));
+        rules
+    }
+
+    fn allowed_public(&self) -> Vec<Rule> {
+        let Policy { public, mesh, .. } = self.policy;
+        let mut rules = vec![jump("public-icmp", "icmp-needed", [])];
+        for proto in Proto::ALL {
+            rules.extend(Opening::new(proto, public.ports(proto), None).rules(&format!("public-{proto}")));
+        }
+        if let (Some(port), Some(from)) = (mesh.listen_port, tunnel_sources(self.policy)) {
+            rules.extend(Opening::new(Proto::Udp, &[port], from.as_deref()).rules("tunnel"));
+        }
+        rules.extend(self.open_ssh("public"));
+        rules.extend(self.exceptions("public"));
+        rules
+    }
+
+    fn allowed_local(&self, local: &crate::policy::Local) -> Vec<Rule> {
+        let id = format!("local-{}", local.name);
+        let mut rules = vec![jump(&format!("{id}-icmp"), "icmp-needed", [])];
+        for proto in Proto::ALL {
+            rules.extend(Opening::new(proto, local.ports(proto), None).rules(&format!("{id}-{proto}")));
+        }
+        rules.extend(self.open_ssh(&id));
+        rules.extend(self.exceptions(&id));
+        rules
+    }
+
+    fn forward(&self, locals: &[String]) -> Vec<Rule> {
+        let Policy { mesh, public, .. } = self.policy;
+        let mut rules = vec![
+            accept("forward-loopback", [iifname("lo")]),
+            accept("forward-established", [ct_state(&["established", "related"])]),
+            jump("forward-mesh", "forward-mesh", [iifname(&mesh.interface)]),
+        ];
+        for (pattern, name) in self.local_patterns(locals) {
+            rules.push(jump(
+                &format!("forward-local-{name}-{pattern}"),
+                &format!("forward-local-{name}"),
+                [iifname(pattern.as_str())],
+            ));
+        }
+        rules.extend(to_public(public.interfaces.as_deref(), "forward-public", "forward-public"));
+        rules
+    }
+
+    /// From the mesh or a local network: published ports are judged, whatever else is
+    /// routed (between spokes, to an exit node, out of a container) is left alone.
+    fn forward_published(&self, allowed: &str) -> Vec<Rule> {
+        let id = allowed.replacen("allowed", "forward", 1);
+        let mut rules = vec![jump(&format!("{id}-published"), allowed, [published()])];
+        rules.extend(self.deny_both(DropReason::Forward, &format!("drop-{id}-published"), [published()]));
+        // Else it would go back to `forward` and on to the public's rules.
+        rules.push(accept(&format!("{id}-routed"), []));
+        rules
+    }
+
+    fn forward_public(&self) -> Vec<Rule> {
+        let Policy { mesh, locals, .. } = self.policy;
+        let deny = |id: &str, of: Match| self.deny_both(DropReason::Forward, id, [of]);
+        let mut rules = vec![
+            jump("forward-public-mesh-leaks", "mesh-leaks", []),
+            jump("forward-public-published", "allowed-public", [published()]),
+        ];
+        rules.extend(deny("drop-forward-public-published", published()));
+        rules.extend(deny("drop-forward-public-to-mesh", oifname(&mesh.interface)));
+        for pattern in locals.iter().flat_map(|local| &local.interfaces) {
+            let to = || oifname(pattern.as_str());
+            rules.push(jump(&format!("forward-public-to-{pattern}"), "allowed-public", [to()]));
+            rules.extend(deny(&format!("drop-forward-public-to-{pattern}"), to()));
+        }
+        rules
+    }
+
+    /// The packet goes to a mesh address of this host and came by another way. On input
+    /// only: what is published may well go on to the mesh.
+    fn weak_host(&self, id: &str) -> Vec<Rule> {
+        self.on_mesh_prefixes(DropReason::WeakHost, &format!("drop-{id}-weak-host"), |net| {
+            vec![address("daddr", net)]
+        })
+    }
+
+    /// Asked for a mesh address, or says to come from one, without coming from the mesh.
+    fn mesh_leaks(&self) -> Vec<Rule> {
+        let mut rules =
+            self.on_mesh_prefixes(DropReason::WeakHost, "drop-weak-host", |net| vec![original_address(net)]);
+        rules.extend(self.on_mesh_prefixes(DropReason::SpoofedMesh, "drop-spoofed-mesh", |net| {
+            vec![address("saddr", net)]
+        }));
+        rules
+    }
+
+    fn on_mesh_prefixes(
+        &self,
+        reason: DropReason,
+        id: &str,
+        matches: impl Fn((Family, Operand)) -> Vec<Match>,
+    ) -> Vec<Rule> {
+        (by_family(&self.policy.mesh.prefix).into_iter())
+            .flat_map(|(family, from)| from.map(|operand| (family, operand)))
+            .map(|(family, operand)| {
+                self.deny(reason, family, &format!("{id}-{family}"), matches((family, operand)))
+            })
+            .collect()
+    }
+
+    fn open_ssh(&self, scope: &str) -> Vec<Rule> {
+        let ssh = &self.policy.ssh;
+        let from = ssh.from.prefixes(&self.policy.mesh);
+        open_binds(self.policy)
+            .into_iter()
+            .flat_map(|to| {
+                Opening { to: Some(to), ..Opening::tcp(&[ssh.port], Some(&from)) }
+                    .rules(&format!("{scope}-ssh-{to}"))
+            })
+            .collect()
+    }
+
+    fn exceptions(&self, scope: &str) -> Vec<Rule> {
+        (self.policy.exceptions.iter().filter(|exception| exception.holds_on(self.today)))
+            .flat_map(|exception| Proto::ALL.map(|proto| (exception, proto)))
+            .flat_map(|(exception, proto)| {
+                Opening::new(proto, exception.ports(proto), Some(&exception.from))
+                    .rules(&format!("{scope}-exception-{}-{proto}", exception.name))
+            })
+            .collect()
+    }
+
+    fn local_patterns<'a>(
+        &'a self,
+        names: &'a [String],
+    ) -> impl Iterator<Item = (&'a IfacePattern, &'a String)> {
+        (self.policy.locals.iter().zip(names))
+            .flat_map(|(local, name)| local.interfaces.iter().map(move |pattern| (pattern, name)))
+    }
+
+    /// One rule for each family, so that each has its counter.
+    fn deny_both<const N: usize>(&self, reason: DropReason, id: &str, matches: [Match; N]) -> Vec<Rule> {
+        (Family::ALL.into_iter())
+            .map(|family| {
+                let all = std::iter::once(nfproto(family)).chain(matches.iter().cloned()).collect();
+                self.deny(reason, family, &format!("{id}-{family}"), all)
+            })
+            .collect()
+    }
+
+    /// The only place that denies. Audit mode ends the chain at the same rule, so that
+    /// it counts exactly what enforcing would have dropped.
+    fn deny(&self, reason: DropReason, family: Family, id: &str, matches: Vec<Match>) -> Rule {
+        let verdict = match self.policy.enforce.mode {
+            Mode::Enforce => Statement::Drop,
+            Mode::Audit => Statement::Accept,
+        };
+        rule(id, matches, [Statement::CounterRef(reason.counter(family)), verdict])
+    }
+}
+
+/// Ports that become reachable: by the original port for flows that conntrack knows, by
+/// the packet's own port for the others, which no NAT has rewritten.
+struct Opening<'a> {
+    proto: Proto,
+    ports: &'a [Port],
+    /// `None`: anyone.
+    from: Option<&'a [IpNet]>,
+    /// One address of this host only. Unspecified: any of its family.
+    to: Option<IpAddr>,
+    iifname: Option<&'a str>,
+}
+
+impl<'a> Opening<'a> {
+    fn new(proto: Proto, ports: &'a [Port], from: Option<&'a [IpNet]>) -> Self {
+        Self { proto, ports, from, to: None, iifname: None }
+    }
+
+    fn tcp(ports: &'a [Port], from: Option<&'a [IpNet]>) -> Self {
+        Self::new(Proto::Tcp, ports, from)
+    }
+
+    fn rules(&self, id: &str) -> Vec<Rule> {
+        let mut ports: Vec<u64> = self.ports.iter().map(|port| u64::from(port.get())).collect();
+        ports.sort_unstable();
+        ports.dedup();
+        let Some(own_port) = set(ports.iter().map(|&port| Operand::Number(port)).collect()) else {
+            return Vec::new();
+        };
+        let mut rules = Vec::new();
+        for (family, from) in self.sources() {
+            let suffix = family.map_or(String::new(), |family| format!("-{family}"));
+            let iif = self.iifname.map(iifname);
+            let source = match (family, from) {
+                (Some(family), Some(operand)) => Some(address("saddr", (family, operand))),
+                (Some(family), None) if self.to.is_none_or(|to| to.is_unspecified()) => Some(nfproto(family)),
+                _ => None,
+            };
+            let to =
+                self.to.filter(|to| !to.is_unspecified()).map(|to| (Family::of(to), Operand::Address(to)));
+            for &port in &ports {
+                let matches = (iif.clone().into_iter())
+                    .chain(source.clone())
+                    .chain(to.clone().map(original_address))
+                    .chain([l4proto(self.proto.name()), original_is(port)]);
+                rules.push(accept(&format!("{id}-{port}{suffix}"), matches));
+            }
+            let matches = (iif.into_iter())
+                .chain([ct_state(&["invalid", "untracked"])])
+                .chain(source)
+                .chain(to.map(|to| address("daddr", to)))
+                .chain([payload(self.proto.name(), "dport", own_port.clone())]);
+            rules.push(accept(&format!("{id}-untracked{suffix}"), matches));
+        }
+        rules
+    }
+
+    /// The sources by family: `(None, None)` is anyone, `(Some(family), None)` is anyone
+    /// of one family.
+    fn sources(&self) -> Vec<(Option<Family>, Option<Operand>)> {
+        let all = match self.from {
+            None => Family::ALL.map(|family| (family, None)).to_vec(),
+            Some(from) => by_family(from),
+        };
+        match self.to {
+            Some(to) => (all.into_iter())
+                .filter(|(family, _)| *family == Family::of(to))
+                .map(|(family, from)| (Some(family), from))
+                .collect(),
+            None if all.len() == 2 && all.iter().all(|(_, from)| from.is_none()) => vec![(None, None)],
+            None => all.into_iter().map(|(family, from)| (Some(family), from)).collect(),
+        }
+    }
+}
+
+/// Prefixes as the right side of a match, for each family that has any. `None`: all of
+/// its addresses.
+fn by_family(nets: &[IpNet]) -> Vec<(Family, Option<Operand>)> {
+    (Family::ALL.into_iter())
+        .filter_map(|family| {
+            let ranges = merged(nets.iter().filter(|net| Family::of_net(net) == family));
+            if ranges.is_empty() {
+                return None;
+            }
+            let highest = match family {
+                Family::Ipv4 => u128::from(u32::MAX),
+                Family::Ipv6 => u128::MAX,
+            };
+            let everything = ranges == [(0, highest)];
+            let operands = ranges.into_iter().map(|range| range_operand(family, range)).collect();
+            Some((family, set(operands).filter(|_| !everything)))
+        })
+        .collect()
+}
+
+/// Sorted, and joined where they overlap or touch, as the kernel's interval sets are.
+fn merged<'a>(nets: impl Iterator<Item = &'a IpNet>) -> Vec<(u128, u128)> {
+    let mut ranges: Vec<(u128, u128)> =
+        nets.map(|net| (number(net.network()), number(last_address(net)))).collect();
+    ranges.sort_unstable();
+    let mut out: Vec<(u128, u128)> = Vec::new();
+    for (first, last) in ranges {
+        match out.last_mut() {
+            Some((_, end)) if first <= end.saturating_add(1) => *end = last.max(*end),
+            _ => out.push((first, last)),
+        }
+    }
+    out
+}
+
+fn range_operand(family: Family, (first, last): (u128, u128)) -> Operand {
+    let (low, high) = (ip(family, first), ip(family, last));
+    if first == last {
+        return Operand::Address(low);
+    }
+    let bits = if family == Family::Ipv4 { 32 } else { 128 };
+    let prefix = (0..bits)
+        .filter_map(|length| IpNet::new(low, length).ok())
+        .find(|net| net.network() == low && last_address(net) == high);
+    match prefix {
+        Some(net) => Operand::Prefix(net),
+        None => Operand::Range(Box::new(Operand::Address(low)), Box::new(Operand::Address(high))),
+    }
+}
+
+/// `IpNet::broadcast` under the name that holds for both families.
+fn last_address(net: &IpNet) -> IpAddr {
+    net.broadcast()
+}
+
+fn number(address: IpAddr) -> u128 {
+    match address {
+        IpAddr::V4(v4) => u128::from(v4.to_bits()),
+        IpAddr::V6(v6) => v6.to_bits(),
+    }
+}
+
+fn ip(family: Family, number: u128) -> IpAddr {
+    match family {
+        // Only numbers that came from IPv4 addresses get here, so nothing is cut off.
+        Family::Ipv4 => Ipv4Addr::from_bits(number as u32).into(),
+        Family::Ipv6 => Ipv6Addr::from_bits(number).into(),
+    }
+}
+
+/// A set of one is written as the element itself; of none, not at all.
+fn set(mut operands: Vec<Operand>) -> Option<Operand> {
+    match operands.len() {
+        0 => None,
+        1 => operands.pop(),
+        _ => Some(Operand::Set(operands)),
+    }
+}
+
+/// Without a list of public interfaces, what gets this far is public. With one, the rest
+/// of the host's interfaces is not ours to judge.
+fn to_public(interfaces: Option<&[IfacePattern]>, id: &str, chain: &str) -> Vec<Rule> {
+    match interfaces {
+        None => vec![jump(id, chain, [])],
+        Some(list) => (list.iter())
+            .map(|pattern| jump(&format!("{id}-{pattern}"), chain, [iifname(pattern.as_str())]))
+            .collect(),
+    }
+}
+
+/// Path MTU, errors, echo; for IPv6 also neighbour and router discovery and multicast
+/// listening. No redirects: no host needs them, and they move its routes.
+fn icmp_needed() -> Vec<Rule> {
+    let v4 = ["destination-unreachable", "echo-request", "parameter-problem", "time-exceeded"];
+    let v6 = [
+        "destination-unreachable",
+        "echo-request",
+        "mld-listener-done",
+        "mld-listener-query",
+        "mld-listener-report",
+        "mld2-listener-report",
+        "nd-neighbor-advert",
+        "nd-neighbor-solicit",
+        "nd-router-advert",
+        "nd-router-solicit",
+        "packet-too-big",
+        "parameter-problem",
+        "time-exceeded",
+    ];
+    vec![
+        accept("icmp-needed-ipv4", [payload("icmp", "type", texts(&v4))]),
+        accept("icmp-needed-ipv6", [payload("icmpv6", "type", texts(&v6))]),
+    ]
+}
+
+/// Answers to a DHCP client: they come from addresses it never wrote to.
+fn dhcp_client(id: &str) -> [Rule; 2] {
+    let link_local = IpNet::new_assert(IpAddr::V6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0)), 10);
+    [
+        accept(
+            &format!("{id}-dhcp-ipv4"),
+            [
+                nfproto(Family::Ipv4),
+                payload("udp", "sport", Operand::Number(67)),
+                payload("udp", "dport", Operand::Number(68)),
+            ],
+        ),
+        accept(
+            &format!("{id}-dhcp-ipv6"),
+            [
+                address("saddr", (Family::Ipv6, Operand::Prefix(link_local))),
+                payload("udp", "dport", Operand::Number(546)),
+            ],
+        ),
+    ]
+}
+
+/// The names of the `[[local]]` entries as parts of chain names: what nft's own language
+/// takes, and each once.
+fn local_names(policy: &Policy) -> Vec<String> {
+    let mut names: Vec<String> = Vec::new();
+    for local in &policy.locals {
+        let clean: String = (local.name.chars().take(40))
+            .map(|c| if c.is_ascii_alphanumeric() || c == '_' { c } else { '-' })
+            .collect();
+        let mut name = clean.clone();
+        for n in 2.. {
+            if !names.contains(&name) {
+                break;
+            }
+            name = format!("{clean}-{n}");
+        }
+        names.push(name);
+    }
+    names
+}
+
+fn base(name: &str, hook: Hook, rules: Vec<Rule>) -> Chain {
+    let base = Base { kind: "filter".into(), hook, priority: PRIORITY, drops: false, devices: Vec::new() };
+    Chain { name: name.to_owned(), base: Some(base), rules }
+}
+
+fn regular(name: impl Into<String>, rules: Vec<Rule>) -> Chain {
+    Chain { name: name.into(), base: None, rules }
+}
+
+fn accept(id: &str, matches: impl IntoIterator<Item = Match>) -> Rule {
+    rule(id, matches, [Statement::Accept])
+}
+
+fn jump(id: &str, chain: &str, matches: impl IntoIterator<Item = Match>) -> Rule {
+    rule(id, matches, [Statement::Jump(chain.to_owned())])
+}
+
+/// nft takes comments of up to 128 bytes; names in a policy may be longer.
+fn rule(
+    id: &str,
+    matches: impl IntoIterator<Item = Match>,
+    then: impl IntoIterator<Item = Statement>,
+) -> Rule {
+    let comment: String = format!("{COMMENT_PREFIX}{id}")
+        .chars()
+        .map(|c| if c.is_ascii_graphic() && c != '"' && c != '\\' { c } else { '-' })
+        .take(120)
+        .collect();
+    let statements = matches.into_iter().map(Statement::Match).chain(then).collect();
+    Rule { comment: Some(comment), handle: None, statements }
+}
+
+fn equal(left: Term, right: Operand) -> Match {
+    Match { left, op: Op::Eq, right }
+}
+
+fn meta(key: &str, value: &str) -> Match {
+    equal(Term::Meta(key.to_owned()), Operand::Text(value.to_owned()))
+}
+
+fn iifname(name: &str) -> Match {
+    meta("iifname", name)
+}
+
+fn oifname(name: &str) -> Match {
+    meta("oifname", name)
+}
+
+fn l4proto(name: &str) -> Match {
+    meta("l4proto", name)
+}
+
+fn nfproto(family: Family) -> Match {
+    meta("nfproto", family.name())
+}
+
+fn payload(protocol: &str, field: &str, right: Operand) -> Match {
+    equal(Term::Payload { protocol: protocol.to_owned(), field: field.to_owned() }, right)
+}
+
+fn header(family: Family) -> &'static str {
+    match family {
+        Family::Ipv4 => "ip",
+        Family::Ipv6 => "ip6",
+    }
+}
+
+/// The address that the packet carries now.
+fn address(field: &str, (family, operand): (Family, Operand)) -> Match {
+    payload(header(family), field, operand)
+}
+
+/// The address that the sender asked for.
+fn original_address((family, operand): (Family, Operand)) -> Match {
+    equal(original(&format!("{} daddr", header(family))), operand)
+}
+
+/// The port that the sender asked for. Only meaningful beside `meta l4proto`.
+fn original_port(port: Port) -> Match {
+    original_is(u64::from(port.get()))
+}
+
+fn original_is(port: u64) -> Match {
+    equal(original("proto-dst"), Operand::Number(port))
+}
+
+fn original(key: &str) -> Term {
+    Term::Ct { key: key.to_owned(), dir: Some("original".to_owned()) }
+}
+
+fn ct_state(states: &[&str]) -> Match {
+    Match { left: Term::Ct { key: "state".to_owned(), dir: None }, op: Op::Any, right: texts(states) }
+}
+
+/// A flow that some DNAT or redirect has rewritten: a published port.
+fn published() -> Match {
+    let left = Term::Ct { key: "status".to_owned(), dir: None };
+    Match { left, op: Op::Any, right: Operand::Text("dnat".to_owned()) }
+}
+
+fn texts(list: &[&str]) -> Operand {
+    Operand::Set(list.iter().map(|text| Operand::Text((*text).to_owned())).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use expect_test::{ExpectFile, expect_file};
+
+    use super::*;
+    use crate::desired::{Desired, samples};
+    use crate::ruleset::{Packet, Ruleset, Verdict, evaluate, render};
+
+    fn built(policy: Policy) -> Table {
+        Desired::new(policy, samples::TODAY).expect("a path").table.expect("a table")
+    }
+
+    #[track_caller]
+    fn check(policy: Policy, wanted: ExpectFile) {
+        wanted.assert_eq(&render::table(&built(policy)));
+    }
+
+    fn audited() -> Policy {
+        let mut policy = samples::everything();
+        policy.enforce.mode = Mode::Audit;
+        policy
+    }
+
+    #[test]
+    fn a_spoke_of_the_contract() {
+        check(samples::spoke(), expect_file!["snapshots/spoke.nft"]);
+    }
+
+    #[test]
+    fn a_hub_opens_its_tunnel_and_judges_its_public_interfaces_only() {
+        check(samples::hub(), expect_file!["snapshots/hub.nft"]);
+    }
+
+    #[test]
+    fn a_tailscale_device_opens_nothing() {
+        check(samples::tailscale(), expect_file!["snapshots/tailscale.nft"]);
+    }
+
+    #[test]
+    fn locals_exceptions_and_audit() {
+        check(audited(), expect_file!["snapshots/audit.nft"]);
+    }
+
+    #[test]
+    fn audit_is_enforce_with_accept_for_drop_and_nothing_else() {
+        let mut enforced = built(samples::everything());
+        let mut denials = 0;
+        for statement in enforced.chains.iter_mut().flat_map(|c| &mut c.rules).flat_map(|r| &mut r.statements)
+        {
+            if *statement == Statement::Drop {
+                *statement = Statement::Accept;
+                denials += 1;
+            }
+        }
+        assert!(denials > 20, "{denials} denials");
+        assert_eq!(enforced, built(audited()));
+    }
+
+    #[test]
+    fn every_rule_has_an_id_of_its_own_that_fits() {
+        let mut long = samples::everything();
+        long.exceptions[0].name = "x\"\u{e9} ".repeat(100);
+        for (policy, unique) in [(samples::everything(), true), (samples::hub(), true), (long, false)] {
+            let mut seen = BTreeSet::new();
+            for rule in built(policy).chains.iter().flat_map(|chain| &chain.rules) {
+                let comment = rule.comment.clone().expect("a comment");
+                assert!(comment.starts_with(COMMENT_PREFIX) && comment.len() < 128, "{comment}");
+                assert!(!comment.contains(['"', '\\']) && comment.is_ascii(), "{comment}");
+                assert!(seen.insert(comment.clone()) || !unique, "{comment} twice");
+            }
+        }
+    }
+
+    #[test]
+    fn every_jump_has_a_chain_that_comes_to_it_once_and_every_drop_a_counter() {
+        for policy in [samples::spoke(), samples::hub(), samples::tailscale(), samples::everything()] {
+            let table = built(policy);
+            let names: BTreeSet<&str> = table.chains.iter().map(|chain| chain.name.as_str()).collect();
+            assert_eq!(names.len(), table.chains.len());
+            for rule in table.chains.iter().flat_map(|chain| &chain.rules) {
+                for statement in &rule.statements {
+                    match statement {
+                        Statement::Jump(to) => assert!(names.contains(to.as_str()), "no chain {to}"),
+                        Statement::CounterRef(name) => {
+                            assert!(table.counters.contains_key(name));
+                            let (reason, family) = DropReason::of_counter(name).expect("one of ours");
+                            assert_eq!(reason.counter(family), *name);
+                        }
+                        Statement::Drop => {
+                            assert!(matches!(
+                                rule.statements[rule.statements.len() - 2],
+                                Statement::CounterRef(_)
+                            ));
+                        }
+                        _ => {}
+                    }
+                }
+            }
+        }
+        assert_eq!(DropReason::of_counter("drop-ssh-ipv5"), None);
+    }
+
+    #[test]
+    fn local_names_become_chains_that_nft_takes() {
+        let mut policy = samples::everything();
+        policy.locals[0].name = "b\u{fc}ro \"x\"".into();
+        policy.locals[1].name = "b ro -x-".into();
+        assert_eq!(local_names(&policy), ["b-ro--x-", "b-ro--x--2"]);
+    }
+
+    #[test]
+    fn prefixes_merge_as_interval_sets_do() {
+        let merged = |list: &[&str]| {
+            let nets: Vec<IpNet> = list.iter().map(|text| samples::net(text)).collect();
+            format!("{:?}", by_family(&nets).into_iter().map(|(_, operand)| operand).collect::<Vec<_>>())
+        };
+        assert_eq!(merged(&["10.0.0.0/25", "10.0.0.128/25"]), "[Some(Prefix(10.0.0.0/24))]");
+        assert_eq!(merged(&["10.0.0.1/32", "10.0.0.0/24"]), "[Some(Prefix(10.0.0.0/24))]");
+        assert_eq!(
+            merged(&["10.0.0.1/32", "10.0.0.2/32"]),
+            "[Some(Range(Address(10.0.0.1), Address(10.0.0.2)))]"
+        );
+        assert_eq!(merged(&["0.0.0.0/1", "128.0.0.0/1", "fd00::1/128"]), "[None, Some(Address(fd00::1))]");
+        assert_eq!(merged(&["ff00::/8", "::/0"]), "[None]");
+        assert_eq!(merged(&[]), "[]");
+    }
+
+    /// What our table alone does to the first packet of a flow.
+    fn verdict(policy: Policy, iifname: &str, from: &str, to: &str, proto: Proto, port: u16) -> Verdict {
+        let table = built(policy);
+        let packet = Packet {
+            iifname: iifname.to_owned(),
+            source: samples::ip(from),
+            destination: samples::ip(to),
+            proto,
+            source_port: samples::port(40000),
+            port: samples::port(port),
+        };
+        evaluate::judge(&Ruleset { tables: vec![table] }, &packet, &|_| true).verdict
+    }
+
+    #[test]
+    fn a_stranger_reaches_what_is_public_and_the_hub_reaches_sshd() {
+        use Proto::{Tcp, Udp};
+        let on = |iif, from, to, proto, port| verdict(samples::everything(), iif, from, to, proto, port);
+        for (from, to) in [("192.0.2.200", "198.51.100.7"), ("2001:db8::1", "2001:db8::7")] {
+            assert_eq!(on("eth0", from, to, Tcp, 443), Verdict::Accept);
+            assert_eq!(on("newly0", from, to, Tcp, 443), Verdict::Accept, "a new interface is public");
+            assert_eq!(on("eth0", from, to, Tcp, 2222), Verdict::Accept, "an exception");
+            for port in [22, 3333, 5432, 8443, 9984, 19999] {
+                assert_eq!(on("eth0", from, to, Tcp, port), Verdict::Drop, "{port}");
+                assert_eq!(on("newly0", from, to, Tcp, port), Verdict::Drop, "{port}");
+            }
+            assert_eq!(on("eth0", from, to, Udp, 443), Verdict::Drop);
+        }
+        assert_eq!(on("eth0", "192.0.2.130", "198.51.100.7", Tcp, 8443), Verdict::Accept);
+        assert_eq!(
+            on("eth0", "203.0.113.47", "198.51.100.7", Udp, 51821),
+            Verdict::Accept,
+            "the hub's endpoint"
+        );
+        assert_eq!(on("eth0", "203.0.113.48", "198.51.100.7", Udp, 51821), Verdict::Drop);
+        for port in [22, 9984, 19999] {
+            assert_eq!(on("wg0", "10.84.0.1", "10.84.0.16", Tcp, port), Verdict::Accept, "{port}");
+            assert_eq!(
+                on("eth0", "10.84.0.1", "10.84.0.16", Tcp, port),
+                Verdict::Drop,
+                "not the mesh: {port}"
+            );
+        }
+        assert_eq!(on("wg0", "10.84.0.9", "10.84.0.16", Tcp, 19999), Verdict::Accept);
+        assert_eq!(on("wg0", "10.84.0.9", "10.84.0.16", Tcp, 22), Verdict::Drop);
+        assert_eq!(on("wg0", "10.84.0.9", "10.84.0.16", Tcp, 9984), Verdict::Drop);
+        assert_eq!(on("eth0", "192.0.2.200", "10.84.0.16", Tcp, 443), Verdict::Drop, "weak host");
+        assert_eq!(on("docker0", "172.17.0.2", "172.17.0.1", Tcp, 5432), Verdict::Accept);
+        assert_eq!(
+            on("docker0", "172.17.0.2", "172.17.0.1", Tcp, 53),
+            Verdict::Drop,
+            "the other local's list"
+        );
+        assert_eq!(on("docker0", "172.17.0.2", "10.84.0.16", Tcp, 5432), Verdict::Drop, "weak host");
+        assert_eq!(on("lo", "10.84.0.16", "10.84.0.16", Tcp, 5432), Verdict::Accept);
+    }
+
+    #[test]
+    fn with_a_list_of_public_interfaces_the_others_are_left_alone() {
+        let on = |iif, port| verdict(samples::hub(), iif, "192.0.2.200", "198.51.100.7", Proto::Tcp, port);
+        assert_eq!(on("eth0", 22), Verdict::Drop);
+        assert_eq!(on("ens5", 22), Verdict::Drop);
+        assert_eq!(on("lan0", 22), Verdict::Accept);
+        let tunnel = |policy| verdict(policy, "eth0", "192.0.2.200", "198.51.100.7", Proto::Udp, 51820);
+        assert_eq!(tunnel(samples::hub()), Verdict::Accept);
+        assert_eq!(tunnel(samples::spoke()), Verdict::Drop);
+    }
+
+    #[test]
+    fn sshd_outside_of_the_mesh_is_open_at_its_address_for_its_sources_only() {
+        let mut policy = samples::everything();
+        policy.ssh.bind = Bind::Addresses(vec![samples::ip("198.51.100.7"), samples::ip("10.84.0.16")]);
+        policy.ssh.from = Sources::Prefixes(vec![samples::net("192.0.2.0/24"), samples::net("10.84.0.1/32")]);
+        let on = |iif, from, to| verdict(policy.clone(), iif, from, to, Proto::Tcp, 22);
+        for iif in ["eth0", "docker0"] {
+            assert_eq!(on(iif, "192.0.2.9", "198.51.100.7"), Verdict::Accept);
+            assert_eq!(on(iif, "192.0.2.9", "198.51.100.8"), Verdict::Drop);
+            assert_eq!(on(iif, "203.0.113.9", "198.51.100.7"), Verdict::Drop);
+        }
+        assert_eq!(on("wg0", "10.84.0.1", "10.84.0.16"), Verdict::Accept);
+    }
+}
