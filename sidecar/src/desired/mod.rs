@@ -49,12 +49,12 @@ impl Desired {
     }
 
     /// The services that a packet to this port, arriving in this scope, may be meant for.
-    /// Exceptions count in every scope. For `Scope::Other` look at `local` as well: each
+    /// Exceptions and what `[public]` opens to anyone count in every scope. For `Scope::Other` look at `local` as well: each
     /// `[[local]]` has a list of its own.
     pub fn wanted(&self, proto: Proto, port: Port, scope: Scope) -> Vec<&Service> {
         self.services
             .iter()
-            .filter(|s| s.proto == proto && s.port == port && (s.scope == scope || s.exception.is_some()))
+            .filter(|s| s.proto == proto && s.port == port && (s.scope == scope || s.is_everywhere()))
             .collect()
     }
 
@@ -130,6 +130,11 @@ impl Service {
     /// Whether this source may reach it.
     pub fn admits(&self, source: IpAddr) -> bool {
         self.from.as_ref().is_none_or(|nets| nets.iter().any(|net| net.contains(&source)))
+    }
+
+    /// Open by whatever way one comes: an exception, or what `[public]` opens to anyone.
+    pub fn is_everywhere(&self) -> bool {
+        self.exception.is_some() || (self.scope == Scope::Public && self.from.is_none())
     }
 
     /// No restriction of the source, for one family at least.

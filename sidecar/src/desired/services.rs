@@ -164,7 +164,8 @@ mod tests {
             desired.wanted(Proto::Tcp, port, scope).iter().map(|s| s.name.clone()).collect::<Vec<_>>()
         };
         assert_eq!(wanted(443, Scope::Public), ["https"]);
-        assert_eq!(wanted(443, Scope::Other), [""; 0]);
+        assert_eq!(wanted(443, Scope::Other), ["https"], "what is public is for anyone");
+        assert_eq!(wanted(443, Scope::Mesh), ["https"]);
         assert_eq!(wanted(22, Scope::Public), [""; 0]);
         assert_eq!(wanted(22, Scope::Mesh), ["ssh"]);
         assert_eq!(wanted(2222, Scope::Public), ["emergency-ssh"]);

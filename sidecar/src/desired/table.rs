@@ -107,6 +107,7 @@ pub(super) fn table(policy: &Policy, today: jiff::civil::Date) -> Table {
         regular("forward-public", build.forward_public()),
         regular("allowed-mesh", build.allowed_mesh()),
         regular("allowed-public", build.allowed_public()),
+        regular("allowed-anyone", build.allowed_anyone()),
         regular("mesh-leaks", build.mesh_leaks()),
         regular("icmp-needed", icmp_needed()),
     ]);
@@ -217,7 +218,7 @@ impl Build<'_> {
 
     fn allowed_mesh(&self) -> Vec<Rule> {
         let Policy { mesh, ssh, metrics, services, .. } = self.policy;
-        let mut rules = vec![jump("mesh-icmp", "icmp-needed", [])];
+        let mut rules = vec![jump("mesh-icmp", "icmp-needed", []), jump("mesh-anyone", "allowed-anyone", [])];
         let from_ssh = ssh.from.prefixes(mesh);
         rules.extend(Opening::tcp(&[ssh.port], Some(&from_ssh)).rules("ssh"));
         let hub = Sources::Hub.prefixes(mesh);
@@ -234,22 +235,32 @@ impl Build<'_> {
     }
 
     fn allowed_public(&self) -> Vec<Rule> {
+        let mut rules =
+            vec![jump("public-icmp", "icmp-needed", []), jump("public-anyone", "allowed-anyone", [])];
+        rules.extend(self.open_ssh("public"));
+        rules.extend(self.exceptions("public"));
+        rules
+    }
+
+    /// What `[public]` opens is open to anyone, by whatever way they come.
+    fn allowed_anyone(&self) -> Vec<Rule> {
         let Policy { public, mesh, .. } = self.policy;
-        let mut rules = vec![jump("public-icmp", "icmp-needed", [])];
+        let mut rules = Vec::new();
         for proto in Proto::ALL {
             rules.extend(Opening::new(proto, public.ports(proto), None).rules(&format!("public-{proto}")));
         }
         if let (Some(port), Some(from)) = (mesh.listen_port, tunnel_sources(self.policy)) {
             rules.extend(Opening::new(Proto::Udp, &[port], from.as_deref()).rules("tunnel"));
         }
-        rules.extend(self.open_ssh("public"));
-        rules.extend(self.exceptions("public"));
         rules
     }
 
     fn allowed_local(&self, local: &crate::policy::Local) -> Vec<Rule> {
         let id = format!("local-{}", local.name);
-        let mut rules = vec![jump(&format!("{id}-icmp"), "icmp-needed", [])];
+        let mut rules = vec![
+            jump(&format!("{id}-icmp"), "icmp-needed", []),
+            jump(&format!("{id}-anyone"), "allowed-anyone", []),
+        ];
         for proto in Proto::ALL {
             rules.extend(Opening::new(proto, local.ports(proto), None).rules(&format!("{id}-{proto}")));
         }

@@ -28,7 +28,7 @@ pub struct CountedService {
     /// `None`: anyone in that scope.
     pub from: Option<Vec<IpNet>>,
     /// Holds in every scope.
-    pub exception: bool,
+    pub everywhere: bool,
 }
 
 impl CounterConfig {
@@ -38,7 +38,7 @@ impl CounterConfig {
             port: service.port,
             scope: service.scope,
             from: service.from.clone(),
-            exception: service.exception.is_some(),
+            everywhere: service.is_everywhere(),
         });
         Self { services: services.collect() }
     }
@@ -107,7 +107,7 @@ impl CounterConfig {
         tables: &mut Tables,
     ) {
         let same = || self.services.iter().filter(|s| s.proto == service.proto && s.port == service.port);
-        let here = || same().filter(move |s| s.scope == scope || s.exception);
+        let here = || same().filter(move |s| s.scope == scope || s.everywhere);
         // A port that is open elsewhere only is refused here, and counted under its name.
         let Some(label) =
             same().find(|s| s.scope == scope).or_else(|| here().next()).or_else(|| same().next())
@@ -212,7 +212,7 @@ mod tests {
             port: Port::new(port).expect("a port"),
             scope,
             from: from.map(|nets| nets.iter().map(|net| net.parse().expect("a prefix")).collect()),
-            exception: false,
+            everywhere: false,
         }
     }
 
@@ -260,7 +260,7 @@ mod tests {
     #[test]
     fn an_exception_holds_in_every_scope_and_adds_to_what_is_there() {
         let mut way_in = service(Proto::Tcp, 22, Scope::Public, Some(&["0.0.0.0/0"]));
-        way_in.exception = true;
+        way_in.everywhere = true;
         let tables = config(&[ssh(), way_in.clone()]).tables(&Classes::new());
         assert_eq!(tables.classes[&1].judgement, [REFUSED, LISTED, REFUSED]);
         assert_eq!(tables.classes[&2].judgement, [LISTED, REFUSED, LISTED]);
