@@ -278,19 +278,19 @@ mod tests {
         check(
             Stage::spoke().without_our_table().listens("tcp 0.0.0.0:19999 netdata"),
             expect![[r#"
-            critical firewall-missing table inet spokeguard
-                wanted the policy's table, in force
-                found there is no such table
-            critical listener-exposed tcp/0.0.0.0:19999 [netdata]
-                wanted mesh only: 10.84.0.16 and fd84::16
-                found a stranger gets in through eth0 over ipv4; table inet spokeguard is not there
-            high mesh-leak 10.84.0.16 through eth0
-                wanted 10.84.0.16 answers on wg0 only
-                found a neighbour on eth0 gets to 10.84.0.16 at tcp/22, tcp/9984 and tcp/19999; table inet spokeguard is not there
-            high mesh-leak fd84::16 through eth0
-                wanted fd84::16 answers on wg0 only
-                found a neighbour on eth0 gets to fd84::16 at tcp/22, tcp/9984 and tcp/19999; table inet spokeguard is not there
-        "#]],
+                critical firewall-missing table inet spokeguard
+                    wanted the policy's table, in force
+                    found there is no such table
+                critical listener-exposed tcp/0.0.0.0:19999 [netdata]
+                    wanted mesh only: 10.84.0.16 and fd84::16
+                    found a stranger gets in through eth0 over ipv4; table inet spokeguard is not there
+                high mesh-leak 10.84.0.16
+                    wanted answers on wg0 only
+                    found a neighbour on eth0 gets to tcp/22, tcp/9984 and tcp/19999; table inet spokeguard is not there
+                high mesh-leak fd84::16
+                    wanted answers on wg0 only
+                    found a neighbour on eth0 gets to tcp/22, tcp/9984 and tcp/19999; table inet spokeguard is not there
+            "#]],
         );
     }
 
@@ -313,19 +313,19 @@ mod tests {
         check(
             stage.listens("tcp [::]:5432 db"),
             expect![[r#"
-            critical firewall-missing table inet spokeguard
-                wanted the policy's table, in force
-                found there is no such table
-            critical listener-exposed tcp/[::]:5432 [db]
-                wanted closed to the public: the policy names no such port
-                found a stranger gets in through eth0 over ipv6; table inet spokeguard is not there
-            high mesh-leak 10.84.0.16 through eth0
-                wanted 10.84.0.16 answers on wg0 only
-                found a neighbour on eth0 gets to 10.84.0.16 at tcp/22, tcp/9984 and tcp/19999; table inet spokeguard is not there
-            high mesh-leak fd84::16 through eth0
-                wanted fd84::16 answers on wg0 only
-                found a neighbour on eth0 gets to fd84::16 at tcp/22, tcp/9984 and tcp/19999; table inet spokeguard is not there
-        "#]],
+                critical firewall-missing table inet spokeguard
+                    wanted the policy's table, in force
+                    found there is no such table
+                critical listener-exposed tcp/[::]:5432 [db]
+                    wanted closed to the public: the policy names no such port
+                    found a stranger gets in through eth0 over ipv6; table inet spokeguard is not there
+                high mesh-leak 10.84.0.16
+                    wanted answers on wg0 only
+                    found a neighbour on eth0 gets to tcp/22, tcp/9984 and tcp/19999; table inet spokeguard is not there
+                high mesh-leak fd84::16
+                    wanted answers on wg0 only
+                    found a neighbour on eth0 gets to tcp/22, tcp/9984 and tcp/19999; table inet spokeguard is not there
+            "#]],
         );
     }
 
@@ -368,19 +368,19 @@ mod tests {
         check(
             Stage::spoke().without_our_table().listens(listens),
             expect![[r#"
-            critical firewall-missing table inet spokeguard
-                wanted the policy's table, in force
-                found there is no such table
-            high listener-exposed tcp/10.84.0.16:5432 [postgres]
-                wanted closed to the public: the policy names no such port
-                found a neighbour who sends to this address gets in through eth0 over ipv4; table inet spokeguard is not there
-            high mesh-leak 10.84.0.16 through eth0
-                wanted 10.84.0.16 answers on wg0 only
-                found a neighbour on eth0 gets to 10.84.0.16 at tcp/22, tcp/5432, tcp/9984 and tcp/19999; table inet spokeguard is not there
-            high mesh-leak fd84::16 through eth0
-                wanted fd84::16 answers on wg0 only
-                found a neighbour on eth0 gets to fd84::16 at tcp/22, tcp/9984 and tcp/19999; table inet spokeguard is not there
-        "#]],
+                critical firewall-missing table inet spokeguard
+                    wanted the policy's table, in force
+                    found there is no such table
+                high listener-exposed tcp/10.84.0.16:5432 [postgres]
+                    wanted closed to the public: the policy names no such port
+                    found a neighbour who sends to this address gets in through eth0 over ipv4; table inet spokeguard is not there
+                high mesh-leak 10.84.0.16
+                    wanted answers on wg0 only
+                    found a neighbour on eth0 gets to tcp/22, tcp/5432, tcp/9984 and tcp/19999; table inet spokeguard is not there
+                high mesh-leak fd84::16
+                    wanted answers on wg0 only
+                    found a neighbour on eth0 gets to tcp/22, tcp/9984 and tcp/19999; table inet spokeguard is not there
+            "#]],
         );
         assert_eq!(codes(Stage::spoke().listens(listens)), ["low listener-wide tcp/10.84.0.16:5432"]);
     }
@@ -475,20 +475,20 @@ mod tests {
         check(
             Stage::spoke().without_our_table().foreign(queue).listens("tcp 0.0.0.0:5432 db"),
             expect![[r#"
-            critical firewall-missing table inet spokeguard
-                wanted the policy's table, in force
-                found there is no such table
-            high mesh-leak 10.84.0.16 through eth0
-                wanted 10.84.0.16 answers on wg0 only
-                found a neighbour on eth0 gets to 10.84.0.16 at tcp/22, tcp/9984 and tcp/19999; table inet spokeguard is not there
-            high mesh-leak fd84::16 through eth0
-                wanted fd84::16 answers on wg0 only
-                found a neighbour on eth0 gets to fd84::16 at tcp/22, tcp/9984 and tcp/19999; table inet spokeguard is not there
-            medium listener-wide tcp/0.0.0.0:5432 [db]
-                wanted closed to the public: the policy names no such port
-                found listens on every address; cannot tell whether a stranger gets in: it depends on {"queue":{}}
-            doubt nftables: whether a stranger gets in at tcp/0.0.0.0:5432: it depends on {"queue":{}}
-        "#]],
+                critical firewall-missing table inet spokeguard
+                    wanted the policy's table, in force
+                    found there is no such table
+                high mesh-leak 10.84.0.16
+                    wanted answers on wg0 only
+                    found a neighbour on eth0 gets to tcp/22, tcp/9984 and tcp/19999; table inet spokeguard is not there
+                high mesh-leak fd84::16
+                    wanted answers on wg0 only
+                    found a neighbour on eth0 gets to tcp/22, tcp/9984 and tcp/19999; table inet spokeguard is not there
+                medium listener-wide tcp/0.0.0.0:5432 [db]
+                    wanted closed to the public: the policy names no such port
+                    found listens on every address; cannot tell whether a stranger gets in: it depends on {"queue":{}}
+                doubt nftables: whether a stranger gets in at tcp/0.0.0.0:5432: it depends on {"queue":{}}
+            "#]],
         );
     }
 

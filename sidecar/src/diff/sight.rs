@@ -66,7 +66,7 @@ impl<'a> Sight<'a> {
         let links = snapshot.links.seen().map(Vec::as_slice).unwrap_or_default();
         let doors = links
             .iter()
-            .filter(|l| !l.loopback && !l.addresses.is_empty())
+            .filter(|l| !l.loopback && l.master.is_none() && !l.addresses.is_empty())
             .filter(|l| policy.scope_of(&l.name) == Some(Scope::Public))
             .collect();
         let local = links.iter().flat_map(|l| l.addresses.iter().map(IpNet::addr)).collect();

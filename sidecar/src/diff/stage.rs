@@ -257,6 +257,7 @@ pub(crate) fn link(index: u32, name: &str, addresses: &[&str]) -> Link {
         up: true,
         ethernet: name != "lo" && name != "wg0",
         loopback: name == "lo",
+        master: None,
         addresses: addresses.iter().map(|text| net(text)).collect(),
     }
 }

@@ -212,6 +212,9 @@ pub struct Link {
     /// Frames start with an Ethernet header. WireGuard and TUN devices have none.
     pub ethernet: bool,
     pub loopback: bool,
+    /// Index of the bridge or bond that this is a port of. Its packets arrive on that one,
+    /// too: rules see the master's name, and counting here would count them twice.
+    pub master: Option<u32>,
     pub addresses: Vec<IpNet>,
 }
 

@@ -81,6 +81,11 @@ impl History {
         transitions
     }
 
+    /// When this finding was first seen, if it is remembered.
+    pub fn since(&self, finding: &Finding) -> Option<Stamp> {
+        self.known.get(&(finding.code, finding.subject.clone())).and_then(|known| known.since)
+    }
+
     pub fn len(&self) -> usize {
         self.known.len()
     }

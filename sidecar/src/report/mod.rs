@@ -206,9 +206,9 @@ mod tests {
                 {
                   "code": "mesh-leak",
                   "severity": "high",
-                  "subject": "10.84.0.16 through eth0",
-                  "wanted": "10.84.0.16 answers on wg0 only",
-                  "found": "a neighbour on eth0 gets to 10.84.0.16 at tcp/22, tcp/9984 and tcp/19999; table inet spokeguard is not there",
+                  "subject": "10.84.0.16",
+                  "wanted": "answers on wg0 only",
+                  "found": "a neighbour on eth0 gets to tcp/22, tcp/9984 and tcp/19999; table inet spokeguard is not there",
                   "by": null,
                   "since": null,
                   "accepted": false,
@@ -217,9 +217,9 @@ mod tests {
                 {
                   "code": "mesh-leak",
                   "severity": "high",
-                  "subject": "fd84::16 through eth0",
-                  "wanted": "fd84::16 answers on wg0 only",
-                  "found": "a neighbour on eth0 gets to fd84::16 at tcp/22, tcp/9984 and tcp/19999; table inet spokeguard is not there",
+                  "subject": "fd84::16",
+                  "wanted": "answers on wg0 only",
+                  "found": "a neighbour on eth0 gets to tcp/22, tcp/9984 and tcp/19999; table inet spokeguard is not there",
                   "by": null,
                   "since": null,
                   "accepted": false,
@@ -287,16 +287,16 @@ mod tests {
                           [[exception]].
 
             HIGH
-              mesh-leak  10.84.0.16 through eth0
-                  wanted  10.84.0.16 answers on wg0 only
-                  found   a neighbour on eth0 gets to 10.84.0.16 at tcp/22, tcp/9984 and
-                          tcp/19999; table inet spokeguard is not there
+              mesh-leak  10.84.0.16
+                  wanted  answers on wg0 only
+                  found   a neighbour on eth0 gets to tcp/22, tcp/9984 and tcp/19999; table
+                          inet spokeguard is not there
                   next    Put our table in force with `spokeguard apply`; it drops what is
                           sent to 10.84.0.16 and does not come through wg0.
-              mesh-leak  fd84::16 through eth0
-                  wanted  fd84::16 answers on wg0 only
-                  found   a neighbour on eth0 gets to fd84::16 at tcp/22, tcp/9984 and
-                          tcp/19999; table inet spokeguard is not there
+              mesh-leak  fd84::16
+                  wanted  answers on wg0 only
+                  found   a neighbour on eth0 gets to tcp/22, tcp/9984 and tcp/19999; table
+                          inet spokeguard is not there
                   next    Put our table in force with `spokeguard apply`; it drops what is
                           sent to fd84::16 and does not come through wg0.
               control-unproven  control counters
@@ -327,7 +327,8 @@ mod tests {
         .assert_eq(&report(Stage::spoke()).to_text(80, false));
         for width in [0, 40, 60, 80, 120] {
             let text = everything().to_text(width, false);
-            let longest = text.lines().map(|line| line.chars().count()).max().unwrap_or(0);
+            // The first line holds the node's name, which is as long as it is.
+            let longest = text.lines().skip(1).map(|line| line.chars().count()).max().unwrap_or(0);
             assert!(longest <= width.max(40), "{longest} columns for {width}:\n{text}");
             assert!(!text.contains('\x1b') && !text.lines().any(|line| line.ends_with(' ')), "{text}");
         }

@@ -15,7 +15,7 @@ use rustix::io::Errno;
 use rustix::net::netlink::SocketAddrNetlink;
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, bind, recv, socket_with};
 
-use super::netlink::{Netlink, NetlinkError, array_at, attributes, hint};
+use super::netlink::{Netlink, NetlinkError, array_at, attributes, hint, u32_at};
 use crate::observed::Link;
 use crate::sys::sockets::Readable;
 use crate::terms::printable;
@@ -93,6 +93,7 @@ const PROTOCOL: isize = netlink_sys::protocols::NETLINK_ROUTE;
 const RTM_GETLINK: u16 = 18;
 const RTM_GETADDR: u16 = 22;
 const IFLA_IFNAME: u16 = 3;
+const IFLA_MASTER: u16 = 10;
 const IFLA_EXT_MASK: u16 = 29;
 /// Without it each link brings kilobytes of counters.
 const RTEXT_FILTER_SKIP_STATS: u32 = 1 << 3;
@@ -119,11 +120,15 @@ fn address_request() -> Vec<u8> {
 fn decode_link(payload: &[u8], out: &mut Vec<Link>) -> Result<(), NetlinkError> {
     let cut = NetlinkError::Truncated("an interface");
     let Ok(header) = LinkHeader::parse(payload) else { return Err(cut) };
-    let mut name = None;
+    let (mut name, mut master) = (None, None);
     for attribute in attributes(payload.get(header.buffer_len()..).unwrap_or(&[])) {
-        if let (IFLA_IFNAME, value) = attribute? {
-            let text = value.split(|byte| *byte == 0).next().unwrap_or(value);
-            name = Some(printable(&String::from_utf8_lossy(text), 15));
+        match attribute? {
+            (IFLA_IFNAME, value) => {
+                let text = value.split(|byte| *byte == 0).next().unwrap_or(value);
+                name = Some(printable(&String::from_utf8_lossy(text), 15));
+            }
+            (IFLA_MASTER, value) => master = u32_at(value, 0),
+            _ => {}
         }
     }
     out.push(Link {
@@ -132,6 +137,7 @@ fn decode_link(payload: &[u8], out: &mut Vec<Link>) -> Result<(), NetlinkError> 
         up: header.flags.contains(LinkFlags::Up),
         ethernet: header.link_layer_type == LinkLayerType::Ether,
         loopback: header.link_layer_type == LinkLayerType::Loopback,
+        master,
         addresses: Vec::new(),
     });
     Ok(())

@@ -100,9 +100,10 @@ mod tests {
     fn our_own_memory_grows_with_what_we_touch() {
         limit_arenas();
         let before = anonymous_bytes().expect("smaps_rollup");
-        let block = std::hint::black_box(vec![1u8; 16 << 20]);
+        let block = std::hint::black_box(vec![1u8; 128 << 20]);
         let with = anonymous_bytes().expect("smaps_rollup");
-        assert!(with >= before + (12 << 20), "{before} then {with}");
+        // Other tests of this process free some of theirs meanwhile.
+        assert!(with >= before + (64 << 20), "{before} then {with}");
         assert!(resident_bytes().expect("smaps_rollup") >= with);
         drop(block);
         trim();
