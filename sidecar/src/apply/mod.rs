@@ -2,6 +2,9 @@
 //! the table `inet spokeguard` and nothing else, in single transactions.
 
 pub mod replay;
+pub mod rollback;
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 
 use crate::desired::{Desired, TABLE};
 use crate::ruleset::{Change, Table, TableFamily, compare, encode};
@@ -53,7 +56,10 @@ pub fn apply_table(desired: &Desired) -> Result<Applied, ApplyError> {
     }
     match (changes.is_empty(), left.is_empty()) {
         (true, _) => Ok(Applied::Unchanged),
-        (false, true) => Ok(Applied::Changed(changes)),
+        (false, true) => {
+            greet_hub(desired);
+            Ok(Applied::Changed(changes))
+        }
         (false, false) => Err(ApplyError::StillDiffers(left)),
     }
 }
@@ -67,6 +73,30 @@ pub fn restoring_transaction(desired: &Desired) -> Option<String> {
 /// before or after: the event of its own commit brings the next look.
 pub fn restore_table(transaction: &str) -> Result<(), ApplyError> {
     nft::run_transaction(transaction).map_err(ApplyError::Act)
+}
+
+/// Sends one datagram to the hub through the tunnel, after our rules came (back).
+///
+/// The first rule that asks for a connection's state makes the kernel track connections,
+/// and it knows none of the tunnel yet. If the hub's next packet is the first it sees, that
+/// looks like a stranger's and is dropped, for up to a keepalive interval. So the tunnel's
+/// first packet has to be ours. Without a tunnel there is nobody to greet, and no harm.
+pub fn greet_hub(desired: &Desired) {
+    const DISCARD: u16 = 9;
+    let Some(hub) = &desired.policy.mesh.hub else { return };
+    for address in &hub.address {
+        let any: IpAddr = match address {
+            IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        let sent = UdpSocket::bind((any, 0)).and_then(|socket| {
+            socket.set_nonblocking(true)?;
+            socket.send_to(b"spokeguard", (*address, DISCARD))
+        });
+        if let Err(error) = sent {
+            log::debug!("greeting the hub at {address}: {error}");
+        }
+    }
 }
 
 /// Takes our table away. `false`: there was none.

@@ -1,1 +1,226 @@
-//! cli
+//! The command line: one file per verb. Data goes to stdout, talk to stderr; exit 0 as the
+//! policy says, 1 it differs, 2 could not tell, could not act, or bad usage or policy.
+
+use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::source::bpf;
+
+mod apply;
+mod check;
+mod explain;
+mod plan;
+mod policy;
+mod release;
+mod run;
+mod status;
+
+pub use run::INTERNAL_LOAD;
+
+/// Declares, enforces, observes and reports what this host exposes.
+///
+/// spokeguard keeps a spoke as its policy says: only the declared ports public, sshd
+/// on the mesh address only, keepalive set on the tunnel. It never opens anything.
+#[derive(Parser)]
+#[command(name = "spokeguard", version, max_term_width = 80, after_help = EXAMPLES)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  spokeguard policy check              is the policy file right?
+  spokeguard check                     is this host as the policy says?
+  spokeguard plan                      what would apply change?
+  spokeguard run                       the daemon: watch, repair, report
+
+Exit codes: 0 as the policy says, 1 it differs, 2 could not tell or not act.";
+
+#[derive(Args, Clone)]
+pub struct Global {
+    /// The policy file
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        env = "SPOKEGUARD_POLICY",
+        default_value = "/etc/spokeguard/policy.toml"
+    )]
+    pub policy: PathBuf,
+    /// How to print the result
+    #[arg(long, global = true, value_enum, default_value_t = Format::Text)]
+    pub format: Format,
+    /// Print nothing but errors; the exit code tells
+    #[arg(long, short, global = true)]
+    pub quiet: bool,
+    /// No colours (also: NO_COLOR set to anything)
+    #[arg(long, global = true)]
+    pub no_color: bool,
+    /// Where drift history is kept [default: /var/lib/spokeguard]
+    #[arg(long, global = true, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// Where the socket and the lock live [default: /run/spokeguard]
+    #[arg(long, global = true, value_name = "DIR")]
+    pub run_dir: Option<PathBuf>,
+    /// Where eBPF maps and links are pinned [default: /sys/fs/bpf/spokeguard]
+    #[arg(long, global = true, value_name = "DIR")]
+    pub pin_dir: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    Text,
+    Json,
+}
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Look once and print what differs from the policy
+    Check,
+    /// Show what apply would change; changes nothing
+    Plan,
+    /// Put the policy in force once, and read it back
+    Apply(apply::Options),
+    /// Keep the rules that apply put in force: disarm the rollback
+    Confirm,
+    /// Take our rules away, after saying what that opens
+    Release(release::Options),
+    /// The daemon: watch, repair what drifts, report
+    Run,
+    /// The running daemon's last report
+    Status,
+    /// What a finding means, why it matters, what to do
+    Explain {
+        /// A code such as listener-exposed; none lists them all
+        code: Option<String>,
+    },
+    /// Check or show the policy file
+    #[command(subcommand)]
+    Policy(policy::Verb),
+    /// Completion script for a shell
+    Completions { shell: clap_complete::Shell },
+    /// The manual page, as roff
+    Man,
+    /// Loads and pins the eBPF programs (run by the daemon itself)
+    #[command(name = INTERNAL_LOAD, hide = true)]
+    InternalLoad { pin_dir: PathBuf },
+}
+
+/// The directories of this instance. In a network namespace other than the first one the
+/// defaults get a subdirectory of its own, so that instances never meet.
+#[derive(Clone, Debug)]
+pub struct Places {
+    pub state: PathBuf,
+    pub run: PathBuf,
+    pub pin: PathBuf,
+}
+
+impl Global {
+    pub fn places(&self) -> anyhow::Result<Places> {
+        let suffix = crate::sys::netns::instance_suffix();
+        let place = |given: &Option<PathBuf>, default: &str| match (given, &suffix) {
+            (Some(path), _) => path.clone(),
+            (None, Some(suffix)) => PathBuf::from(default).join(suffix),
+            (None, None) => PathBuf::from(default),
+        };
+        // No bpffs is no error here: whoever needs it says so.
+        let pin = bpf::pin_dir(self.pin_dir.as_deref(), false)?;
+        Ok(Places {
+            state: place(&self.state_dir, "/var/lib/spokeguard"),
+            run: place(&self.run_dir, "/run/spokeguard"),
+            pin: pin.unwrap_or_else(|| PathBuf::from(bpf::BPFFS).join(bpf::DIRECTORY)),
+        })
+    }
+
+    pub fn colour(&self) -> bool {
+        !self.no_color
+            && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())
+            && std::io::stdout().is_terminal()
+    }
+
+    /// Columns to wrap text at: the terminal's, between 40 and 100; 80 when piped.
+    pub fn width(&self) -> usize {
+        rustix::termios::tcgetwinsize(std::io::stdout())
+            .ok()
+            .map(|size| usize::from(size.ws_col))
+            .filter(|columns| *columns > 0)
+            .map_or(80, |columns| columns.clamp(40, 100))
+    }
+
+    /// Prints the result of a verb. A closed pipe (`| head`) is not an error.
+    pub fn print(&self, text: &str) -> anyhow::Result<()> {
+        if self.quiet {
+            return Ok(());
+        }
+        let mut out = std::io::stdout().lock();
+        match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+            result => Ok(result?),
+        }
+    }
+}
+
+/// Could not tell, could not act, or bad usage or policy.
+pub const FAILED: u8 = 2;
+
+/// Runs one command line and gives its exit code. Errors go to stderr, once, as a chain.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let code = if error.use_stderr() { FAILED } else { 0 };
+            let _ = error.print();
+            return ExitCode::from(code);
+        }
+    };
+    let Cli { global, command } = cli;
+    let result = match command {
+        Command::Check => check::run(&global),
+        Command::Plan => plan::run(&global),
+        Command::Apply(options) => apply::run(&global, &options),
+        Command::Confirm => apply::confirm(&global),
+        Command::Release(options) => release::run(&global, &options),
+        Command::Run => run::run(&global),
+        Command::Status => status::run(&global),
+        Command::Explain { code } => explain::run(&global, code.as_deref()),
+        Command::Policy(verb) => policy::run(&global, &verb),
+        Command::Completions { shell } => completions(&global, shell),
+        Command::Man => man(&global),
+        Command::InternalLoad { pin_dir } => run::load_bpf(&pin_dir),
+    };
+    match result {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            let text = format!("{error:#}");
+            // Mistakes in a policy come rendered, with their own beginning.
+            let beginning = if text.starts_with("error: ") { "" } else { "error: " };
+            let _ = writeln!(std::io::stderr(), "{beginning}{text}");
+            ExitCode::from(FAILED)
+        }
+    }
+}
+
+fn completions(global: &Global, shell: clap_complete::Shell) -> anyhow::Result<u8> {
+    let mut text = Vec::new();
+    clap_complete::generate(shell, &mut <Cli as clap::CommandFactory>::command(), "spokeguard", &mut text);
+    global.print(&String::from_utf8_lossy(&text))?;
+    Ok(0)
+}
+
+fn man(global: &Global) -> anyhow::Result<u8> {
+    let mut text = Vec::new();
+    clap_mangen::Man::new(<Cli as clap::CommandFactory>::command()).render(&mut text)?;
+    global.print(&String::from_utf8_lossy(&text))?;
+    Ok(0)
+}
+
+/// Today in UTC: the day by which exceptions are judged.
+pub fn today(now: crate::terms::Stamp) -> jiff::civil::Date {
+    now.0.to_zoned(jiff::tz::TimeZone::UTC).date()
+}

@@ -43,6 +43,26 @@ pub struct Event {
     pub cycle: u64,
 }
 
+impl Event {
+    /// For a person: when, what, who, how fast.
+    pub fn to_line(&self) -> String {
+        let mut line = format!("{} {}", self.at, self.kind.name());
+        for part in [self.code.map_or("", Code::name), &self.subject, &self.found] {
+            if !part.is_empty() {
+                line.push(' ');
+                line.push_str(part);
+            }
+        }
+        if let Some(actor) = &self.by {
+            line.push_str(&format!(" by {actor}"));
+        }
+        if let Some(took) = self.took_ms {
+            line.push_str(&format!(" in {took} ms"));
+        }
+        printable(&line, 2 * TEXT_MAX)
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum EventKind {
@@ -53,6 +73,20 @@ pub enum EventKind {
     Started,
     Stopped,
     PolicyLoaded,
+}
+
+impl EventKind {
+    pub const fn name(self) -> &'static str {
+        match self {
+            EventKind::DriftAppeared => "drift-appeared",
+            EventKind::DriftCleared => "drift-cleared",
+            EventKind::Repaired => "repaired",
+            EventKind::RepairFailed => "repair-failed",
+            EventKind::Started => "started",
+            EventKind::Stopped => "stopped",
+            EventKind::PolicyLoaded => "policy-loaded",
+        }
+    }
 }
 
 /// The log of one state directory. Opening touches nothing and can't fail: a directory

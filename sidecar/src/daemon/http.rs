@@ -1,7 +1,8 @@
 //! `/metrics` and `/healthz` for the hub, on the mesh addresses only.
 //!
-//! Serves snapshots that the loop leaves in a [`Face`] and never asks the loop for
-//! anything, so a client can make this module busy and nothing else. Each connection is
+//! Serves the text that the loop leaves in a [`Face`]. A scrape rings for a fresh one, at
+//! most every 250 ms, and takes the last one if the loop has no time; so a client can make
+//! this module busy and nothing else. Each connection is
 //! for one request and has a deadline; when there are too many, the oldest goes, so that
 //! clients that sit on theirs can't keep the hub's next scrape out.
 
@@ -21,6 +22,7 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use ipnet::IpNet;
+use tokio::sync::Notify;
 use tokio::task::{AbortHandle, JoinHandle};
 
 use crate::metrics::to_prometheus_text;
@@ -34,6 +36,10 @@ const HEADER_BYTES_MAX: usize = 8 * 1024;
 const HEADERS_MAX: usize = 64;
 /// `/healthz` fails when the loop has not finished a cycle for this many periods.
 const PERIODS_MAX: u32 = 3;
+/// A text of this age is served as it is.
+const FRESH: Duration = Duration::from_millis(250);
+/// How long a scrape waits for the loop, which may be busy with a repair.
+const PATIENCE: Duration = Duration::from_millis(500);
 
 const OPENMETRICS: HeaderValue =
     HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
@@ -49,6 +55,10 @@ struct Shared {
     openmetrics: Mutex<Option<Bytes>>,
     beat: Mutex<Option<Beat>>,
     rejects: AtomicU64,
+    /// When the text was made, and who waits for the next.
+    made: Mutex<Option<Instant>>,
+    wanted: Notify,
+    renewed: Notify,
     /// Open connections of all listeners, oldest first.
     open: Mutex<VecDeque<AbortHandle>>,
 }
@@ -64,6 +74,24 @@ impl Face {
     /// Shows this OpenMetrics text from now on.
     pub fn set(&self, openmetrics: String) {
         *locked(&self.0.openmetrics) = Some(Bytes::from(openmetrics));
+        *locked(&self.0.made) = Some(Instant::now());
+        self.0.renewed.notify_waiters();
+    }
+
+    /// Waits until a scrape wants a text newer than the last one.
+    pub async fn wanted(&self) {
+        self.0.wanted.notified().await;
+    }
+
+    /// Rings for a fresh text where the last one is older than [`FRESH`], and waits for it
+    /// no longer than [`PATIENCE`].
+    async fn refresh(&self) {
+        if locked(&self.0.made).is_some_and(|made| made.elapsed() < FRESH) {
+            return;
+        }
+        let renewed = self.0.renewed.notified();
+        self.0.wanted.notify_one();
+        let _ = tokio::time::timeout(PATIENCE, renewed).await;
     }
 
     pub fn set_health(&self, beat: Beat) {
@@ -210,8 +238,14 @@ fn serves(clients: &[IpNet], peer: IpAddr) -> bool {
 /// One request, one answer, within the deadline. How a client leaves is its own business.
 async fn converse(stream: tokio::net::TcpStream, face: Face) {
     let service = service_fn(move |request: Request<hyper::body::Incoming>| {
-        let response = respond(request.method(), request.uri().path(), request.headers(), &face);
-        async move { Ok::<_, Infallible>(response) }
+        let face = face.clone();
+        async move {
+            if request.uri().path() == "/metrics" && request.method() == Method::GET {
+                face.refresh().await;
+            }
+            let (method, path, headers) = (request.method(), request.uri().path(), request.headers());
+            Ok::<_, Infallible>(respond(method, path, headers, &face))
+        }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())

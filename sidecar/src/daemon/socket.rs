@@ -20,6 +20,7 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::sync::Semaphore;
 
 use super::eventlog::Event;
+use crate::policy;
 use crate::report::Report;
 use crate::terms::{Stamp, printable};
 
@@ -35,7 +36,8 @@ const ANSWER_BYTES_MAX: u64 = 16 * 1024 * 1024;
 /// The answer to `status`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Status {
-    /// The JSON of `check`.
+    /// The JSON of `check`, its keys at the top.
+    #[serde(flatten)]
     pub report: Report,
     pub daemon: Daemon,
 }
@@ -44,6 +46,7 @@ pub struct Status {
 pub struct Daemon {
     pub pid: u32,
     pub started: Stamp,
+    pub mode: policy::Mode,
     pub cycle: u64,
     pub last_cycle_seconds: f64,
     /// Repairs that were done.
@@ -265,6 +268,7 @@ mod tests {
         let daemon = Daemon {
             pid: 1,
             started: at,
+            mode: policy::Mode::Enforce,
             cycle: 7,
             last_cycle_seconds: 0.25,
             repairs: 2,
@@ -308,10 +312,7 @@ mod tests {
             board.set(&status()).expect("set");
             let answer = ask(dir.path(), "status").expect("an answer");
             assert_eq!(serde_json::from_str::<Status>(&answer).expect("a status"), status());
-            assert!(
-                answer.contains(r#""report":{"version":1,"node":"singapore","verdict":"ok""#),
-                "{answer}"
-            );
+            assert!(answer.contains(r#""version":1,"node":"singapore","verdict":"ok""#), "{answer}");
             says(&ask(dir.path(), "sta\x1btus").expect_err("unknown"), "unknown request \"sta\u{fffd}tus\"");
             says(&ask(dir.path(), &"long".repeat(200_000)).expect_err("too long"), "unknown request");
             let mode = fs::metadata(dir.path().join(SOCKET)).expect("the socket").permissions().mode();

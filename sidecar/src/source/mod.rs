@@ -7,11 +7,93 @@ pub mod links;
 pub mod listeners;
 pub mod netlink;
 pub mod nft;
+pub mod nft_counters;
 pub mod nft_events;
 pub mod owners;
 pub mod sshd;
 pub mod wireguard;
 
+use std::path::{Path, PathBuf};
+
+use crate::desired::Desired;
+use crate::observed::{Facet, Reading, Snapshot};
+use crate::policy::MeshKind;
+use crate::terms::Stamp;
+
+/// What looks. Keeps the caches that make a second look cheap, and nothing else.
+pub struct Eyes {
+    owners: owners::Owners,
+    pins: PathBuf,
+}
+
+impl Eyes {
+    /// `pins`: where the eBPF maps of this instance are pinned.
+    pub fn new(pins: &Path) -> Self {
+        Self { owners: owners::Owners::new(), pins: pins.to_owned() }
+    }
+
+    /// One look at every facet.
+    pub fn look(&mut self, desired: &Desired, now: Stamp) -> Snapshot {
+        let listeners = Reading::from_result(listeners::read(&mut self.owners));
+        let sshd = self.sshd(desired, &listeners);
+        Snapshot {
+            at: now,
+            nftables: Reading::from_result(nft::list_ruleset()),
+            links: Reading::from_result(links::read()),
+            wireguard: wireguard(desired),
+            sshd,
+            files: Reading::from_result(files::read(&desired.policy.files)),
+            counters: bpf::read(&self.pins, &bpf::CounterConfig::new(&desired.services)),
+            listeners,
+        }
+    }
+
+    /// Looks again at some facets; the others keep what they were.
+    pub fn look_again(
+        &mut self,
+        desired: &Desired,
+        mut snapshot: Snapshot,
+        facets: &[Facet],
+        now: Stamp,
+    ) -> Snapshot {
+        snapshot.at = now;
+        for facet in facets {
+            match facet {
+                Facet::Nftables => snapshot.nftables = Reading::from_result(nft::list_ruleset()),
+                Facet::Listeners => {
+                    snapshot.listeners = Reading::from_result(listeners::read(&mut self.owners))
+                }
+                Facet::Links => snapshot.links = Reading::from_result(links::read()),
+                Facet::Wireguard => snapshot.wireguard = wireguard(desired),
+                Facet::Sshd => snapshot.sshd = self.sshd(desired, &snapshot.listeners),
+                Facet::Files => snapshot.files = Reading::from_result(files::read(&desired.policy.files)),
+                Facet::Counters => {
+                    snapshot.counters = bpf::read(&self.pins, &bpf::CounterConfig::new(&desired.services))
+                }
+            }
+        }
+        snapshot
+    }
+
+    fn sshd(
+        &self,
+        desired: &Desired,
+        listeners: &Reading<Vec<crate::observed::Listener>>,
+    ) -> Reading<Option<crate::observed::Sshd>> {
+        match listeners {
+            Reading::Seen(list) => Reading::from_result(sshd::read(list, desired.policy.ssh.port)),
+            Reading::Blind(gap) => Reading::blind(format!("the listeners could not be read: {}", gap.reason)),
+        }
+    }
+}
+
+fn wireguard(desired: &Desired) -> Reading<Option<crate::observed::Device>> {
+    match desired.policy.mesh.kind {
+        MeshKind::Wireguard => Reading::from_result(wireguard::read(&desired.policy.mesh.interface)),
+        // tailscaled keeps its tunnel to itself; its local API comes with a later version.
+        MeshKind::Tailscale => Reading::Seen(None),
+    }
+}
 /// Runs the calling test once more, alone in fresh network and mount namespaces. `true`
 /// inside; outside it returns `false` once that run has passed.
 ///

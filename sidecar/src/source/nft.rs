@@ -55,6 +55,20 @@ pub fn list_table() -> anyhow::Result<Option<Table>> {
     }
 }
 
+/// Our own table as nft prints it, which `nft -f` takes back: amounts of counters included.
+pub fn list_table_text() -> anyhow::Result<String> {
+    let args = ["list", "table", "inet", TABLE];
+    let mut nft = Running::start(&program()?, &args, Stdio::null(), Stdio::piped(), DEADLINE)?;
+    let mut text = String::new();
+    // A table of ours has some hundred lines; beyond this something is wrong.
+    let read = (&mut nft).take(LISTING_MAX).read_to_string(&mut text);
+    nft.finish()?;
+    read?;
+    Ok(text)
+}
+
+const LISTING_MAX: u64 = 64 << 20;
+
 /// All of it or nothing: nft sends what it reads as one batch.
 pub fn run_transaction(json: &str) -> anyhow::Result<()> {
     let operation = "nft -j -f -";
@@ -93,7 +107,8 @@ fn memory_file(bytes: &[u8]) -> io::Result<File> {
     Ok(file)
 }
 
-fn program() -> Result<PathBuf, NftError> {
+/// Where nft is, by PATH and then by where distributions keep it.
+pub fn program() -> Result<PathBuf, NftError> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path)
         .chain(FALLBACK.iter().map(PathBuf::from))

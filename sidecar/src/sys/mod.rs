@@ -2,6 +2,7 @@
 //! safe functions.
 
 pub mod bpf;
+pub mod clock;
 pub mod memory;
 pub mod netns;
 pub mod sockets;

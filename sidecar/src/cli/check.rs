@@ -1,0 +1,23 @@
+//! `check`: one look, and what differs.
+
+use super::{Format, Global};
+use crate::diff;
+use crate::report::Report;
+use crate::source::Eyes;
+use crate::sys::clock;
+
+pub fn run(global: &Global) -> anyhow::Result<u8> {
+    let now = clock::now();
+    let (_, desired) = super::policy::load(global, now)?;
+    let places = global.places()?;
+    let mut eyes = Eyes::new(&places.pin);
+    let snapshot = eyes.look(&desired, now);
+    let mut assessment = diff::assess(&desired, &snapshot, now);
+    crate::daemon::history::read(&places.state).date(&mut assessment.findings);
+    let report = Report::new(&desired, &snapshot, assessment, now);
+    global.print(&match global.format {
+        Format::Json => report.to_json(),
+        Format::Text => report.to_text(global.width(), global.colour()),
+    })?;
+    Ok(report.exit_code())
+}

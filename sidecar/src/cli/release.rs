@@ -1,0 +1,67 @@
+//! `release`: takes our rules away, after saying what that opens.
+
+use clap::Args;
+
+use super::{FAILED, Global};
+use crate::apply;
+use crate::daemon::socket;
+use crate::diff::{self, Code};
+use crate::observed::Reading;
+use crate::source::Eyes;
+use crate::sys::clock;
+
+#[derive(Args)]
+pub struct Options {
+    /// Only say what it would open
+    #[arg(long)]
+    dry_run: bool,
+}
+
+pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
+    let places = global.places()?;
+    if !options.dry_run && socket::ask(&places.run, "status").is_ok() {
+        anyhow::bail!(
+            "a daemon runs and would put the rules back: stop it first (systemctl stop spokeguard)"
+        );
+    }
+    match opened(global, &places.pin) {
+        Ok(opened) if opened.is_empty() => {
+            global.print("nothing that listens now would be opened by this; later listeners would be\n")?;
+        }
+        Ok(opened) => global.print(&format!("without our rules strangers reach:\n{}", opened.concat()))?,
+        Err(error) => eprintln!("warning: can't tell what this opens: {error:#}"),
+    }
+    if options.dry_run {
+        return Ok(0);
+    }
+    match apply::release() {
+        Ok(true) => global.print("released: table inet spokeguard is gone\n")?,
+        Ok(false) => global.print("there was no table inet spokeguard\n")?,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            return Ok(FAILED);
+        }
+    }
+    Ok(0)
+}
+
+/// What a look finds exposed once our table is thought away.
+fn opened(global: &Global, pins: &std::path::Path) -> anyhow::Result<Vec<String>> {
+    let now = clock::now();
+    let (_, desired) = super::policy::load(global, now)?;
+    let mut snapshot = Eyes::new(pins).look(&desired, now);
+    match &mut snapshot.nftables {
+        Reading::Seen(ruleset) => ruleset.tables.retain(|t| t.name != crate::desired::TABLE),
+        Reading::Blind(gap) => anyhow::bail!("{}", gap.reason),
+    }
+    let exposing = [Code::ListenerExposed, Code::DnatExposed, Code::SshBind, Code::MeshLeak];
+    let found = diff::assess(&desired, &snapshot, now).findings;
+    Ok(found
+        .iter()
+        .filter(|f| exposing.contains(&f.code))
+        .map(|f| match &f.by {
+            Some(actor) => format!("  {}  {actor}\n", f.subject),
+            None => format!("  {}\n", f.subject),
+        })
+        .collect())
+}

@@ -1,0 +1,53 @@
+//! `run`: the daemon; and the child that loads the eBPF programs for it.
+
+use std::path::Path;
+
+use anyhow::Context;
+
+use super::Global;
+use crate::daemon::logging;
+use crate::policy;
+use crate::source::bpf;
+use crate::sys::clock;
+
+/// The hidden verb that the daemon starts itself with; reads its configuration on stdin.
+pub const INTERNAL_LOAD: &str = "internal-load-bpf";
+
+pub fn run(global: &Global) -> anyhow::Result<u8> {
+    crate::sys::memory::limit_arenas();
+    logging::start(global.quiet);
+    let (loaded, desired) = super::policy::load(global, clock::now())?;
+    for note in &loaded.notes {
+        log::warn!("{}:{}: {}", loaded.file, note.mistake.line, note.mistake.what);
+    }
+    let hash = fingerprint(&policy::show(&loaded.policy));
+    let mut places = global.places()?;
+    match bpf::pin_dir(global.pin_dir.as_deref(), true) {
+        Ok(pin) => places.pin = pin.unwrap_or(places.pin),
+        Err(error) => log::warn!("the counters need a bpffs: {error:#}"),
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(2)
+        .thread_keep_alive(std::time::Duration::from_secs(1))
+        .build()
+        .context("start the event loop")?;
+    runtime.block_on(crate::daemon::run(desired, hash, places))?;
+    Ok(0)
+}
+
+/// Tells two policies apart in metrics (FNV-1a, 64 bits); it protects nothing.
+fn fingerprint(text: &str) -> String {
+    let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    });
+    format!("{hash:016x}")
+}
+
+pub fn load_bpf(pin_dir: &Path) -> anyhow::Result<u8> {
+    let omitted = bpf::load_from_stdin(pin_dir)?;
+    if omitted != bpf::Omitted::default() {
+        eprintln!("some services are not counted one by one: {omitted:?}");
+    }
+    Ok(0)
+}

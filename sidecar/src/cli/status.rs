@@ -1,0 +1,46 @@
+//! `status`: the running daemon's last report.
+
+use std::fmt::Write;
+
+use anyhow::Context;
+
+use super::{Format, Global};
+use crate::daemon::socket::{self, Status};
+use crate::policy::Mode;
+
+/// The newest events come first; more are in the event log.
+const EVENTS: usize = 8;
+
+pub fn run(global: &Global) -> anyhow::Result<u8> {
+    let text = socket::ask(&global.places()?.run, "status")?;
+    let status: Status = serde_json::from_str(&text).context("the daemon's answer")?;
+    global.print(&match global.format {
+        Format::Json => format!("{}\n", text.trim_end()),
+        Format::Text => {
+            format!(
+                "{}{}",
+                status.report.to_text(global.width(), global.colour()),
+                about(&status, global.width())
+            )
+        }
+    })?;
+    Ok(status.report.exit_code())
+}
+
+/// A few lines on the daemon itself, below its report.
+fn about(status: &Status, width: usize) -> String {
+    let daemon = &status.daemon;
+    let mut text = format!(
+        "\nDaemon {} since {}: {} looks, {} repairs{}\n",
+        daemon.pid,
+        daemon.started,
+        daemon.cycle,
+        daemon.repairs,
+        if daemon.mode == Mode::Audit { "; audit mode counts and drops nothing" } else { "" }
+    );
+    for event in daemon.events.iter().rev().take(EVENTS) {
+        let line: String = event.to_line().chars().take(width.saturating_sub(2)).collect();
+        let _ = writeln!(text, "  {line}");
+    }
+    text
+}
