@@ -21,15 +21,17 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use crate::observed::{Listener, Sshd};
 use crate::terms::{Actor, Port, Proto, printable};
 
-/// `None`: nothing listens on the port, and no sshd runs elsewhere or is installed. Another
-/// program on the port is an error: what it allows can't be told.
+/// `None`: no sshd listens. What another server (dropbear, Tailscale) allows is no business
+/// of this facet; that it holds the port, the listeners tell. An sshd that does listen and
+/// can't be asked is an error.
 pub fn read(listeners: &[Listener], port: Port) -> anyhow::Result<Option<Sshd>> {
     let invocation = match server(listeners, port)? {
         Server::Running(actor) => running(&actor)?,
-        Server::Activated | Server::Absent => match installed()? {
+        Server::Activated => match installed()? {
             Some(program) => Invocation { program, options: Vec::new() },
             None => return Ok(None),
         },
+        Server::Absent => return Ok(None),
     };
     let what = format!("{} -T", invocation.program.display());
     let text = run(&invocation, DEADLINE).with_context(|| what.clone())?;
@@ -65,7 +67,8 @@ fn server(listeners: &[Listener], port: Port) -> anyhow::Result<Server> {
         Some(owner) if owner.pid == 1 && matches!(owner.process.as_str(), "systemd" | "init") => {
             Ok(Server::Activated)
         }
-        Some(owner) => Ok(Server::Running((*owner).clone())),
+        Some(owner) if owner.process.contains("sshd") => Ok(Server::Running((*owner).clone())),
+        Some(_) => Ok(Server::Absent),
     }
 }
 
@@ -272,9 +275,10 @@ fn decode(text: &str) -> anyhow::Result<Sshd> {
     Ok(Sshd {
         password_authentication: yes(value("passwordauthentication")?),
         // Called challengeresponseauthentication before OpenSSH 8.7.
+        // Without PAM, on Linux, there is nobody to ask the questions.
         keyboard_interactive: yes(
-            value("kbdinteractiveauthentication").or_else(|_| value("challengeresponseauthentication"))?
-        ),
+            value("kbdinteractiveauthentication").or_else(|_| value("challengeresponseauthentication"))?,
+        ) && find("usepam").is_some_and(|(_, value)| yes(value.trim())),
         permit_root_login: printable(value("permitrootlogin")?, 64),
         listen,
     })
@@ -320,7 +324,10 @@ mod tests {
         let strict = CAPTURE.replace("passwordauthentication yes", "passwordauthentication no");
         assert!(!decode(&strict).expect("sound").password_authentication);
         let old = CAPTURE.replace("kbdinteractiveauthentication no", "challengeresponseauthentication yes");
-        assert!(decode(&old).expect("sound").keyboard_interactive);
+        let with_pam = old.replace("usepam no", "usepam yes");
+        assert!(decode(&with_pam).expect("sound").keyboard_interactive);
+        let without = with_pam.replace("usepam yes", "usepam no");
+        assert!(!decode(&without).expect("sound").keyboard_interactive);
         let zone =
             decode(&format!("{CAPTURE}listenaddress [fe80::1%eth0]:2222 rdomain red\n")).expect("sound");
         assert_eq!(zone.listen.last(), Some(&"[fe80::1]:2222".parse().expect("an address")));
@@ -439,7 +446,7 @@ mod tests {
         assert_eq!(check(&[listener("systemd", 1, 22)]), "activated");
         assert_eq!(check(&[listener("dropbear", 3, 22), listener("sshd", 8, 22)]), "sshd 8");
         assert_eq!(check(&[listener("nginx", 9, 80), listener("sshd", 8, 2222)]), "sshd 8");
-        assert_eq!(check(&[listener("dropbear", 3, 22)]), "dropbear 3");
+        assert_eq!(check(&[listener("dropbear", 3, 22)]), "absent");
         assert!(check(&[listener("", 0, 22)]).starts_with("error: "));
         let mut udp = listener("sshd", 8, 22);
         udp.proto = Proto::Udp;
