@@ -277,7 +277,7 @@ fn decode(text: &str) -> anyhow::Result<Sshd> {
         // Called challengeresponseauthentication before OpenSSH 8.7.
         // Without PAM, on Linux, there is nobody to ask the questions.
         keyboard_interactive: yes(
-            value("kbdinteractiveauthentication").or_else(|_| value("challengeresponseauthentication"))?,
+            value("kbdinteractiveauthentication").or_else(|_| value("challengeresponseauthentication"))?
         ) && find("usepam").is_some_and(|(_, value)| yes(value.trim())),
         permit_root_login: printable(value("permitrootlogin")?, 64),
         listen,

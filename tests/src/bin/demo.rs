@@ -85,7 +85,7 @@ impl Story {
 fn tell(story: &mut Story) -> Result<()> {
     story.chapter("A spoke on the internet");
     let lab = Lab::build(Shape { mesh: Mesh::WireGuard, container: true })?;
-    let sshd = lab.spoke.sshd(22, &["0.0.0.0", "::"], "")?;
+    let sshd = lab.spoke.sshd(22, &["0.0.0.0", "::"], "KbdInteractiveAuthentication no")?;
     let _database = lab.spoke.listen("postgres", &["tcp/0.0.0.0:5432"])?;
     let _web = lab.spoke.web()?;
     let container = lab.container.as_ref().context("the lab has a container")?;
@@ -104,7 +104,7 @@ fn tell(story: &mut Story) -> Result<()> {
     story.chapter("What spokeguard thinks of that");
     let folder = lab.dir.join("guard");
     std::fs::create_dir_all(&folder)?;
-    let policy = lab.policy();
+    let policy = lab.policy() + "[[local]]\nname = \"containers\"\ninterfaces = [\"docker0\"]\n";
     std::fs::write(folder.join("policy.toml"), &policy)?;
     show_policy(&policy);
     let policy_path = folder.join("policy.toml").display().to_string();
@@ -116,7 +116,7 @@ fn tell(story: &mut Story) -> Result<()> {
         "--state-dir",
         &folder.join("state").display().to_string(),
     ])?;
-    indent(&check.stdout);
+    print!("{}", &check.stdout);
     story.promise("check reports drift", check.code == Some(1), format!("exit code {}", code(check.code)));
 
     story.chapter("The daemon starts");
@@ -181,7 +181,7 @@ fn tell(story: &mut Story) -> Result<()> {
 
     story.chapter("What the daemon says");
     println!("  $ spokeguard status");
-    indent(&lab.spoke.spokeguard(&daemon.arguments(&["status"]))?.stdout);
+    print!("{}", &lab.spoke.spokeguard(&daemon.arguments(&["status"]))?.stdout);
 
     story.chapter("What the hub sees");
     let prometheus = lab.hub.prometheus(&[SocketAddr::new(SPOKE_MESH, METRICS)])?;
@@ -293,7 +293,11 @@ fn series(labels: &serde_json::Value) -> String {
         .into_iter()
         .flatten()
         .filter(|(key, _)| !["__name__", "job", "instance"].contains(&key.as_str()))
-        .map(|(key, value)| format!("{key}={}", value.as_str().unwrap_or_default()))
+        .map(|(key, value)| match (key.as_str(), value.as_str().unwrap_or_default()) {
+            // These say by themselves what they are, and eighty columns are few.
+            ("direction" | "family" | "proto" | "scope", value) => value.to_owned(),
+            (key, value) => format!("{key}={value}"),
+        })
         .collect();
     format!("{}{{{}}}", name.trim_start_matches("spokeguard_"), rest.join(","))
 }
@@ -302,12 +306,6 @@ fn show_policy(policy: &str) {
     println!("  policy.toml says:");
     let shown = policy.lines().skip_while(|line| !line.starts_with("[public]"));
     for line in shown {
-        println!("    {line}");
-    }
-}
-
-fn indent(text: &str) {
-    for line in text.lines() {
         println!("    {line}");
     }
 }
