@@ -70,7 +70,7 @@ impl Story {
         println!("\n== Summary {}", "=".repeat(69));
         for step in &self.steps {
             let mark = if step.held { "held  " } else { "FAILED" };
-            println!("  {mark}  {:<42} {}", step.what, step.detail);
+            println!("  {mark}  {:<44} {}", step.what, step.detail);
         }
         let failed = self.steps.iter().filter(|step| !step.held).count();
         println!(
