@@ -2,4 +2,5 @@
 
 mod cases;
 mod direction;
+mod enforce;
 mod netns;
