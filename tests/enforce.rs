@@ -41,7 +41,9 @@ impl<'a> Guard<'a> {
     pub fn flags(&self) -> Vec<String> {
         let path = |name: &str| self.dir.join(name).display().to_string();
         let flags = [("--policy", "policy.toml"), ("--state-dir", "state"), ("--run-dir", "run")];
-        flags.into_iter().flat_map(|(flag, name)| [flag.to_string(), path(name)]).collect()
+        let own = flags.into_iter().flat_map(|(flag, name)| [flag.to_string(), path(name)]);
+        // Where a daemon of the lab pins; the node has a bpffs of its own.
+        own.chain(["--pin-dir", "/sys/fs/bpf/spokeguard"].map(String::from)).collect()
     }
 
     pub fn run(&self, verb: &[&str]) -> Outcome {

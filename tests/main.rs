@@ -3,4 +3,5 @@
 mod cases;
 mod direction;
 mod enforce;
+mod look;
 mod netns;
