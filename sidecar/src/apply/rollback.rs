@@ -18,6 +18,8 @@ use anyhow::Context;
 const RULES: &str = "rollback.nft";
 const ARMED: &str = "rollback.armed";
 const FIRED: &str = "rollback.fired";
+/// What the armed file is called while the old rules are put back.
+const FIRING: &str = "rollback.fired.now";
 
 /// How an armed rollback ended, or that it has not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,11 +32,12 @@ pub enum State {
 }
 
 /// The script gets: seconds, armed file, fired file, rules, nft. SIGHUP, SIGINT and SIGTERM
-/// are ignored, since a closed session must not cancel the way back.
+/// are ignored, since a closed session must not cancel the way back. It has fired when the
+/// old rules are back, and not before: until then, and if nft fails, it counts as armed.
 const SCRIPT: &str = r#"trap "" HUP INT TERM
 sleep "$1"
-mv "$2" "$3" 2>/dev/null || exit 0
-exec "$5" -f "$4"
+mv "$2" "$3.now" 2>/dev/null || exit 0
+"$5" -f "$4" && mv "$3.now" "$3"
 "#;
 
 /// Arms the way back to `previous` (our table as `nft list table` prints it; `None`: there
@@ -48,7 +51,9 @@ pub fn arm(run: &Path, previous: Option<&str>, within: Duration, nft: &Path) -> 
     if !armed_before || !rules.exists() {
         write_private(&rules, &way_back(previous))?;
     }
-    let _ = fs::remove_file(run.join(FIRED));
+    for ended in [FIRED, FIRING] {
+        let _ = fs::remove_file(run.join(ended));
+    }
     let token = run.join(format!("{ARMED}.{}", std::process::id()));
     write_private(&token, "")?;
     let mut command = Command::new("/bin/sh");
@@ -85,6 +90,7 @@ pub fn confirm(run: &Path) -> anyhow::Result<bool> {
 pub fn state(run: &Path) -> anyhow::Result<State> {
     Ok(match armed(run)? {
         Some(_) => State::Armed,
+        None if run.join(FIRING).exists() => State::Armed,
         None if run.join(FIRED).exists() => State::Fired,
         None => State::Idle,
     })

@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::Global;
+use super::{Format, Global};
 use crate::apply::{self, Applied, rollback};
+use crate::ruleset::{Change, compare};
 use crate::source::nft;
 use crate::sys::clock;
 
@@ -20,7 +21,8 @@ pub struct Options {
 }
 
 fn within(text: &str) -> Result<Duration, String> {
-    let time = humantime::parse_duration(text).map_err(|e| format!("{e}; write 60s or 5m"))?;
+    let time =
+        humantime::parse_duration(text).map_err(|_| "write a number and its unit, such as 60s or 5m")?;
     match time.as_secs() {
         1..=86_400 => Ok(time),
         _ => Err("between 1s and 1 day".into()),
@@ -30,45 +32,75 @@ fn within(text: &str) -> Result<Duration, String> {
 pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
     let (_, desired) = super::policy::load(global, clock::now())?;
     let Some(table) = &desired.table else {
-        global.print("[enforce] firewall = false: nothing to apply\n")?;
+        global.tell("[enforce] firewall = false: nothing to apply\n", said("not-wanted", &[]))?;
         return Ok(0);
     };
     let run = global.places()?.run;
     let found = nft::list_table()?;
-    if crate::ruleset::compare::changes(table, found.as_ref()).is_empty() {
-        global.print("in force already: nothing changed\n")?;
-        return Ok(0);
-    }
     let within = options.confirm_within.unwrap_or(desired.policy.enforce.confirm_within);
+    if compare::changes(table, found.as_ref()).is_empty() {
+        // An earlier apply may still wait for its confirmation, and is rolled back without it.
+        let armed = rollback::state(&run)? == rollback::State::Armed;
+        let text =
+            if armed { "in force already, and not confirmed yet: nothing changed\n" } else { UNCHANGED };
+        return if armed && options.wait {
+            wait(global, &run, within, text, &[])
+        } else {
+            global.tell(text, said("unchanged", &[]))?;
+            Ok(0)
+        };
+    }
     let previous = if found.is_some() { Some(nft::list_table_text()?) } else { None };
     rollback::arm(&run, previous.as_deref(), within, &nft::program()?)?;
+    let time = humantime::format_duration(Duration::from_secs(within.as_secs()));
     let changes = match apply::apply_table(&desired) {
-        Ok(Applied::Changed(changes)) => changes.len(),
-        Ok(Applied::Unchanged | Applied::NotWanted) => 0,
+        Ok(Applied::Changed(changes)) => changes,
+        Ok(Applied::Unchanged | Applied::NotWanted) => Vec::new(),
+        // How far it came is not known, and an earlier apply may have armed it, too: so it stays.
         Err(error) => {
-            // Nothing was changed, so there is nothing to roll back.
-            rollback::confirm(&run)?;
-            return Err(error.into());
+            let text = format!(
+                "what was in force before comes back in {time}, unless `spokeguard confirm` keeps it as it is"
+            );
+            return Err(anyhow::Error::new(error).context(text));
         }
     };
-    global.print(&format!(
-        "in force: {changes} {}; `spokeguard confirm` keeps it, else it is rolled back in {}\n",
-        if changes == 1 { "change" } else { "changes" },
-        humantime::format_duration(Duration::from_secs(within.as_secs())),
-    ))?;
-    if options.wait { wait(global, &run, within) } else { Ok(0) }
+    let count = if changes.len() == 1 { "1 change".to_owned() } else { format!("{} changes", changes.len()) };
+    let text =
+        format!("in force: {count}; `spokeguard confirm` keeps it, else it is rolled back in {time}\n");
+    if options.wait {
+        return wait(global, &run, within, &text, &changes);
+    }
+    global.tell(&text, said("applied", &changes))?;
+    Ok(0)
 }
 
-fn wait(global: &Global, run: &std::path::Path, within: Duration) -> anyhow::Result<u8> {
+const UNCHANGED: &str = "in force already: nothing changed\n";
+
+/// The one document of `--format json`.
+fn said(result: &str, changes: &[Change]) -> serde_json::Value {
+    let changes: Vec<String> = changes.iter().map(ToString::to_string).collect();
+    serde_json::json!({ "version": 1, "result": result, "changes": changes })
+}
+
+fn wait(
+    global: &Global,
+    run: &std::path::Path,
+    within: Duration,
+    text: &str,
+    changes: &[Change],
+) -> anyhow::Result<u8> {
+    if global.format == Format::Text {
+        global.print(text)?;
+    }
     let started = clock::Uptime::start();
     loop {
         match rollback::state(run)? {
             rollback::State::Idle => {
-                global.print("confirmed\n")?;
+                global.tell("confirmed\n", said("confirmed", changes))?;
                 return Ok(0);
             }
             rollback::State::Fired => {
-                global.print("not confirmed in time: rolled back\n")?;
+                global.tell("not confirmed in time: rolled back\n", said("rolled-back", changes))?;
                 return Ok(1);
             }
             rollback::State::Armed if started.elapsed() > within + Duration::from_secs(30) => {
@@ -82,10 +114,10 @@ fn wait(global: &Global, run: &std::path::Path, within: Duration) -> anyhow::Res
 }
 
 pub fn confirm(global: &Global) -> anyhow::Result<u8> {
-    if rollback::confirm(&global.places()?.run)? {
-        global.print("confirmed: the rules in force stay\n")?;
-    } else {
-        global.print("nothing waits for a confirmation\n")?;
-    }
+    let (text, result) = match rollback::confirm(&global.places()?.run)? {
+        true => ("confirmed: the rules in force stay\n", "confirmed"),
+        false => ("nothing waits for a confirmation\n", "nothing-to-confirm"),
+    };
+    global.tell(text, serde_json::json!({ "version": 1, "result": result }))?;
     Ok(0)
 }

@@ -153,6 +153,14 @@ impl Global {
             .map_or(80, |columns| columns.clamp(40, 100))
     }
 
+    /// Prints the result of a verb that has a form for each format.
+    pub fn tell(&self, text: &str, json: serde_json::Value) -> anyhow::Result<()> {
+        match self.format {
+            Format::Text => self.print(text),
+            Format::Json => self.print(&format!("{}\n", serde_json::to_string_pretty(&json)?)),
+        }
+    }
+
     /// Prints the result of a verb. A closed pipe (`| head`) is not an error.
     pub fn print(&self, text: &str) -> anyhow::Result<()> {
         if self.quiet {
