@@ -1,5 +1,6 @@
 //! `policy check` and `policy show`.
 
+use anyhow::Context as _;
 use clap::Subcommand;
 
 use super::{Global, today};
@@ -21,14 +22,17 @@ pub fn run(global: &Global, verb: &Verb) -> anyhow::Result<u8> {
         Verb::Check => check(global, now),
         Verb::Show => {
             let loaded = policy::load(&global.policy, today(now))?;
-            global.print(&policy::show(&loaded.policy))?;
+            let text = policy::show(&loaded.policy);
+            // The same keys as the file, as JSON.
+            let json = toml::from_str::<serde_json::Value>(&text).context("read the policy back as shown")?;
+            global.tell(&text, json)?;
             Ok(0)
         }
     }
 }
 
 fn check(global: &Global, now: crate::terms::Stamp) -> anyhow::Result<u8> {
-    let (loaded, _) = load(global, now)?;
+    let (loaded, desired) = load(global, now)?;
     if let Some(expired) = loaded.expired() {
         anyhow::bail!("{expired}");
     }
@@ -37,7 +41,12 @@ fn check(global: &Global, now: crate::terms::Stamp) -> anyhow::Result<u8> {
         note.mistake.render(&loaded.file, "note", &mut text)?;
         eprintln!("{}", text.trim_end());
     }
-    global.print(&format!("{}: right, for {}\n", global.policy.display(), loaded.policy.node.name))?;
+    if desired.admin.is_none() {
+        eprintln!("note: this policy proves no way in for the node's operator; allow_no_admin_path = true permits that");
+    }
+    let node = &loaded.policy.node.name;
+    let text = format!("{}: right, for {node}\n", global.policy.display());
+    global.tell(&text, serde_json::json!({ "version": 1, "node": node, "right": true }))?;
     Ok(0)
 }
 

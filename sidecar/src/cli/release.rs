@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::{FAILED, Global};
+use super::{Format, Global};
 use crate::apply;
 use crate::daemon::socket;
 use crate::diff::{self, Code};
@@ -24,24 +24,28 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
             "a daemon runs and would put the rules back: stop it first (systemctl stop spokeguard)"
         );
     }
-    match opened(global, &places.pin) {
-        Ok(opened) if opened.is_empty() => {
-            global.print("nothing that listens now would be opened by this; later listeners would be\n")?;
-        }
-        Ok(opened) => global.print(&format!("without our rules strangers reach:\n{}", opened.concat()))?,
-        Err(error) => eprintln!("warning: can't tell what this opens: {error:#}"),
-    }
-    if options.dry_run {
-        return Ok(0);
-    }
-    match apply::release() {
-        Ok(true) => global.print("released: table inet spokeguard is gone\n")?,
-        Ok(false) => global.print("there was no table inet spokeguard\n")?,
+    let opens = match opened(global, &places.pin) {
+        Ok(opens) => Some(opens),
         Err(error) => {
-            eprintln!("error: {error:#}");
-            return Ok(FAILED);
+            eprintln!("warning: can't tell what this opens: {error:#}");
+            None
         }
+    };
+    if global.format == Format::Text {
+        global.print(&match opens.as_deref() {
+            Some([]) => {
+                "nothing that listens now would be opened by this; later listeners would be\n".to_owned()
+            }
+            Some(some) => format!("without our rules strangers reach:\n  {}\n", some.join("\n  ")),
+            None => String::new(),
+        })?;
     }
+    let (text, result) = match options.dry_run {
+        true => ("", "dry-run"),
+        false if apply::release()? => ("released: table inet spokeguard is gone\n", "released"),
+        false => ("there was no table inet spokeguard\n", "nothing-to-release"),
+    };
+    global.tell(text, serde_json::json!({ "version": 1, "result": result, "opens": opens }))?;
     Ok(0)
 }
 
@@ -60,8 +64,9 @@ fn opened(global: &Global, pins: &std::path::Path) -> anyhow::Result<Vec<String>
         .iter()
         .filter(|f| exposing.contains(&f.code))
         .map(|f| match &f.by {
-            Some(actor) => format!("  {}  {actor}\n", f.subject),
-            None => format!("  {}\n", f.subject),
+            Some(actor) => format!("{}  {actor}", f.subject),
+            None if f.code == Code::MeshLeak => format!("{}  (the mesh address, for neighbours)", f.subject),
+            None => f.subject.clone(),
         })
         .collect())
 }
