@@ -1,7 +1,7 @@
 //! `explain CODE`: what a finding means, why it matters, what to do.
 
 use super::{Format, Global};
-use crate::diff::{Code, explain};
+use crate::diff::{Code, catalogue, explain};
 
 pub fn run(global: &Global, code: Option<&str>) -> anyhow::Result<u8> {
     let codes = match code {
@@ -16,13 +16,10 @@ pub fn run(global: &Global, code: Option<&str>) -> anyhow::Result<u8> {
         }
         (Format::Text, Some(_)) => explain(codes[0]),
         (Format::Text, None) => {
-            let mut text = String::from("spokeguard explain CODE tells what each of these means:\n\n");
-            for code in codes {
-                let first = explain(code);
-                let summary = first.lines().next().unwrap_or_default();
-                text.push_str(&format!("  {summary}\n"));
-            }
-            text
+            format!(
+                "spokeguard explain CODE tells more. The severity is the worst it gets.\n\n{}",
+                catalogue::list()
+            )
         }
     };
     global.print(&text)?;

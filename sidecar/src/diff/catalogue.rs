@@ -20,7 +20,9 @@ pub fn explain(code: Code) -> String {
 /// All codes, one a line, as `explain` without a code prints them.
 pub fn list() -> String {
     Code::ALL.into_iter().map(Code::entry).fold(String::new(), |text, entry| {
-        let summary = entry.meaning.split_inclusive('.').next().unwrap_or_default().replace('\n', " ");
+        // A full stop ends a sentence where a space follows; [mesh.hub] has one inside.
+        let meaning = entry.meaning.replace('\n', " ");
+        let summary = meaning.find(". ").map_or(meaning.as_str(), |end| &meaning[..=end]);
         text + &format!("{:<19} {:<9} {summary}\n", entry.name, entry.severity.name())
     })
 }
