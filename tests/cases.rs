@@ -37,6 +37,27 @@ fn every_case_says_what_it_said_before() {
     );
 }
 
+#[test]
+fn every_example_is_a_policy_that_is_right() {
+    if lacking(&[Need::Spokeguard]) {
+        return;
+    }
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples");
+    let mut examples: Vec<PathBuf> =
+        fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    examples.retain(|path| path.extension().is_some_and(|end| end == "toml"));
+    assert!(examples.len() >= 4, "{examples:?}");
+    for path in examples {
+        let check = Command::new(lab::spokeguard().unwrap())
+            .args(["policy", "check", "--policy"])
+            .arg(&path)
+            .output();
+        let check = check.unwrap();
+        let errors = String::from_utf8_lossy(&check.stderr);
+        assert!(check.status.success() && errors.is_empty(), "{}: {errors}", path.display());
+    }
+}
+
 /// All failures, not the first: a changed word often changes many cases, and one look should show them.
 fn failures(cases: &[PathBuf], program: &Path, update: bool) -> Vec<String> {
     let judged = cases.iter().map(|case| (case, judge(case, program, update)));

@@ -146,15 +146,21 @@ fn a_stranger_reaches_the_public_ports_and_no_other() {
     let _all = lab.spoke.listen("all", &words.iter().map(String::as_str).collect::<Vec<_>>()).unwrap();
     let guard = Guard::new(&lab, &lab.spoke);
     for to in PUBLIC {
-        assert_eq!(lab.internet.nmap_open(to, "-").unwrap().len(), ports.len(), "before, to {to}");
+        assert_eq!(
+            lab.internet.nmap_open(to, &ports.join(",")).unwrap().len(),
+            ports.len(),
+            "before, to {to}"
+        );
         assert!(udp(&lab.internet, to, 8080), "before, to {to}");
     }
     guard.enforce(&lab.policy().replace("tcp = [80, 443]", "tcp = [80, 443]\nudp = [443]"));
     for to in PUBLIC {
+        // At this pace a scan may miss what is open, and never calls open what is not.
         let scan = lab.internet.nmap(to, "-").unwrap();
-        assert_eq!(scan.open(), BTreeSet::from([80, 443]), "{to}");
+        assert!(scan.open().is_subset(&BTreeSet::from([80, 443])), "{to}: {scan:?}");
+        assert_eq!(lab.internet.nmap_open(to, &ports.join(",")).unwrap(), BTreeSet::from([80, 443]), "{to}");
         // Not a word about the others: neither a reset nor an ICMP error.
-        assert_eq!(scan.others, BTreeMap::from([("filtered".to_string(), 65533)]), "{to}");
+        assert_eq!(scan.others.keys().collect::<Vec<_>>(), ["filtered"], "{to}: {scan:?}");
         assert!(udp(&lab.internet, to, 443), "udp 443 at {to}");
         assert!(!udp(&lab.internet, to, 8080), "udp 8080 at {to}");
     }
@@ -265,7 +271,7 @@ fn the_mesh_address_does_not_answer_on_the_public_side_and_nobody_borrows_a_mesh
             assert_eq!(tcp(&lab.internet, to, port), Answer::Silent, "{to} {port} through the public side");
         }
         assert!(!udp(&lab.internet, to, 443), "{to} through the public side");
-        assert_eq!(lab.hub.connect(SocketAddr::new(to, 80), SHORT), Answer::Silent, "public only");
+        assert_eq!(tcp(&lab.hub, to, 80), Answer::Open, "public is public through the mesh as well");
     }
     assert!(
         guard.counter("drop-weak-host-ipv4") >= 4 && guard.counter("drop-weak-host-ipv6") >= 4,
@@ -390,12 +396,9 @@ fn a_local_network_has_a_list_of_its_own_and_what_is_routed_there_is_judged() {
         assert_eq!(tcp(container, gateway, 53), Answer::Open, "{gateway}");
         // A wildcard UDP socket answers from the address that is nearest, so only that one is asked.
         assert!(PUBLIC.contains(&gateway) || udp(container, gateway, 53), "{gateway}");
-        for port in [5432, 443, 22] {
-            assert_eq!(
-                tcp(container, gateway, port),
-                Answer::Silent,
-                "{gateway} {port}: on no list of its own"
-            );
+        assert_eq!(tcp(container, gateway, 443), Answer::Open, "{gateway}: public is public here as well");
+        for port in [5432, 22] {
+            assert_eq!(tcp(container, gateway, port), Answer::Silent, "{gateway} {port}: on no list");
         }
         assert!(!udp(container, gateway, 5432), "{gateway}");
     }
@@ -488,7 +491,8 @@ until = "2099-01-31"
     }
     for to in [HUB_MESH, lab::HUB_MESH_V6] {
         assert_eq!(tcp(&lab.spoke, to, 22), Answer::Open, "ssh for the spoke that is listed");
-        assert_eq!(tcp(&lab.spoke, to, 80), Answer::Silent);
+        assert_eq!(tcp(&lab.spoke, to, 80), Answer::Open);
+        assert_eq!(tcp(&lab.spoke, to, 3333), Answer::Silent);
     }
 }
 
@@ -714,7 +718,18 @@ fn apply_changes_what_differs_and_only_our_table() {
     let before = foreign_rules(&lab.spoke);
     let guard = Guard::new(&lab, &lab.spoke);
     guard.write(&lab.policy());
-    assert!(guard.says(1, &["plan"]).contains("apply would add this table"));
+    let plan = guard.says(1, &["plan"]);
+    assert!(plan.starts_with("apply would add table inet spokeguard; nothing else is touched."), "{plan}");
+    for line in [
+        "  tcp/443    https            from anyone\n",
+        "  tcp/22     ssh              from 10.84.0.1 through wg0\n",
+    ] {
+        assert!(plan.contains(line), "{plan}");
+    }
+    assert!(
+        plan.contains("  chain input {\n    type filter hook input priority -10; policy accept;\n"),
+        "{plan}"
+    );
     assert_eq!(foreign_rules(&lab.spoke), before, "plan changes nothing");
     assert!(
         !lab.spoke.ok(&["nft", "list", "tables"]).unwrap().contains("inet spokeguard\n"),
@@ -730,6 +745,8 @@ fn apply_changes_what_differs_and_only_our_table() {
     let was = generation(&lab.spoke);
     let again = guard.says(0, &["apply"]);
     assert!(again.contains("nothing changed"), "{again}");
+    let again = guard.run(&["apply", "--format", "json"]).json().unwrap();
+    assert_eq!((&again["result"], &again["changes"]), (&"unchanged".into(), &serde_json::json!([])));
     assert_eq!(generation(&lab.spoke), was);
     assert!(guard.says(0, &["confirm"]).contains("nothing waits"), "nothing was armed");
 
@@ -770,6 +787,9 @@ fn apply_changes_what_differs_and_only_our_table() {
     let dry = guard.says(0, &["release", "--dry-run"]);
     assert!(dry.contains("tcp/[::]:9999") && dry.contains("postgres"), "{dry}");
     assert_eq!(tcp(&lab.internet, SPOKE_PUBLIC, 9999), Answer::Silent, "a dry run");
+    let dry = guard.run(&["release", "--dry-run", "--format", "json"]).json().unwrap();
+    assert_eq!(dry["result"], "dry-run");
+    assert!(dry["opens"].to_string().contains("tcp/[::]:9999"), "{dry}");
     let released = guard.says(0, &["release"]);
     assert!(released.contains("tcp/[::]:9999") && released.contains("is gone"), "{released}");
     assert_eq!(lab.spoke.ok(&["nft", "-s", "-n", "list", "ruleset"]).unwrap(), before);
@@ -846,6 +866,23 @@ fn without_a_confirmation_everything_is_as_it_was() {
     let late = guard.run(&["confirm"]);
     assert!(late.code != Some(0) || !late.stdout.contains("rules in force stay"), "{}", late.all());
 
+    // A second apply neither confirms the first nor hides that it waits, nor does one that fails.
+    guard.write(&lab.policy());
+    guard.says(0, &["apply", "--confirm-within", "3s"]);
+    let again = guard.says(0, &["apply"]);
+    assert!(again.contains("not confirmed yet"), "{again}");
+    guard.write("version = 1\n");
+    guard.says(2, &["apply"]);
+    guard.write(&lab.policy());
+    let waited = guard.run(&["apply", "--wait", "--format", "json"]);
+    assert_eq!(
+        (waited.code, &waited.json().unwrap()["result"]),
+        (Some(1), &"rolled-back".into()),
+        "{}",
+        waited.all()
+    );
+    opens_again("the first one's way back", SHORT);
+
     // A rule set before: that one again, with what it has counted.
     let open = lab.policy().replace("[80, 443]", "[80, 443, 5432]");
     guard.enforce(&open);
@@ -855,7 +892,7 @@ fn without_a_confirmation_everything_is_as_it_was() {
     let outcome = guard.run(&["apply", "--wait", "--confirm-within", "1s"]);
     assert_eq!(outcome.code, Some(1), "{}", outcome.all());
     assert!(outcome.stdout.contains("rolled back"), "{}", outcome.all());
-    opens_again("the rules before", LONG);
+    opens_again("the rules before, by the time it says so", SHORT);
     assert_eq!(lab.spoke.ok(&["nft", "-s", "list", "ruleset"]).unwrap(), before);
     assert!(guard.counter("drop-public-tcp-ipv4") >= 1, "{:?}", guard.counters());
 
@@ -873,6 +910,44 @@ fn without_a_confirmation_everything_is_as_it_was() {
     for to in PUBLIC {
         assert_eq!(tcp(&lab.internet, to, 5432), Answer::Silent, "confirmed");
     }
+}
+
+#[test]
+fn an_apply_that_fails_halfway_is_rolled_back_with_the_one_before_it() {
+    if lacking(&[Need::Lab, Need::Spokeguard]) {
+        return;
+    }
+    let lab = Lab::plain();
+    let guard = Guard::new(&lab, &lab.spoke);
+    // An nft that lists, restores from a file, and takes no transaction.
+    let bin = lab.dir.join("bin");
+    std::fs::create_dir(&bin).unwrap();
+    std::fs::write(
+        bin.join("nft"),
+        "#!/bin/sh\ncase \"$*\" in *-f\\ -*) echo no room >&2; exit 1;; esac\nPATH=$REST exec nft \"$@\"\n",
+    )
+    .unwrap();
+    let program = lab::spokeguard().unwrap().display().to_string();
+    let failing = format!(
+        "chmod 755 {0}/nft; REST=$PATH PATH={0}:$PATH exec {program} apply --confirm-within 1s {1}",
+        bin.display(),
+        guard.flags().join(" ")
+    );
+    guard.write(&lab.policy());
+    guard.says(0, &["apply", "--confirm-within", "60s"]);
+    assert_eq!(tcp(&lab.internet, SPOKE_PUBLIC, 5432), Answer::Silent);
+    guard.write(&lab.policy().replace("[80, 443]", "[443]"));
+    let outcome = lab.spoke.run(&["sh", "-c", &failing]).unwrap();
+    assert_eq!(outcome.code, Some(2), "{}", outcome.all());
+    assert!(
+        outcome.stderr.contains("comes back in 1s") && outcome.stderr.contains("no room"),
+        "{}",
+        outcome.all()
+    );
+    wait_until(LONG, "what was there before both", || {
+        (!lab.spoke.ok(&["nft", "list", "tables"]).unwrap().contains("spokeguard")).then_some(())
+    })
+    .unwrap();
 }
 
 #[test]

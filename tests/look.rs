@@ -55,12 +55,16 @@ fn follows_the_contract(document: &Value) {
     let set = |words: &[&str]| words.iter().map(|word| word.to_string()).collect::<BTreeSet<_>>();
     assert_eq!(keys(document), set(&["version", "node", "verdict", "at", "findings", "blind"]));
     assert_eq!(document["version"], 1);
-    let is_time = |value: &Value| value.as_str().is_some_and(|t| t.len() >= 20 && t.ends_with('Z') && &t[10..11] == "T");
+    let is_time = |value: &Value| {
+        value.as_str().is_some_and(|t| t.len() >= 20 && t.ends_with('Z') && &t[10..11] == "T")
+    };
     assert!(is_time(&document["at"]), "{}", document["at"]);
     for finding in document["findings"].as_array().unwrap() {
         let wanted = ["code", "severity", "subject", "wanted", "found", "by", "since", "accepted", "next"];
         assert_eq!(keys(finding), set(&wanted), "{finding}");
-        assert!(["critical", "high", "medium", "low", "info"].contains(&finding["severity"].as_str().unwrap()));
+        assert!(
+            ["critical", "high", "medium", "low", "info"].contains(&finding["severity"].as_str().unwrap())
+        );
         for text in ["code", "subject", "wanted", "found", "next"] {
             assert!(finding[text].as_str().is_some_and(|text| !text.is_empty()), "{text} of {finding}");
         }
@@ -113,7 +117,8 @@ fn each_drift_is_found_and_nothing_else() {
     let policy = plain_policy(&lab);
     let sshd = sshd(&lab, &["10.84.0.16", "fd84::16"]);
     let _web = lab.spoke.web().unwrap();
-    let _private = lab.spoke.listen("redis", &["tcp/127.0.0.1:6379", "tcp/[::1]:6379", "udp/127.0.0.1:323"]).unwrap();
+    let _private =
+        lab.spoke.listen("redis", &["tcp/127.0.0.1:6379", "tcp/[::1]:6379", "udp/127.0.0.1:323"]).unwrap();
     guard.enforce(&policy);
     is_right(&guard, "at first");
     assert_eq!(check(&guard).document["node"], "singapore");
@@ -150,7 +155,11 @@ fn each_drift_is_found_and_nothing_else() {
             &["mesh-address address fd84::16"],
         ),
         // The kernel takes IPv6 addresses away from what is down.
-        ("ip link set wg0 down", "ip link set wg0 up; ip addr replace fd84::16/64 dev wg0", &["mesh-address address fd84::16", "mesh-missing interface wg0"]),
+        (
+            "ip link set wg0 down",
+            "ip link set wg0 up; ip addr replace fd84::16/64 dev wg0",
+            &["mesh-address address fd84::16", "mesh-missing interface wg0"],
+        ),
         ("chmod 0644 $DIR/secret", "chmod 0600 $DIR/secret", &["file-mode file $DIR/secret"]),
         ("chmod 0400 $DIR/secret", "chmod 0600 $DIR/secret", &[]),
         ("rm $DIR/secret", "install -m 600 /dev/null $DIR/secret", &["file-mode file $DIR/secret"]),
@@ -196,13 +205,17 @@ fn each_drift_is_found_and_nothing_else() {
 
     // A published port, held.
     lab.publish(8080, 8000).unwrap();
-    let published = ["dnat-exposed tcp/8080 -> 172.17.0.2:8000", "dnat-exposed tcp/8080 -> [fd00:17::2]:8000"];
+    let published =
+        ["dnat-exposed tcp/8080 -> 172.17.0.2:8000", "dnat-exposed tcp/8080 -> [fd00:17::2]:8000"];
     let seen = check(&guard);
     assert_eq!(seen.list(), set(&published), "{:#}", seen.document);
     assert_eq!(seen.one("dnat-exposed", "tcp/8080 -> 172.17.0.2:8000")["severity"], "low");
 
     // The same without our table: nothing holds any of it.
-    let _db = lab.spoke.listen("postgres", &["tcp/0.0.0.0:5432", "tcp/[2001:db8:1::7]:5433", "udp/[::]:161"]).unwrap();
+    let _db = lab
+        .spoke
+        .listen("postgres", &["tcp/0.0.0.0:5432", "tcp/[2001:db8:1::7]:5433", "udp/[::]:161"])
+        .unwrap();
     guard.says(0, &["release"]);
     let seen = check(&guard);
     let mut wanted = set(&[
@@ -248,7 +261,10 @@ fn sshd_is_found_wherever_it_is_and_missed_where_it_is_not() {
         let seen = check(&guard);
         assert_eq!(seen.list(), set(&["ssh-bind tcp/0.0.0.0:22", "ssh-bind tcp/[::]:22"]));
         let finding = seen.one("ssh-bind", "tcp/0.0.0.0:22");
-        assert_eq!((&finding["severity"], &finding["by"]["pid"]), (&"medium".into(), &wide.running.pid().into()));
+        assert_eq!(
+            (&finding["severity"], &finding["by"]["pid"]),
+            (&"medium".into(), &wide.running.pid().into())
+        );
         // Nothing holds it any more.
         lab.spoke.nft("delete table inet spokeguard").unwrap();
         assert_eq!(check(&guard).one("ssh-bind", "tcp/[::]:22")["severity"], "high");
@@ -259,10 +275,13 @@ fn sshd_is_found_wherever_it_is_and_missed_where_it_is_not() {
     is_right(&guard, "sshd on the mesh");
     // Its file says something else now, and the next reload will follow it.
     let config = std::fs::read_to_string(&sshd.config).unwrap();
-    std::fs::write(&sshd.config, config.replace("PasswordAuthentication no", "PasswordAuthentication yes")).unwrap();
+    std::fs::write(&sshd.config, config.replace("PasswordAuthentication no", "PasswordAuthentication yes"))
+        .unwrap();
     let seen = check(&guard);
     assert_eq!(seen.list(), set(&["ssh-password sshd"]));
-    assert!(seen.one("ssh-password", "sshd")["found"].as_str().unwrap().contains("PasswordAuthentication yes"));
+    assert!(
+        seen.one("ssh-password", "sshd")["found"].as_str().unwrap().contains("PasswordAuthentication yes")
+    );
     // A file that sshd itself can't read is no proof of anything.
     std::fs::write(&sshd.config, "NoSuchKeyword yes\n").unwrap();
     let seen = check(&guard);
@@ -286,7 +305,12 @@ fn exceptions_are_listed_and_change_nothing_until_they_are_over() {
     };
     guard.enforce(&with("2099-01-31"));
     let seen = check(&guard);
-    assert_eq!((seen.code, seen.list()), (0, set(&["exception-open exception emergency-ssh"])), "{:#}", seen.document);
+    assert_eq!(
+        (seen.code, seen.list()),
+        (0, set(&["exception-open exception emergency-ssh"])),
+        "{:#}",
+        seen.document
+    );
     assert_eq!(seen.document["verdict"], "ok");
     assert_eq!(seen.one("exception-open", "exception emergency-ssh")["accepted"], true);
     let text = guard.says(0, &["check"]);
@@ -299,7 +323,10 @@ fn exceptions_are_listed_and_change_nothing_until_they_are_over() {
         "{:#}",
         seen.document
     );
-    assert_eq!((seen.code, &seen.one("exception-expired", "exception emergency-ssh")["accepted"]), (1, &false.into()));
+    assert_eq!(
+        (seen.code, &seen.one("exception-expired", "exception emergency-ssh")["accepted"]),
+        (1, &false.into())
+    );
 }
 
 #[test]
@@ -342,7 +369,10 @@ fn the_tunnel_is_compared_with_the_policy() {
         let seen = check(&guard);
         let list = seen.list();
         assert_eq!(list.len(), wanted.len(), "{breaks}: {:#}", seen.document);
-        assert!(list.iter().zip(*wanted).all(|(found, start)| found.starts_with(start)), "{breaks}: {list:?}");
+        assert!(
+            list.iter().zip(*wanted).all(|(found, start)| found.starts_with(start)),
+            "{breaks}: {list:?}"
+        );
         assert_eq!(seen.code, 1);
         lab.spoke.sh(mends).unwrap();
         is_right(&guard, mends);
@@ -351,7 +381,9 @@ fn the_tunnel_is_compared_with_the_policy() {
     lab.spoke.sh(&format!("wg set wg0 peer {hub} remove")).unwrap();
     let seen = check(&guard);
     assert_eq!(seen.list(), set(&["mesh-peer peer hub"]), "{:#}", seen.document);
-    lab.spoke.sh(&format!("wg set wg0 peer {hub} endpoint 203.0.113.47:51820 persistent-keepalive 25")).unwrap();
+    lab.spoke
+        .sh(&format!("wg set wg0 peer {hub} endpoint 203.0.113.47:51820 persistent-keepalive 25"))
+        .unwrap();
     let seen = check(&guard);
     assert!(seen.list().contains("mesh-peer peer hub"), "no allowed IPs: {:?}", seen.list());
     lab.spoke.sh(&format!("wg set wg0 peer {hub} allowed-ips 10.84.0.0/24,fd84::/64")).unwrap();
@@ -391,7 +423,8 @@ fn what_it_cannot_see_is_never_called_fine() {
     let look = |script: &str| Seen::of(&lab.spoke.run(&["sh", "-c", script]).unwrap());
     let blind = |seen: &Seen| -> BTreeMap<String, String> {
         let list = seen.document["blind"].as_array().unwrap().iter();
-        list.map(|b| (b["facet"].as_str().unwrap().to_string(), b["reason"].as_str().unwrap().to_string())).collect()
+        list.map(|b| (b["facet"].as_str().unwrap().to_string(), b["reason"].as_str().unwrap().to_string()))
+            .collect()
     };
 
     let seen = look(&without_nft(&command));
@@ -454,7 +487,8 @@ fn without_the_right_to_ebpf_the_counters_are_unproven_and_the_rest_is_known() {
     // The pins are root's, and the rules can be read: one control is unproven and the other is not.
     let script = as_nobody(&lab, &guard, ",+net_admin", "--format json");
     let seen = Seen::of(&lab.spoke.run(&["sh", "-c", &script]).unwrap());
-    let unproven: Vec<String> = seen.list().into_iter().filter(|line| line.starts_with("control-unproven")).collect();
+    let unproven: Vec<String> =
+        seen.list().into_iter().filter(|line| line.starts_with("control-unproven")).collect();
     assert_eq!(unproven, ["control-unproven control counters"], "{:#}", seen.document);
     assert_eq!(seen.code, 2);
     let facets: BTreeSet<&str> =
@@ -475,7 +509,9 @@ fn ten_thousand_rules_and_ten_thousand_listeners_are_all_read() {
     let listeners: Vec<_> = (0..20)
         .map(|n| lab.spoke.listen("many", &[&format!("tcp/0.0.0.0:{}+499", 20_000 + 500 * n)]).unwrap())
         .collect();
-    let rules: String = (0..10_000).map(|n| format!("ip saddr 192.0.{}.{} tcp dport {} drop\n", n / 250, n % 250, 1 + n)).collect();
+    let rules: String = (0..10_000)
+        .map(|n| format!("ip saddr 192.0.{}.{} tcp dport {} drop\n", n / 250, n % 250, 1 + n))
+        .collect();
     lab.spoke
         .nft(&format!("table inet many {{\nchain i {{\ntype filter hook input priority 5\n{rules}}}\n}}"))
         .unwrap();
@@ -485,14 +521,18 @@ fn ten_thousand_rules_and_ten_thousand_listeners_are_all_read() {
         .chain(["check", "--format", "json"].map(String::from))
         .chain(guard.flags())
         .collect();
-    let seen = Seen::of(&lab.spoke.run_within(Duration::from_secs(60), &words).unwrap());
+    let seen = Seen::of(&lab.spoke.run_within(Duration::from_secs(120), &words).unwrap());
     eprintln!("check took {:?}", started.elapsed());
     assert_eq!(seen.code, 1);
-    let wide = seen.findings().iter().filter(|f| f["code"] == "listener-wide" && f["by"]["process"] == "many");
+    let wide =
+        seen.findings().iter().filter(|f| f["code"] == "listener-wide" && f["by"]["process"] == "many");
     assert_eq!(wide.count(), 10_000);
     assert_eq!(seen.list().len(), 10_000, "each of them once, and nothing else");
     // The last of the rules counts as much as the first.
     lab.spoke.nft("add rule inet many i tcp dport 443 drop").unwrap();
     drop(listeners);
-    assert_eq!(check(&guard).list(), set(&["firewall-blocked https tcp/443 ipv4", "firewall-blocked https tcp/443 ipv6"]));
+    assert_eq!(
+        check(&guard).list(),
+        set(&["firewall-blocked https tcp/443 ipv4", "firewall-blocked https tcp/443 ipv6"])
+    );
 }
