@@ -408,6 +408,27 @@ fn the_tunnel_is_compared_with_the_policy() {
 }
 
 #[test]
+fn a_mesh_interface_that_is_no_tunnel_or_is_gone_is_missing() {
+    if lacking(&[Need::Lab, Need::Sshd, Need::Spokeguard]) {
+        return;
+    }
+    let lab = Lab::plain();
+    let guard = Guard::new(&lab, &lab.spoke);
+    let _sshd = sshd(&lab, &["10.84.0.16", "fd84::16"]);
+    guard.enforce(&lab.policy());
+    // A cable called wg0: no kernel and no program that calls it WireGuard can be asked about its peers.
+    let seen = check(&guard);
+    let unasked = (2, set(&["control-unproven control keepalive"]));
+    let known = (1, set(&["mesh-missing interface wg0"]));
+    assert!([unasked, known.clone()].contains(&(seen.code, seen.list())), "{:#}", seen.document);
+    lab.spoke.sh("ip link del wg0").unwrap();
+    let seen = check(&guard);
+    assert_eq!((seen.code, seen.list()), known, "{:#}", seen.document);
+    let found = &seen.one("mesh-missing", "interface wg0")["found"];
+    assert_eq!(found, "there is no such interface");
+}
+
+#[test]
 fn what_it_cannot_see_is_never_called_fine() {
     if lacking(&[Need::Lab, Need::Sshd, Need::Spokeguard]) {
         return;

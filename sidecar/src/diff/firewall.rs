@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::sight::{Reach, Sight, is_ours, place, someone_in};
+use super::sight::{Reach, Sight, is_ours, place, someone_in, told};
 use super::{Assessment, Code, Finding, Severity, listed};
 use crate::desired::{Desired, Service, TABLE};
 use crate::observed::{Facet, Link, Snapshot};
@@ -294,7 +294,7 @@ fn dnat(sight: &Sight, rule: &Published, out: &mut Assessment) {
     let (severity, found) = match (ways.is_empty(), doubt, held) {
         (false, ..) => (
             Severity::Critical,
-            format!("{what}; a stranger gets in through {}{}", listed(&ways, 4), sight.excuse()),
+            format!("{what}; a stranger gets in through {}{}", told(&ways), sight.excuse()),
         ),
         (true, Some(why), _) => {
             out.doubt(Facet::Nftables, format!("whether a stranger gets in at {subject}: {why}"));

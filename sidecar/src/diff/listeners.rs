@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 
-use super::sight::{Reach, Sight, Way, is_link_local};
+use super::sight::{Reach, Sight, Way, is_link_local, told};
 use super::{Assessment, Code, Finding, Severity, listed};
 use crate::observed::{Facet, Listener, Snapshot};
 use crate::policy::{Bind, MeshKind};
@@ -167,7 +167,7 @@ fn gets_in(sight: &Sight, listener: &Listener, ways: &[Way]) -> String {
     } else {
         "a stranger gets in"
     };
-    format!("{who} through {}{}", listed(ways, 4), sight.excuse())
+    format!("{who} through {}{}", told(ways), sight.excuse())
 }
 
 fn report(sight: &Sight, listener: &Listener, place: Option<Place>, out: &mut Assessment) {
@@ -301,7 +301,7 @@ mod tests {
             let found = findings.into_iter().find(|f| f.subject.ends_with(":5432")).expect("a finding");
             found.found.split(';').next().unwrap_or_default().to_owned()
         };
-        assert_eq!(open("tcp [::]:5432 db"), "a stranger gets in through eth0 over ipv4 and eth0 over ipv6");
+        assert_eq!(open("tcp [::]:5432 db"), "a stranger gets in through eth0 over ipv4 and ipv6");
         assert_eq!(open("tcp [::]:5432 db v6only"), "a stranger gets in through eth0 over ipv6");
         assert_eq!(open("tcp 0.0.0.0:5432 db"), "a stranger gets in through eth0 over ipv4");
         assert_eq!(open("tcp 203.0.113.7:5432 db"), "a stranger gets in through eth0 over ipv4");

@@ -2,11 +2,12 @@
 //! was seen. Our own table gets no special trust here; it is one table among the others.
 
 use std::cell::RefCell;
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 
+use super::listed;
 use crate::desired::{Desired, TABLE};
 use crate::observed::{Link, Listener, Reading, Snapshot};
 use crate::policy::{Mode, Policy};
@@ -53,11 +54,21 @@ pub(super) struct Way {
     pub family: Family,
 }
 
-impl std::fmt::Display for Way {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { interface, family } = self;
-        write!(f, "{interface} over {family}")
+/// "eth0 over ipv4 and ipv6": interfaces with the same families are told together.
+pub(super) fn told(ways: &[Way]) -> String {
+    let mut families: BTreeMap<&str, BTreeSet<Family>> = BTreeMap::new();
+    for way in ways {
+        families.entry(&way.interface).or_default().insert(way.family);
     }
+    let mut interfaces: BTreeMap<BTreeSet<Family>, Vec<&str>> = BTreeMap::new();
+    for (interface, families) in families {
+        interfaces.entry(families).or_default().push(interface);
+    }
+    let group = |(families, interfaces): (BTreeSet<Family>, Vec<&str>)| {
+        let families: Vec<Family> = families.into_iter().collect();
+        format!("{} over {}", listed(&interfaces, 4), listed(&families, 2))
+    };
+    interfaces.into_iter().map(group).collect::<Vec<_>>().join(", ")
 }
 
 impl<'a> Sight<'a> {
@@ -325,4 +336,19 @@ fn strangers(desired: &Desired, links: &[Link]) -> [Vec<IpAddr>; 2] {
         first_far(&["2a0d:5600:5ca1::c7", "2604:a880:5ca1::c7"]),
     ];
     [v4.into_iter().flatten().collect(), v6.into_iter().flatten().collect()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ways_in_are_told_by_family() {
+        let way = |interface: &str, family| Way { interface: interface.into(), family };
+        let (four, six) = (Family::Ipv4, Family::Ipv6);
+        assert_eq!(told(&[way("eth0", six)]), "eth0 over ipv6");
+        let ways =
+            [way("br0", four), way("br0", six), way("eth0", four), way("eth0", six), way("ppp0", four)];
+        assert_eq!(told(&ways), "ppp0 over ipv4, br0 and eth0 over ipv4 and ipv6");
+    }
 }
