@@ -42,7 +42,9 @@ fn check(global: &Global, now: crate::terms::Stamp) -> anyhow::Result<u8> {
         eprintln!("{}", text.trim_end());
     }
     if desired.admin.is_none() {
-        eprintln!("note: this policy proves no way in for the node's operator; allow_no_admin_path = true permits that");
+        eprintln!(
+            "note: this policy proves no way in for the node's operator; allow_no_admin_path = true permits that"
+        );
     }
     let node = &loaded.policy.node.name;
     let text = format!("{}: right, for {node}\n", global.policy.display());
