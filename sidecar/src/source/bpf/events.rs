@@ -2,6 +2,7 @@
 //! log. Both wake the daemon, neither is believed.
 
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use anyhow::Context as _;
@@ -15,12 +16,17 @@ use super::{Bpf, root};
 use crate::sys;
 use crate::terms::printable;
 
-/// Sockets that begin to listen, in every network namespace of this machine. The
-/// tracepoint is attached for as long as this value lives.
+/// Sockets that begin to listen in this network namespace. The tracepoint is attached for
+/// as long as this value lives. It sees every namespace of the machine; a host full of
+/// containers would otherwise be looked at for each of theirs.
 pub struct ListenEvents {
     ring: AsyncFd<RingBuf<MapData>>,
+    here: Option<Namespace>,
     _program: RawTracePoint,
 }
+
+/// Device and inode of a network namespace.
+type Namespace = (u64, u64);
 
 /// Who called listen().
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,7 +50,7 @@ impl ListenEvents {
         program
             .attach(programs::LISTEN_TRACEPOINT)
             .with_context(|| format!("attach to the tracepoint {}", programs::LISTEN_TRACEPOINT))?;
-        Ok(Self { ring, _program: program })
+        Ok(Self { ring, here: namespace("thread-self"), _program: program })
     }
 
     /// Waits for at least one. Cancelling loses none. A burst beyond the ring's size
@@ -53,12 +59,13 @@ impl ListenEvents {
         loop {
             let mut ready = self.ring.readable_mut().await?;
             let ring = ready.get_inner_mut();
-            let mut events = Vec::new();
-            while events.len() < LISTENS_PER_WAKE {
+            let (mut events, mut taken) = (Vec::new(), 0);
+            while taken < LISTENS_PER_WAKE {
                 let Some(item) = ring.next() else { break };
-                events.extend(decode(&item));
+                taken += 1;
+                events.extend(decode(&item).filter(|event| !is_elsewhere(self.here, event.pid)));
             }
-            if events.len() < LISTENS_PER_WAKE {
+            if taken < LISTENS_PER_WAKE {
                 ready.clear_ready();
             }
             if !events.is_empty() {
@@ -69,6 +76,18 @@ impl ListenEvents {
 }
 
 const LISTENS_PER_WAKE: usize = 128;
+
+/// Whether this process is known to be in another network namespace. One that has ended, or
+/// may not be looked at, may have been in ours. A socket that a process took along into
+/// another namespace is found as late as anything that sends no event.
+fn is_elsewhere(here: Option<Namespace>, pid: u32) -> bool {
+    here.zip(namespace(&pid.to_string())).is_some_and(|(here, there)| here != there)
+}
+
+fn namespace(process: &str) -> Option<Namespace> {
+    let meta = std::fs::metadata(format!("/proc/{process}/ns/net")).ok()?;
+    Some((meta.dev(), meta.ino()))
+}
 
 fn decode(bytes: &[u8]) -> Option<Listening> {
     if bytes.len() < size_of::<ListenEvent>() {
@@ -109,6 +128,16 @@ impl ProgramLog {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_a_process_that_is_known_to_be_elsewhere_is_passed_over() {
+        let (here, me) = (namespace("thread-self"), std::process::id());
+        assert!(here.is_some(), "a thread may always look at itself");
+        assert!(!is_elsewhere(here, me), "this process is here");
+        assert!(is_elsewhere(here.map(|(device, inode)| (device, inode + 1)), me));
+        assert!(!is_elsewhere(here, u32::MAX), "a process that has ended");
+        assert!(!is_elsewhere(None, me), "nothing is known of ourselves");
+    }
 
     #[test]
     fn a_listen_event_is_decoded_and_its_name_made_harmless() {
