@@ -10,7 +10,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 
 use netlink_packet_core::NLA_TYPE_MASK;
-use rustix::net::SendFlags;
+use rustix::net::{RecvFlags, SendFlags};
 
 use crate::desired::TABLE;
 use crate::source::nft_events::{
@@ -72,10 +72,15 @@ pub enum ReplayError {
 }
 
 /// A batch that puts our whole table in place, whatever is left of it.
-#[derive(Clone, PartialEq, Eq)]
+///
+/// It keeps the socket that it will be sent over. Closing any nftables socket holds the
+/// rule set's lock until what was deleted before is freed, 10 to 30 ms after a flush: whoever
+/// flushed closes theirs some 100 us after the commit, and a repair that isn't waiting for
+/// the lock by then waits for all of that.
 pub struct Replay {
     batch: Vec<u8>,
     generation: u32,
+    socket: OwnedFd,
 }
 
 impl Replay {
@@ -84,11 +89,12 @@ impl Replay {
     pub fn capture() -> Result<Self, ReplayError> {
         let mut queries = NftQueries::open()?;
         let generation = queries.generation()?;
-        let batch = batch().map_err(ReplayError::Capture)?;
+        let socket = open().map_err(ReplayError::Capture)?;
+        let batch = batch(&socket).map_err(ReplayError::Capture)?;
         if queries.generation()? != generation {
             return Err(ReplayError::Changed);
         }
-        Ok(Self { batch, generation })
+        Ok(Self { batch, generation, socket })
     }
 
     /// The generation of the rule set that was taken down.
@@ -98,17 +104,16 @@ impl Replay {
 
     /// All of it or nothing. Counters that are gone start from 0 again.
     pub fn send(&self) -> Result<(), ReplayError> {
-        send(&self.batch).map_err(ReplayError::Send)
+        send(&self.socket, &self.batch).map_err(ReplayError::Send)
     }
 }
 
-fn send(batch: &[u8]) -> io::Result<()> {
-    let socket = open()?;
-    // The kernel copies the batch whole; the default allows some 200 KiB.
-    rustix::net::sockopt::set_socket_send_buffer_size_force(&socket, BATCH_MAX)?;
-    rustix::net::send(&socket, batch, SendFlags::empty())?;
+fn send(socket: &OwnedFd, batch: &[u8]) -> io::Result<()> {
     let mut buffer = vec![0; DATAGRAM_MAX];
-    let length = receive(&socket, &mut buffer)?;
+    // Of a batch that failed there may be more answers than the one that was read.
+    while rustix::net::recv(socket, &mut buffer[..], RecvFlags::DONTWAIT).is_ok() {}
+    rustix::net::send(socket, batch, SendFlags::empty())?;
+    let length = receive(socket, &mut buffer)?;
     // Errors come in the order of the messages, that of the commit before all; the only
     // message that asks to be acknowledged is the last. So the first answer decides.
     let answer = Messages(&buffer[..length]).next().ok_or(io::ErrorKind::InvalidData)?;
@@ -119,30 +124,29 @@ fn send(batch: &[u8]) -> io::Result<()> {
     }
 }
 
-fn batch() -> io::Result<Vec<u8>> {
-    let socket = open()?;
+fn batch(socket: &OwnedFd) -> io::Result<Vec<u8>> {
     let table = [(TABLE_NAME, [TABLE.as_bytes(), b"\0"].concat())];
     let mut out = Builder(Vec::new());
     out.marker(BATCH_BEGIN);
     out.message(NEWTABLE, NLM_F_CREATE, &table);
     // Of a table that is still there: its rules, in all chains, and with them their sets.
     out.message(DELRULE, 0, &table);
-    for object in dump(&socket, &COUNTERS, &table)? {
+    for object in dump(socket, &COUNTERS, &table)? {
         out.message(COUNTERS.new, COUNTERS.flags, &[object, vec![(OBJ_DATA, Vec::new())]].concat());
     }
     // All chains before the first rule: rules jump to them.
-    for object in dump(&socket, &CHAINS, &table)? {
+    for object in dump(socket, &CHAINS, &table)? {
         out.message(CHAINS.new, CHAINS.flags, &object);
     }
-    for (id, mut object) in (1u32..).zip(dump(&socket, &SETS, &table)?) {
+    for (id, mut object) in (1u32..).zip(dump(socket, &SETS, &table)?) {
         let Some((_, name)) = object.iter().find(|(kind, _)| *kind == SET_NAME).cloned() else { continue };
         object.push((SET_ID, id.to_be_bytes().to_vec()));
         out.message(SETS.new, SETS.flags, &object);
-        for elements in dump(&socket, &ELEMENTS, &[table[0].clone(), (SET_NAME, name)])? {
+        for elements in dump(socket, &ELEMENTS, &[table[0].clone(), (SET_NAME, name)])? {
             out.message(ELEMENTS.new, ELEMENTS.flags, &elements);
         }
     }
-    let rules = dump(&socket, &RULES, &table)?;
+    let rules = dump(socket, &RULES, &table)?;
     if rules.is_empty() {
         return Err(io::ErrorKind::NotFound.into());
     }
@@ -210,7 +214,10 @@ fn kept(mut attributes: &[u8], keep: &[u16]) -> Option<Attributes> {
 }
 
 fn open() -> io::Result<OwnedFd> {
-    nft_events::to_kernel(REPLY_TIMEOUT)
+    let socket = nft_events::to_kernel(REPLY_TIMEOUT)?;
+    // The kernel copies the batch whole; the default allows some 200 KiB.
+    rustix::net::sockopt::set_socket_send_buffer_size_force(&socket, BATCH_MAX)?;
+    Ok(socket)
 }
 
 fn receive(socket: &OwnedFd, buffer: &mut [u8]) -> io::Result<usize> {

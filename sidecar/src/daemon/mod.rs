@@ -315,11 +315,12 @@ impl Daemon {
     /// answered here and now; everything else waits for the next cycle.
     fn on_commit(&mut self, event: NftEvent) {
         let begun = self.uptime.elapsed();
-        let actor = event.actor.map(|(pid, name)| owners::actor(pid, &name));
         self.wake([Facet::Nftables], SETTLE);
+        // Who it was is asked after the repair: 100 us decide whether it waits (see Replay).
+        let blame = |culprit: Option<Actor>| event.actor.map(|(pid, name)| owners::actor(pid, &name)).or(culprit);
         let touched = event.own_touched || event.overrun;
         let (true, Some(table), Some(queries)) = (touched, &self.desired.table, &mut self.queries) else {
-            self.culprit = actor.or(self.culprit.take());
+            self.culprit = blame(self.culprit.take());
             return;
         };
         let Ok(exists) = queries.own_table_exists() else { return };
@@ -334,8 +335,8 @@ impl Daemon {
                 Err(_) => return,
             }
         };
-        self.culprit = actor.or(self.culprit.take());
         if !lock(&self.budget).take(ActionKind::ApplyTable, begun) {
+            self.culprit = blame(self.culprit.take());
             // The cycle tells of it, and tries again when the budget allows.
             return;
         }
@@ -353,6 +354,7 @@ impl Daemon {
             _ => apply::apply_table(&self.desired),
         };
         let took = self.uptime.elapsed() - begun;
+        self.culprit = blame(self.culprit.take());
         apply::greet_hub(&self.desired);
         let ended = match result {
             Ok(_) => Ended::Done,
