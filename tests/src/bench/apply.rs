@@ -71,7 +71,8 @@ pub fn measure(quick: bool) -> Result<Section> {
         Row::new("nft: atomic reload (delete and load)", "ms", "nft -f reload.nft", again)?,
     ];
     let notes = vec![format!(
-        "A table of {} rules. Ours also reads policy and table before, arms the rollback, and reads the table back.",
+        "A table of {} rules. Ours also reads policy and table before, arms the rollback, and \
+         reads the table back.",
         policy::rules_in(&rules)
     )];
     Ok(Section { name: "apply", title: "Putting the rules in force", rows, goals, notes })

@@ -117,7 +117,8 @@ fn windows_of(section: &mut Section, windows: u32, scrapes: u32) -> Result<()> {
     let peaks = [peak(&daemon.running)?, peak(&exporter)?];
     let [ours, theirs] = agents;
     section.notes.push(format!(
-        "{windows} windows of {} s, both at work at once, scraped each 15 s through the tunnel ({} and {} series). \
+        "{windows} windows of {} s, both at work at once, scraped each 15 s through the tunnel \
+         ({} and {} series). \
          CPU and memory of all their processes: {} and {} children were seen. CPU by {}.",
         (SCRAPE_EVERY * scrapes).as_secs(),
         series[0],
@@ -127,7 +128,8 @@ fn windows_of(section: &mut Section, windows: u32, scrapes: u32) -> Result<()> {
         ours.group.means(),
     ));
     section.notes.push(
-        "The daemon looks at everything each 10 minutes; a window that holds such a look shows it as its maximum."
+        "The daemon looks at everything each 10 minutes; a window that holds such a look shows it as \
+         its maximum."
             .to_string(),
     );
     let (rss, anonymous) =
@@ -258,8 +260,8 @@ fn scrape(to: SocketAddr) -> Result<String> {
     }
 }
 
-/// A control group of one agent's own: its CPU time counts every thread and child, also those that have ended,
-/// to the microsecond. Where there is none, /proc/PID/stat does, in steps of 10 ms.
+/// A control group of one agent's own: its CPU time counts every thread and child, also those that have
+/// ended, to the microsecond. Where there is none, /proc/PID/stat does, in steps of 10 ms.
 struct Group {
     pid: u32,
     folder: Option<PathBuf>,

@@ -41,8 +41,10 @@ pub fn measure(quick: bool) -> Result<Section> {
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok())
         .count();
     section.notes.push(format!(
-        "Half TCP, half UDP, held by up to 100 processes beside {processes} others on this machine. Every row was \
-         counted and had its owner in both. ss is a process that is started, ours is a call: starting costs ss \
+        "Half TCP, half UDP, held by up to 100 processes beside {processes} others on this machine. Every \
+         row was \
+         counted and had its owner in both. ss is a process that is started, ours is a call: starting costs \
+         ss \
          about a millisecond of its time."
     ));
     Ok(section)
@@ -61,15 +63,15 @@ fn hold(node: &Node, count: u16) -> Result<Vec<Listening>> {
         .collect()
 }
 
-/// Milliseconds of each round: cold, warm, ss. The thread is in the node's namespace, and so are its children.
+/// Milliseconds of each round: cold, warm, ss. The thread is in the node's namespace, as its children are.
 fn times(rounds: usize, count: u16) -> Result<[Vec<f64>; 3]> {
-    let mut times = [const { Vec::new() }; 3];
+    let [mut cold, mut warm, mut ss] = [const { Vec::new() }; 3];
     for _ in 0..rounds {
         let mut owners = Owners::new();
-        for slot in 0..2 {
+        for times in [&mut cold, &mut warm] {
             let started = Instant::now();
             let found = listeners::read(&mut owners)?;
-            times[slot].push(started.elapsed().as_secs_f64() * 1e3);
+            times.push(started.elapsed().as_secs_f64() * 1e3);
             let owned = found.iter().filter(|listener| listener.owner.is_some()).count();
             ensure!(
                 (found.len(), owned) == (count.into(), count.into()),
@@ -79,10 +81,10 @@ fn times(rounds: usize, count: u16) -> Result<[Vec<f64>; 3]> {
         }
         let started = Instant::now();
         let output = Command::new("ss").arg("-Hltunp").stderr(Stdio::null()).output().context("start ss")?;
-        times[2].push(started.elapsed().as_secs_f64() * 1e3);
+        ss.push(started.elapsed().as_secs_f64() * 1e3);
         let text = String::from_utf8_lossy(&output.stdout);
         let owned = text.lines().filter(|line| line.contains("users:((")).count();
         ensure!(owned == usize::from(count), "{count} sockets, {owned} with owner in ss");
     }
-    Ok(times)
+    Ok([cold, warm, ss])
 }

@@ -49,7 +49,8 @@ pub fn measure(quick: bool) -> Result<Section> {
     }
 
     let run = "spokeguard run; nft flush ruleset";
-    let shell = "nft monitor | while read l; do case $l in 'delete table inet spokeguard'*) nft -f rules.nft;; esac; done; nft flush ruleset";
+    let shell = "nft monitor | while read l; do case $l in 'delete table inet spokeguard'*) nft -f rules.nft;; \
+                 esac; done; nft flush ruleset";
     let rows = vec![
         Row::new("ours: flush's event to repair's event", "ms", run, ours.event)?,
         Row::new("ours: start of `nft flush` to repair", "ms", run, ours.start)?,
@@ -64,7 +65,8 @@ pub fn measure(quick: bool) -> Result<Section> {
     ];
     let mut notes = vec![
         format!(
-            "A table of {lines} rules. Times are those at which an observer of the kernel's nftables events has \
+            "A table of {lines} rules. Times are those at which an observer of the kernel's nftables events \
+             has \
                  the flush's and the repair's end of batch."
         ),
         format!("Flushes come 20 to 150 ms apart, {BATCH} to a batch; batches of the two take turns."),
@@ -118,7 +120,7 @@ impl<'a> Observer<'a> {
         let (send, commits) = channel();
         let (stop, mut stopped) = oneshot::channel::<()>();
         std::thread::spawn(move || {
-            // An observer that has to wait for a CPU itself sees repairs that took no time. This thread alone:
+            // An observer that waits for a CPU itself sees repairs that took no time. This thread alone:
             // to Linux, 0 is the caller. Where it is not allowed, only the figures of busy machines suffer.
             let _ = rustix::process::setpriority_process(None, -20);
             runtime.block_on(async {
@@ -178,7 +180,8 @@ fn watchdog(
     file: &str,
 ) -> Result<Running> {
     let script = format!(
-        "nft monitor | while read -r l; do case \"$l\" in 'delete table inet spokeguard'*) nft -f {file};; esac; done"
+        "nft monitor | while read -r l; do case \"$l\" in 'delete table inet spokeguard'*) nft -f {file};; \
+         esac; done"
     );
     let running = node.spawn(&["sh", "-c", &script])?;
     // nft does not say when it has begun to listen: the table is deleted until it comes back.
