@@ -951,6 +951,51 @@ fn an_apply_that_fails_halfway_is_rolled_back_with_the_one_before_it() {
 }
 
 #[test]
+fn what_is_released_stays_away() {
+    if lacking(&[Need::Lab, Need::Spokeguard]) {
+        return;
+    }
+    let lab = Lab::plain();
+    let guard = Guard::new(&lab, &lab.spoke);
+    let tables = || lab.spoke.ok(&["nft", "list", "tables"]).unwrap();
+    guard.enforce(&lab.policy());
+    guard.write(&lab.policy().replace("[80, 443]", "[443]"));
+    guard.says(0, &["apply", "--confirm-within", "1s"]);
+    guard.says(0, &["release"]);
+    // Until well after the rollback would have put the first rules back.
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(2);
+    while std::time::Instant::now() < until {
+        assert!(!tables().contains("spokeguard"));
+    }
+    // With a daemon's lock held, busy or not, it does not claim to have taken anything away.
+    guard.enforce(&lab.policy());
+    let lock = std::fs::File::open(guard.dir.join("run/spokeguard.lock")).unwrap();
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    let refused = guard.run(&["release"]);
+    assert_eq!(refused.code, Some(2), "{}", refused.all());
+    assert!(refused.stderr.contains("a daemon would put the rules back"), "{}", refused.all());
+    assert!(tables().contains("spokeguard"));
+}
+
+#[test]
+fn the_way_back_works_from_a_relative_run_directory() {
+    if lacking(&[Need::Lab, Need::Spokeguard]) {
+        return;
+    }
+    let lab = Lab::plain();
+    let guard = Guard::new(&lab, &lab.spoke);
+    guard.write(&lab.policy());
+    let program = lab::spokeguard().unwrap().display().to_string();
+    let apply = format!(
+        "cd {} && exec {program} apply --confirm-within 1s --wait --policy policy.toml --run-dir run",
+        guard.dir.display()
+    );
+    let outcome = lab.spoke.run_within(LONG * 4, &["sh", "-c", &apply]).unwrap();
+    assert_eq!(outcome.code, Some(1), "{}", outcome.all());
+    assert!(!lab.spoke.ok(&["nft", "list", "tables"]).unwrap().contains("spokeguard"));
+}
+
+#[test]
 fn without_nft_or_rights_it_says_so_and_changes_nothing() {
     if lacking(&[Need::Lab, Need::Spokeguard]) {
         return;

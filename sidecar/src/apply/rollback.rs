@@ -7,7 +7,7 @@
 
 use std::fs;
 use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -44,6 +44,14 @@ mv "$2" "$3.now" 2>/dev/null || exit 0
 /// was none). An armed rollback keeps its older target, which is the last confirmed one.
 pub fn arm(run: &Path, previous: Option<&str>, within: Duration, nft: &Path) -> anyhow::Result<()> {
     fs::create_dir_all(run).with_context(|| format!("create {}", run.display()))?;
+    let meta = fs::metadata(run).with_context(|| format!("look at {}", run.display()))?;
+    // Who can write here can choose what root's nft will be given.
+    anyhow::ensure!(
+        meta.mode() & 0o022 == 0,
+        "{} can be written by others (mode {:04o}): the way back is not safe there; use a --run-dir of root's",
+        run.display(),
+        meta.mode() & 0o7777
+    );
     let rules = run.join(RULES);
     // A second apply inside the window: its watchdog replaces the first one's, whose armed
     // file is gone, and the target stays what it was.
@@ -121,13 +129,13 @@ fn way_back(previous: Option<&str>) -> String {
 
 fn write_private(path: &Path, text: &str) -> anyhow::Result<()> {
     let name = || format!("write {}", path.display());
-    let mut file = fs::OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(path)
-        .with_context(name)?;
+    // Always a file of our own making: what is there may be a link, or open to others.
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error).with_context(name),
+        _ => {}
+    }
+    let mut file =
+        fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).with_context(name)?;
     file.write_all(text.as_bytes()).with_context(name)?;
     file.sync_all().with_context(name)
 }
@@ -180,6 +188,26 @@ mod tests {
         let later = std::time::Instant::now() + Duration::from_millis(1500);
         wait_for(|| std::time::Instant::now() > later);
         assert!(!dir.path().join("log").exists(), "the watchdog ran nft after a confirmation");
+    }
+
+    #[test]
+    fn what_others_can_write_is_not_given_to_nft() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().expect("a directory");
+        let nft = fake_nft(dir.path());
+        let victim = dir.path().join("victim");
+        fs::write(&victim, "precious").expect("write");
+        let run = dir.path().join("run");
+        fs::create_dir(&run).expect("create");
+        std::os::unix::fs::symlink(&victim, run.join(RULES)).expect("link");
+        fs::set_permissions(&run, fs::Permissions::from_mode(0o1777)).expect("chmod");
+        let error = arm(&run, None, Duration::from_secs(60), &nft).expect_err("anyone may write there");
+        assert!(error.to_string().contains("mode 1777"), "{error:#}");
+        assert_eq!(state(&run).expect("state"), State::Idle);
+        fs::set_permissions(&run, fs::Permissions::from_mode(0o755)).expect("chmod");
+        arm(&run, None, Duration::from_secs(60), &nft).expect("armed");
+        assert_eq!(fs::read_to_string(&victim).expect("read"), "precious", "wrote through a link");
+        assert!(confirm(&run).expect("confirmed"));
     }
 
     #[test]

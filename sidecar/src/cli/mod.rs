@@ -5,6 +5,7 @@ use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::source::bpf;
@@ -124,16 +125,17 @@ pub struct Places {
 impl Global {
     pub fn places(&self) -> anyhow::Result<Places> {
         let suffix = crate::sys::netns::instance_suffix();
+        // The rollback's watchdog works in another directory, so a relative path would lead it astray.
         let place = |given: &Option<PathBuf>, default: &str| match (given, &suffix) {
-            (Some(path), _) => path.clone(),
-            (None, Some(suffix)) => PathBuf::from(default).join(suffix),
-            (None, None) => PathBuf::from(default),
+            (Some(path), _) => std::path::absolute(path).with_context(|| path.display().to_string()),
+            (None, Some(suffix)) => Ok(PathBuf::from(default).join(suffix)),
+            (None, None) => Ok(PathBuf::from(default)),
         };
         // No bpffs is no error here: whoever needs it says so.
         let pin = bpf::pin_dir(self.pin_dir.as_deref(), false)?;
         Ok(Places {
-            state: place(&self.state_dir, "/var/lib/spokeguard"),
-            run: place(&self.run_dir, "/run/spokeguard"),
+            state: place(&self.state_dir, "/var/lib/spokeguard")?,
+            run: place(&self.run_dir, "/run/spokeguard")?,
             pin: pin.unwrap_or_else(|| PathBuf::from(bpf::BPFFS).join(bpf::DIRECTORY)),
         })
     }

@@ -1,9 +1,10 @@
 //! `release`: takes our rules away, after saying what that opens.
 
+use anyhow::Context as _;
 use clap::Args;
 
 use super::{Format, Global};
-use crate::apply;
+use crate::apply::{self, rollback};
 use crate::daemon::socket;
 use crate::diff::{self, Code};
 use crate::observed::Reading;
@@ -19,11 +20,9 @@ pub struct Options {
 
 pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
     let places = global.places()?;
-    if !options.dry_run && socket::ask(&places.run, "status").is_ok() {
-        anyhow::bail!(
-            "a daemon runs and would put the rules back: stop it first (systemctl stop spokeguard)"
-        );
-    }
+    // The lock and not the socket: a daemon that is busy, or has only just begun, is one all the same.
+    let lock = if options.dry_run { None } else { Some(socket::Lock::take(&places.run)) };
+    let _lock = lock.transpose().context("a daemon would put the rules back (systemctl stop spokeguard)")?;
     let opens = match opened(global, &places.pin) {
         Ok(opens) => Some(opens),
         Err(error) => {
@@ -39,6 +38,10 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
             Some(some) => format!("without our rules strangers reach:\n  {}\n", some.join("\n  ")),
             None => String::new(),
         })?;
+    }
+    if !options.dry_run {
+        // An apply that waits for its confirmation would put the rules before it back later.
+        rollback::confirm(&places.run)?;
     }
     let (text, result) = match options.dry_run {
         true => ("", "dry-run"),

@@ -22,6 +22,7 @@ pub(super) fn compare(sight: &Sight, snapshot: &Snapshot, out: &mut Assessment) 
     if snapshot.links.seen().is_none() {
         return;
     }
+    unguarded(sight, out);
     blocked(sight, out);
     leaks(sight, snapshot, out);
     for port in published(rules) {
@@ -60,6 +61,53 @@ pub fn own_table(desired: &Desired, rules: &Ruleset) -> Option<Finding> {
         listed(&changes, 3),
         "See all of it with `spokeguard plan`; `spokeguard apply` puts the table right.",
     ))
+}
+
+/// `public.interfaces` names what our rules judge. Where strangers come by another name (an
+/// interface renamed, made the port of a bridge or VRF, or new), those rules judge nobody.
+fn unguarded(sight: &Sight, out: &mut Assessment) {
+    if sight.desired.table.is_none() || sight.policy.public.interfaces.is_none() {
+        return;
+    }
+    // A port of a bridge is never the `iifname` of a packet for this host.
+    let guarded = |l: &&Link| l.master.is_none() && sight.policy.scope_of(&l.name) == Some(Scope::Public);
+    let none_guarded = !sight.all_links().iter().any(|l| guarded(&l));
+    for link in sight.all_links().iter().filter(|l| sight.is_unspoken(l) && !l.loopback && l.master.is_none())
+    {
+        let mut addresses =
+            link.addresses.iter().map(IpNet::addr).filter(|a| !super::sight::is_link_local(*a));
+        let found = match (none_guarded, addresses.clone().find(|a| is_global(*a)), addresses.next()) {
+            (_, Some(address), _) => format!("it has {address}, and [public] interfaces leaves it out"),
+            (true, None, Some(address)) => {
+                format!("it has {address}, and no interface is there that [public] interfaces names")
+            }
+            _ => continue,
+        };
+        let name = &link.name;
+        out.add(Finding::new(
+            Code::ControlUnproven,
+            Severity::High,
+            format!("interface {name}"),
+            "our table judges what comes from the public",
+            found,
+            format!(
+                "If strangers come through {name}, name it in [public] interfaces or leave that list out; \
+                 else declare it as [[local]]."
+            ),
+        ));
+        out.doubt(Facet::Links, format!("who comes through {name}: the policy does not speak of it"));
+    }
+}
+
+/// Routed on the internet, so that strangers may well come to it.
+fn is_global(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => {
+            let shared = v4.octets()[0] == 100 && v4.octets()[1] & 0xc0 == 64;
+            !(v4.is_private() || shared || v4.is_loopback() || v4.is_link_local())
+        }
+        IpAddr::V6(v6) => v6.segments()[0] & 0xe000 == 0x2000,
+    }
 }
 
 /// Ports that the policy wants reachable, and that somebody else's table stops.

@@ -171,7 +171,6 @@ fn gets_in(sight: &Sight, listener: &Listener, ways: &[Way]) -> String {
 }
 
 fn report(sight: &Sight, listener: &Listener, place: Option<Place>, out: &mut Assessment) {
-    let policy = sight.policy;
     let reach = sight.reaches(listener);
     if matches!(reach, Reach::Held(_)) && place.is_none() {
         // Clients talk from unbound UDP sockets on ports of the kernel's choice; they look
@@ -182,11 +181,7 @@ fn report(sight: &Sight, listener: &Listener, place: Option<Place>, out: &mut As
         }
         // An interface that is neither public nor mesh, and that no [[local]] speaks of.
         let link = sight.holder(listener.address.to_canonical());
-        let unspoken = link.is_some_and(|l| {
-            policy.scope_of(&l.name) == Some(Scope::Other)
-                && !policy.locals.iter().flat_map(|local| &local.interfaces).any(|p| p.matches(&l.name))
-        });
-        if unspoken {
+        if link.is_some_and(|l| sight.is_unspoken(l)) {
             return;
         }
     }
@@ -570,6 +565,32 @@ mod tests {
         assert_eq!(codes(stage()), [""; 0]);
         let exposed = codes(stage().without_our_table());
         assert_eq!(exposed, ["high listener-exposed tcp/192.168.122.1:53"], "a neighbour on eth0 gets there");
+    }
+
+    #[test]
+    fn strangers_who_come_by_an_interface_that_the_list_does_not_name_are_not_overlooked() {
+        let stage = |name: &str, master| {
+            Stage::spoke().policy(|p| p.public.interfaces = Some(lan(name, 1).interfaces)).links(
+                move |links| {
+                    links[1].master = master;
+                },
+            )
+        };
+        assert_eq!(stage("eth0", None).codes(), [""; 0]);
+        // Renamed: eth0 of the stage is not what the policy calls it.
+        let renamed = || stage("ens5", None);
+        assert_eq!(renamed().codes(), ["high control-unproven interface eth0"]);
+        assert_eq!(renamed().assess().doubts.len(), 1, "the verdict can't be ok");
+        // Behind a NAT of the cloud its address tells nothing; that no public interface is there does.
+        let bridged = |address: &'static str, master| {
+            stage("eth0", master).links(move |links| links.push(link(4, "vmbr0", &[address])))
+        };
+        let codes = bridged("10.0.0.7/24", Some(4)).codes();
+        assert_eq!(codes, ["high control-unproven interface vmbr0"]);
+        assert_eq!(bridged("10.0.0.7/24", None).codes(), [""; 0]);
+        assert_eq!(bridged("8.8.4.4/24", None).codes(), ["high control-unproven interface vmbr0"]);
+        let spoken = bridged("8.8.4.4/24", None).policy(|p| p.locals.push(lan("vmbr0", 53)));
+        assert_eq!(spoken.codes(), [""; 0]);
     }
 
     #[test]

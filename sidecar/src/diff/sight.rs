@@ -94,6 +94,16 @@ impl<'a> Sight<'a> {
         }
     }
 
+    pub fn all_links(&self) -> &'a [Link] {
+        self.links.seen().map(Vec::as_slice).unwrap_or_default()
+    }
+
+    /// Neither public nor mesh, and no [[local]] speaks of it.
+    pub fn is_unspoken(&self, link: &Link) -> bool {
+        self.policy.scope_of(&link.name) == Some(Scope::Other)
+            && !self.policy.locals.iter().flat_map(|local| &local.interfaces).any(|p| p.matches(&link.name))
+    }
+
     pub fn link(&self, name: &str) -> Option<&'a Link> {
         self.links.seen()?.iter().find(|l| l.name == name)
     }

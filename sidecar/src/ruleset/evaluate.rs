@@ -258,6 +258,11 @@ impl<'a> Walk<'a> {
             }
             if local != Yes {
                 let chains = self.base_chains(Hook::Forward);
+                let mut way = way;
+                // Sent on although it was for this host: then its destination did change.
+                if way.rewritten.is_some() && address_is_here(self.packet.destination, self.is_local) {
+                    way.dnat = Some(true);
+                }
                 self.last(&chains, way);
             }
         }
@@ -1416,6 +1421,26 @@ mod tests {
         let accept = r#",{"rule":{"family":"inet","table":"t","chain":"c","expr":[{"accept":null}]}}"#;
         assert_eq!(rules(""), Verdict::Drop);
         assert!(matches!(rules(accept), Verdict::Unknown(why) if why.contains("limit")));
+    }
+
+    /// As a published port of Docker looks through iptables-nft: neither when nor where to.
+    #[test]
+    fn a_dnat_that_nft_does_not_print_is_a_dnat_all_the_same() {
+        let judged = |forward: &str| {
+            let json = format!(
+                r#"{{"nftables":[{{"table":{{"family":"inet","name":"t"}}}},
+                {{"chain":{{"family":"inet","table":"t","name":"n","type":"nat","hook":"prerouting","prio":-100,"policy":"accept"}}}},
+                {{"chain":{{"family":"inet","table":"t","name":"i","type":"filter","hook":"input","prio":0,"policy":"drop"}}}},
+                {{"chain":{{"family":"inet","table":"t","name":"f","type":"filter","hook":"forward","prio":0,"policy":"accept"}}}},
+                {{"rule":{{"family":"inet","table":"t","chain":"n","expr":[{{"xt":{{"type":"match","name":"addrtype"}}}},{{"xt":{{"type":"target","name":"DNAT"}}}}]}}}},
+                {{"rule":{{"family":"inet","table":"t","chain":"f","expr":[{forward}{{"drop":null}}]}}}}]}}"#
+            );
+            let ruleset = decode::ruleset(json.as_bytes()).expect("JSON");
+            judge(&ruleset, &packet("tcp/8080 from 203.0.113.9"), &here).verdict
+        };
+        let status = r#"{"match":{"op":"in","left":{"ct":{"key":"status"}},"right":"dnat"}},"#;
+        assert_eq!(judged(status), Verdict::Drop);
+        assert!(matches!(judged(&status.replace("dnat", "snat")), Verdict::Unknown(_)));
     }
 
     #[test]
