@@ -43,10 +43,13 @@ pub enum DropReason {
     Local,
     /// On the way to a container or a machine behind this host.
     Forward,
+    /// TCP of a connection that is established and not allowed: it came while our table
+    /// was away, or under an older policy.
+    Stale,
 }
 
 impl DropReason {
-    pub const ALL: [DropReason; 9] = [
+    pub const ALL: [DropReason; 10] = [
         DropReason::Ssh,
         DropReason::PublicTcp,
         DropReason::PublicUdp,
@@ -56,6 +59,7 @@ impl DropReason {
         DropReason::Mesh,
         DropReason::Local,
         DropReason::Forward,
+        DropReason::Stale,
     ];
 
     pub const fn name(self) -> &'static str {
@@ -69,6 +73,7 @@ impl DropReason {
             DropReason::Mesh => "mesh",
             DropReason::Local => "local",
             DropReason::Forward => "forward",
+            DropReason::Stale => "stale",
         }
     }
 
@@ -160,10 +165,8 @@ struct Build<'a> {
 impl Build<'_> {
     fn input(&self, locals: &[String]) -> Vec<Rule> {
         let Policy { mesh, ssh, metrics, public, .. } = self.policy;
-        let mut rules = vec![
-            accept("loopback", [iifname("lo")]),
-            accept("established", [ct_state(&["established", "related"])]),
-        ];
+        let mut rules = vec![accept("loopback", [iifname("lo")])];
+        rules.extend(known_flows(""));
         // First, and apart from everything that a policy may say: a mistake in the mesh's
         // own list must not cost the way in.
         let hub = Sources::Hub.prefixes(mesh);
@@ -271,11 +274,9 @@ impl Build<'_> {
 
     fn forward(&self, locals: &[String]) -> Vec<Rule> {
         let Policy { mesh, public, .. } = self.policy;
-        let mut rules = vec![
-            accept("forward-loopback", [iifname("lo")]),
-            accept("forward-established", [ct_state(&["established", "related"])]),
-            jump("forward-mesh", "forward-mesh", [iifname(&mesh.interface)]),
-        ];
+        let mut rules = vec![accept("forward-loopback", [iifname("lo")])];
+        rules.extend(known_flows("forward-"));
+        rules.push(jump("forward-mesh", "forward-mesh", [iifname(&mesh.interface)]));
         for (pattern, name) in self.local_patterns(locals) {
             rules.push(jump(
                 &format!("forward-local-{name}-{pattern}"),
@@ -341,7 +342,7 @@ impl Build<'_> {
     ) -> Vec<Rule> {
         (by_family(&self.policy.mesh.prefix).into_iter())
             .flat_map(|(family, from)| from.map(|operand| (family, operand)))
-            .map(|(family, operand)| {
+            .flat_map(|(family, operand)| {
                 self.deny(reason, family, &format!("{id}-{family}"), matches((family, operand)))
             })
             .collect()
@@ -380,7 +381,7 @@ impl Build<'_> {
     /// One rule for each family, so that each has its counter.
     fn deny_both<const N: usize>(&self, reason: DropReason, id: &str, matches: [Match; N]) -> Vec<Rule> {
         (Family::ALL.into_iter())
-            .map(|family| {
+            .flat_map(|family| {
                 let all = std::iter::once(nfproto(family)).chain(matches.iter().cloned()).collect();
                 self.deny(reason, family, &format!("{id}-{family}"), all)
             })
@@ -388,13 +389,22 @@ impl Build<'_> {
     }
 
     /// The only place that denies. Audit mode ends the chain at the same rule, so that
-    /// it counts exactly what enforcing would have dropped.
-    fn deny(&self, reason: DropReason, family: Family, id: &str, matches: Vec<Match>) -> Rule {
+    /// it counts exactly what enforcing would have dropped: the first packet of a flow under
+    /// its reason, and apart from that what belongs to a flow that should never have begun.
+    fn deny(&self, reason: DropReason, family: Family, id: &str, matches: Vec<Match>) -> Vec<Rule> {
         let verdict = match self.policy.enforce.mode {
             Mode::Enforce => Statement::Drop,
             Mode::Audit => Statement::Accept,
         };
-        rule(id, matches, [Statement::CounterRef(reason.counter(family)), verdict])
+        let count = |reason: DropReason| [Statement::CounterRef(reason.counter(family)), verdict.clone()];
+        let mut rules = Vec::new();
+        // Of what is not TCP nothing established comes this far.
+        if !matches!(reason, DropReason::PublicUdp | DropReason::PublicOther) {
+            let of_a_flow: Vec<Match> = matches.iter().cloned().chain([ct_state(&["established"])]).collect();
+            rules.push(rule(&format!("{id}-stale"), of_a_flow, count(DropReason::Stale)));
+        }
+        rules.push(rule(id, matches, count(reason)));
+        rules
     }
 }
 
@@ -717,6 +727,24 @@ fn original_is(port: u64) -> Match {
 
 fn original(key: &str) -> Term {
     Term::Ct { key: key.to_owned(), dir: Some("original".to_owned()) }
+}
+
+/// Flows that need no second judgement: answers to what was begun on this side, errors about
+/// known flows, and everything that is known but TCP.
+///
+/// TCP that came from the other side is judged packet by packet. A connection that a
+/// stranger got through while our table was away, or under an older policy, must not live
+/// on because it is established. UDP is spared: the kernel may believe that the hub began
+/// the tunnel's flow, and judging that one again would cut the tunnel.
+fn known_flows(id: &str) -> [Rule; 3] {
+    let direction = Term::Ct { key: "direction".to_owned(), dir: None };
+    let replies = equal(direction, Operand::Text("reply".to_owned()));
+    let not_tcp = Match { op: Op::Ne, ..l4proto("tcp") };
+    [
+        accept(&format!("{id}related"), [ct_state(&["related"])]),
+        accept(&format!("{id}replies"), [ct_state(&["established"]), replies]),
+        accept(&format!("{id}established"), [not_tcp, ct_state(&["established"])]),
+    ]
 }
 
 fn ct_state(states: &[&str]) -> Match {
