@@ -4,7 +4,7 @@
 pub mod replay;
 pub mod rollback;
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
+use std::net::UdpSocket;
 
 use crate::desired::{Desired, TABLE};
 use crate::ruleset::{Change, Table, TableFamily, compare, encode};
@@ -57,12 +57,30 @@ pub fn apply_table(desired: &Desired) -> Result<Applied, ApplyError> {
     match (changes.is_empty(), left.is_empty()) {
         (true, _) => Ok(Applied::Unchanged),
         (false, true) => {
-            greet_hub(desired);
+            knock(desired);
             Ok(Applied::Changed(changes))
         }
         (false, false) => Err(ApplyError::StillDiffers(left)),
     }
 }
+
+/// Has the tunnel send a packet. Conntrack begins with our first rule: it knows no flow from
+/// before, takes the hub's next packet for the first of a new one, and we would drop those
+/// until this node sends something by itself, which an idle tunnel does every 25 seconds.
+pub fn knock(desired: &Desired) {
+    let mesh = &desired.policy.mesh;
+    for hub in mesh.hub.iter().flat_map(|hub| &hub.address) {
+        // From our own mesh address: it leads into the tunnel or, while there is none, nowhere.
+        let Some(source) = mesh.address.iter().find(|own| own.is_ipv4() == hub.is_ipv4()) else { continue };
+        let sent = UdpSocket::bind((*source, 0)).and_then(|socket| socket.send_to(&[0], (*hub, DISCARD)));
+        if let Err(error) = sent {
+            log::debug!("no packet to the hub: {error}");
+        }
+    }
+}
+
+/// RFC 863.
+const DISCARD: u16 = 9;
 
 /// The way back that is made ready in advance, for [`restore_table`].
 pub fn restoring_transaction(desired: &Desired) -> Option<String> {
@@ -73,30 +91,6 @@ pub fn restoring_transaction(desired: &Desired) -> Option<String> {
 /// before or after: the event of its own commit brings the next look.
 pub fn restore_table(transaction: &str) -> Result<(), ApplyError> {
     nft::run_transaction(transaction).map_err(ApplyError::Act)
-}
-
-/// Sends one datagram to the hub through the tunnel, after our rules came (back).
-///
-/// The first rule that asks for a connection's state makes the kernel track connections,
-/// and it knows none of the tunnel yet. If the hub's next packet is the first it sees, that
-/// looks like a stranger's and is dropped, for up to a keepalive interval. So the tunnel's
-/// first packet has to be ours. Without a tunnel there is nobody to greet, and no harm.
-pub fn greet_hub(desired: &Desired) {
-    const DISCARD: u16 = 9;
-    let Some(hub) = &desired.policy.mesh.hub else { return };
-    for address in &hub.address {
-        let any: IpAddr = match address {
-            IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
-            IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-        };
-        let sent = UdpSocket::bind((any, 0)).and_then(|socket| {
-            socket.set_nonblocking(true)?;
-            socket.send_to(b"spokeguard", (*address, DISCARD))
-        });
-        if let Err(error) = sent {
-            log::debug!("greeting the hub at {address}: {error}");
-        }
-    }
 }
 
 /// Takes our table away. `false`: there was none.

@@ -5,7 +5,7 @@
 //! touched our table, on the loop's own thread, within milliseconds. The slow one is the
 //! whole cycle on a worker thread, where reading 10,000 foreign rules delays nobody.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::future::Future;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,7 +23,7 @@ use crate::cli::Places;
 use crate::desired::Desired;
 use crate::diff::{self, Assessment, Code, Finding};
 use crate::metrics::{self, Control, RepairOutcome};
-use crate::observed::{Facet, Link, Reading, Snapshot};
+use crate::observed::{Facet, Link, Peer, Reading, Snapshot};
 use crate::policy::{Mode, Sources};
 use crate::repair::{self, Action, ActionKind, Budget, Ended, Outcome};
 use crate::report::{Report, Transition};
@@ -32,7 +32,7 @@ use crate::source::nft_events::{NftEvent, NftEvents, NftQueries};
 use crate::source::{Eyes, bpf, links, nft, nft_counters, owners, wireguard};
 use crate::sys::clock::{self, Uptime};
 use crate::sys::memory;
-use crate::terms::{Actor, Scope, Stamp};
+use crate::terms::{Port, Proto, Scope, Stamp};
 
 pub mod eventlog;
 pub mod history;
@@ -42,7 +42,12 @@ pub mod notify;
 pub mod privileges;
 pub mod socket;
 
+mod pace;
+mod suspects;
+
 use eventlog::{Event, EventKind, EventLog};
+use pace::Pace;
+use suspects::Suspects;
 
 /// What has no events of its own is read this often.
 const TICK: Duration = Duration::from_secs(10);
@@ -50,11 +55,8 @@ const TICK: Duration = Duration::from_secs(10);
 const FULL_LOOK: Duration = Duration::from_secs(600);
 /// A wake waits this long for more of its kind.
 const SETTLE: Duration = Duration::from_millis(20);
-/// Cycles keep a distance of this many times their own cost, so that a burst of foreign
-/// changes costs at most a twentieth of a core.
-const REST: u32 = 20;
-const REST_MIN: Duration = Duration::from_millis(50);
-const REST_MAX: Duration = Duration::from_secs(5);
+/// Commits that may have been announced by the end of a look and are heard before it is told.
+const COMMITS_AT_ONCE: usize = 64;
 /// Events that `status` shows.
 const EVENTS_SHOWN: usize = 20;
 
@@ -76,7 +78,10 @@ struct Daemon {
     places: Places,
     /// Away while a look is under way on the worker thread.
     eyes: Option<Eyes>,
+    /// Away with them.
     snapshot: Option<Snapshot>,
+    /// What scrapes need of the last look, also while the next one is under way.
+    seen: Seen,
     /// The whole table as one transaction for nft, ready to send.
     transaction: Option<String>,
     /// The same in the kernel's own words, which needs no nft: a tenth of the time.
@@ -89,6 +94,9 @@ struct Daemon {
     program_log: Option<bpf::ProgramLog>,
     history: history::Stored,
     log: EventLog,
+    /// The last events, oldest first, for `status`: reading them back from the log would
+    /// cost more than everything else that a quiet cycle does.
+    recent: VecDeque<Event>,
     layout: metrics::Layout,
     face: http::Face,
     board: socket::Board,
@@ -96,9 +104,16 @@ struct Daemon {
     started: Stamp,
     wanted: BTreeSet<Facet>,
     due: Option<Instant>,
+    pace: Pace,
     rest_until: Instant,
-    /// Who made the last commit to nftables that changed something of ours, or of others.
-    culprit: Option<Actor>,
+    /// Who committed to nftables since the look before the present one began, and since
+    /// that one began.
+    looked_for: Suspects,
+    suspects: Suspects,
+    /// Repairs that were due since the last look and had to be left undone.
+    withheld: BTreeSet<ActionKind>,
+    /// Why the counters can't be trusted to count everything, if so.
+    counter_gap: Option<String>,
     generation: Option<u32>,
     report: Option<Report>,
     cycles: u64,
@@ -107,6 +122,16 @@ struct Daemon {
     repairs: BTreeMap<(ActionKind, RepairOutcome), u64>,
     /// The last repair of this kind that was tried failed, or could not be tried.
     repair_fails: bool,
+}
+
+/// Facts of the last look.
+#[derive(Default)]
+struct Seen {
+    /// Our table was there.
+    table: bool,
+    peers: Option<Vec<Peer>>,
+    /// What could not be read.
+    blind: Vec<Facet>,
 }
 
 /// What one cycle on the worker thread gives back.
@@ -119,7 +144,8 @@ struct Pass {
     plan: repair::Plan,
     /// The generation that the rules were read at; `None`: they were not read.
     generation: Option<u32>,
-    replay: Option<Replay>,
+    /// And for which table.
+    replay: Option<(Arc<Desired>, Replay)>,
     took: Duration,
 }
 
@@ -133,6 +159,8 @@ impl Daemon {
             eyes: Some(Eyes::new(&places.pin)),
             log: EventLog::open(&places.state),
             history: history::read(&places.state),
+            recent: VecDeque::new(),
+            seen: Seen::default(),
             desired: Arc::new(desired),
             policy_hash,
             places,
@@ -149,8 +177,12 @@ impl Daemon {
             started: clock::now(),
             wanted: BTreeSet::new(),
             due: None,
+            pace: Pace::new(Instant::now()),
             rest_until: Instant::now(),
-            culprit: None,
+            looked_for: Suspects::default(),
+            suspects: Suspects::default(),
+            withheld: BTreeSet::new(),
+            counter_gap: None,
             generation: None,
             report: None,
             cycles: 0,
@@ -178,24 +210,30 @@ impl Daemon {
             }
         }
         self.queries = NftQueries::open().map_err(|error| warn("nftables queries", error.into())).ok();
-        if let Err(error) = self.load_counters().await {
+        if let Err(error) = self.load_counters() {
+            self.counter_gap = Some(format!("the counters do not run: {error:#}"));
             warn("the counters do not run", error);
         }
+        // Capabilities belong to threads: this one is the only one yet, and those to come
+        // inherit what it has left.
         if let Err(error) = privileges::drop_needless() {
             warn("capabilities could not be dropped", error);
         }
+        self.recent = self.log.tail(EVENTS_SHOWN).into();
         self.note(EventKind::Started, None, None);
         self.wake(Facet::ALL, Duration::ZERO);
     }
 
     /// The loader child mounts and loads; this process only opens what it pinned. The
     /// programs' own log needs CAP_SYS_ADMIN to be found, so it is opened before that goes.
-    async fn load_counters(&mut self) -> anyhow::Result<()> {
-        let (pins, config) = (self.places.pin.clone(), self.config.clone());
+    /// Waits on this very thread: there is nothing else to do yet, and a second thread
+    /// would keep the capabilities that this one is about to drop.
+    fn load_counters(&mut self) -> anyhow::Result<()> {
+        let pins = &self.places.pin;
         let verb = [crate::cli::INTERNAL_LOAD.into(), pins.clone().into_os_string()];
-        tokio::task::spawn_blocking(move || bpf::spawn_loader(&verb, &config)).await??;
-        let counters = bpf::Bpf::open(&pins)?.context("the loader pinned nothing")?;
-        self.listens = bpf::ListenEvents::open(&pins).map_err(|error| warn("listen events", error)).ok();
+        bpf::spawn_loader(&verb, &self.config)?;
+        let counters = bpf::Bpf::open(pins)?.context("the loader pinned nothing")?;
+        self.listens = bpf::ListenEvents::open(pins).map_err(|error| warn("listen events", error)).ok();
         match bpf::ProgramLog::open(&counters) {
             Ok(log) => self.program_log = Some(log),
             Err(error) => log::debug!("the programs' own log: {error:#}"),
@@ -223,10 +261,12 @@ impl Daemon {
         let mut look: Option<JoinHandle<Pass>> = None;
         let face = self.face.clone();
         let mut greeted = false;
+        let mut deaf_until = Instant::now();
         loop {
-            let due = self.due.filter(|_| look.is_none());
+            // What was asked for during a look rests after it, too.
+            let due = self.due.filter(|_| look.is_none()).map(|due| due.max(self.rest_until));
+            // In no order: whoever floods one source must not silence the others.
             tokio::select! {
-                biased;
                 event = maybe(commits.as_mut().map(NftEvents::next)) => match event {
                     Ok(event) => self.on_commit(event),
                     Err(error) => {
@@ -238,6 +278,14 @@ impl Daemon {
                 _ = interrupt.recv() => return Ok(()),
                 pass = maybe(look.as_mut()) => {
                     look = None;
+                    // Who did it is known before it is said what was done.
+                    for _ in 0..COMMITS_AT_ONCE {
+                        let Some(commits) = &mut commits else { break };
+                        match tokio::time::timeout(Duration::ZERO, commits.next()).await {
+                            Ok(Ok(event)) => self.on_commit(event),
+                            Ok(Err(_)) | Err(_) => break,
+                        }
+                    }
                     self.finish(pass.context("a look at the host")?);
                     self.listen(&mut server);
                     if !greeted {
@@ -254,8 +302,12 @@ impl Daemon {
                         link_events = None;
                     }
                 },
-                event = maybe(listens.as_mut().map(bpf::ListenEvents::next)) => match event {
-                    Ok(_) => self.wake([Facet::Listeners], Duration::from_millis(1)),
+                event = maybe(listens.as_mut().map(|events| after(deaf_until, events.next()))) => match event {
+                    Ok(_) => {
+                        // Anyone may call listen() a hundred thousand times a second.
+                        deaf_until = Instant::now() + SETTLE;
+                        self.wake([Facet::Listeners], Duration::from_millis(1));
+                    }
                     Err(error) => {
                         warn("listen events; looking every 10 s instead", error.into());
                         listens = None;
@@ -277,13 +329,15 @@ impl Daemon {
 
     fn on_tick(&mut self) {
         self.wake([Facet::Wireguard, Facet::Listeners, Facet::Files], Duration::ZERO);
-        if self.snapshot.as_ref().is_some_and(|s| s.links.gap().is_some()) {
-            self.wake([Facet::Links], Duration::ZERO);
-        }
-        // Without events, or after one was missed, the generation still tells; and on a
-        // new day an exception may have ended.
+        // What could not be read may be readable now, and announces that by no event.
+        self.wake(self.seen.blind.clone(), Duration::ZERO);
+        // Without events, or after one was missed, the generation still tells. A repair
+        // that failed is tried again; and on a new day an exception may have ended.
         let generation = self.queries.as_mut().and_then(|queries| queries.generation().ok());
-        if generation.is_none() || generation != self.generation {
+        let own = [Code::FirewallMissing, Code::FirewallChanged];
+        let broken =
+            self.report.as_ref().is_some_and(|report| report.findings.iter().any(|f| own.contains(&f.code)));
+        if broken || self.repair_fails || generation.is_none() || generation != self.generation {
             self.wake([Facet::Nftables], Duration::ZERO);
         }
         self.renew_day();
@@ -304,7 +358,14 @@ impl Daemon {
             Ok(desired) => {
                 self.transaction = apply::restoring_transaction(&desired);
                 self.replay = None;
+                self.layout = metrics::Layout::new(&desired);
+                self.config = bpf::CounterConfig::new(&desired.services);
                 self.desired = Arc::new(desired);
+                if let Some(counters) = &mut self.counters
+                    && let Err(error) = counters.configure(&self.config)
+                {
+                    warn("the counters keep yesterday's services", error);
+                }
                 self.wake(Facet::ALL, Duration::ZERO);
             }
             Err(error) => log::error!("the policy no longer leaves a way in: {error}; the old rules stay"),
@@ -314,31 +375,49 @@ impl Daemon {
     /// The fast path. A commit that touched our table, or events that were lost, are
     /// answered here and now; everything else waits for the next cycle.
     fn on_commit(&mut self, event: NftEvent) {
-        let begun = self.uptime.elapsed();
         self.wake([Facet::Nftables], SETTLE);
+        let NftEvent { actor, own_touched, foreign_touched, overrun, .. } = event;
+        // Our own repairs are announced as well, at times after somebody has undone them.
+        let stranger = actor.filter(|(pid, _)| !nft::committed(*pid) && *pid != std::process::id());
+        let repair = (own_touched || overrun).then(|| self.repair_at_once(own_touched && stranger.is_some()));
         // Who it was is asked after the repair: 100 us decide whether it waits (see Replay).
-        let blame = |culprit: Option<Actor>| event.actor.map(|(pid, name)| owners::actor(pid, &name)).or(culprit);
-        let touched = event.own_touched || event.overrun;
-        let (true, Some(table), Some(queries)) = (touched, &self.desired.table, &mut self.queries) else {
-            self.culprit = blame(self.culprit.take());
-            return;
-        };
-        let Ok(exists) = queries.own_table_exists() else { return };
+        let actor = stranger.map(|(pid, name)| owners::actor(pid, &name));
+        if let Some(actor) = &actor {
+            self.suspects.add(actor, own_touched, foreign_touched);
+        }
+        if let Some((mut finding, outcome)) = repair.flatten() {
+            finding.by = actor.filter(|_| own_touched).or_else(|| self.suspects.own());
+            self.record(finding, &outcome);
+        }
+    }
+
+    /// Looks at our table and puts it right, where that can't wait for a cycle. `None`: it
+    /// was right, or the cycle has to see to it.
+    fn repair_at_once(&mut self, undone: bool) -> Option<(Finding, Outcome)> {
+        let begun = self.uptime.elapsed();
+        let (table, queries) = (self.desired.table.as_ref()?, self.queries.as_mut()?);
+        let exists = queries.own_table_exists().ok()?;
+        // In a fight, and under a flood of changes that change nothing, the cycle tells of
+        // it and tries again: it has a pace.
+        let spent = lock(&self.budget).wait(ActionKind::ApplyTable, begun).is_some();
+        if spent || (exists && self.pace.is_spent()) {
+            if undone {
+                self.withheld.insert(ActionKind::ApplyTable);
+            }
+            return None;
+        }
         let (code, found) = if !exists {
             (Code::FirewallMissing, "the table was gone".to_owned())
         } else {
-            match nft::list_table().map(|found| compare::changes(table, found.as_ref())) {
-                // Our own commit, or a change that left the table as it should be.
-                Ok(changes) if changes.is_empty() => return,
-                Ok(changes) => (Code::FirewallChanged, changes[0].to_string()),
-                // The cycle reads it again and says what is wrong.
-                Err(_) => return,
-            }
+            let listed = nft::list_table().map(|found| compare::changes(table, found.as_ref()));
+            self.rest_until =
+                self.rest_until.max(self.pace.pay(self.uptime.elapsed() - begun, Instant::now()));
+            // No change: our own commit, or one that left the table as it should be. An
+            // error: the cycle reads it again and says what is wrong.
+            (Code::FirewallChanged, listed.ok()?.first()?.to_string())
         };
         if !lock(&self.budget).take(ActionKind::ApplyTable, begun) {
-            self.culprit = blame(self.culprit.take());
-            // The cycle tells of it, and tries again when the budget allows.
-            return;
+            return None;
         }
         let replayed = !exists
             && self.replay.as_ref().is_some_and(|replay| match replay.send() {
@@ -354,29 +433,26 @@ impl Daemon {
             _ => apply::apply_table(&self.desired),
         };
         let took = self.uptime.elapsed() - begun;
-        self.culprit = blame(self.culprit.take());
-        apply::greet_hub(&self.desired);
+        apply::knock(&self.desired);
         let ended = match result {
             Ok(_) => Ended::Done,
             Err(error) => Ended::Failed(format!("{:#}", anyhow::Error::from(error))),
         };
+        let subject = format!("table inet {}", crate::desired::TABLE);
         let finding = Finding::new(
             code,
             code.severity(),
-            format!("table inet {}", crate::desired::TABLE),
+            subject,
             "the policy's table",
             found,
             "Nothing: it was repaired.",
         );
-        self.record(finding, &Outcome { action: ActionKind::ApplyTable, result: ended, took });
+        Some((finding, Outcome { action: ActionKind::ApplyTable, result: ended, took }))
     }
 
     /// Counts and logs one repair that was tried.
-    fn record(&mut self, mut finding: Finding, outcome: &Outcome) {
+    fn record(&mut self, finding: Finding, outcome: &Outcome) {
         let facet = finding.facet.unwrap_or(Facet::Nftables);
-        if finding.by.is_none() && facet == Facet::Nftables {
-            finding.by = self.culprit.clone();
-        }
         *self.drifts.entry(facet).or_default() += 1;
         *self.repairs.entry((outcome.action, RepairOutcome::from(&outcome.result))).or_default() += 1;
         let kind = if let Ended::Failed(error) = &outcome.result {
@@ -395,40 +471,67 @@ impl Daemon {
         let eyes = self.eyes.take()?;
         self.due = None;
         let facets: Vec<Facet> = std::mem::take(&mut self.wanted).into_iter().collect();
+        if facets.contains(&Facet::Nftables) {
+            self.looked_for = std::mem::take(&mut self.suspects);
+        }
         let (desired, snapshot) = (Arc::clone(&self.desired), self.snapshot.take());
-        let (budget, uptime, replay) = (Arc::clone(&self.budget), self.uptime, self.replay.is_none());
+        let (budget, uptime) = (Arc::clone(&self.budget), self.uptime);
+        let (gap, replay) = (self.counter_gap.clone(), self.replay.is_none());
         Some(tokio::task::spawn_blocking(move || {
-            let mut pass = cycle(eyes, &desired, snapshot, &facets, &budget, uptime);
+            let mut pass = cycle(eyes, &desired, snapshot, &facets, gap, &budget, uptime);
             if replay {
-                pass.replay = capture(&desired, &pass);
+                pass.replay = capture(&desired, &pass).map(|replay| (desired, replay));
             }
             pass
         }))
     }
 
     fn finish(&mut self, pass: Pass) {
-        let Pass { eyes, snapshot, mut assessment, repaired, plan, generation, replay, took } = pass;
+        let Pass { eyes, snapshot, mut assessment, repaired, mut plan, generation, replay, took } = pass;
+        // Of yesterday's table, if the day ended during the look, it would be no repair.
+        let replay = replay.filter(|(of, _)| Arc::ptr_eq(of, &self.desired)).map(|(_, replay)| replay);
         self.replay = self.replay.take().or(replay);
         let now = snapshot.at;
         self.eyes = Some(eyes);
         self.generation = generation.or(self.generation);
         self.cycles += 1;
         self.cycle_took = took;
-        self.rest_until = Instant::now() + (took * REST).clamp(REST_MIN, REST_MAX);
-        for (finding, outcome) in repaired {
-            self.record(finding, &outcome);
+        self.rest_until = self.rest_until.max(self.pace.pay(took, Instant::now()));
+        let mut suspects = std::mem::take(&mut self.looked_for);
+        suspects.merge(&self.suspects);
+        // A repair now and then is no peace: between two of them it was withheld.
+        self.withheld.extend(plan.withheld.drain(..));
+        plan.withheld.extend(std::mem::take(&mut self.withheld));
+        for (mut finding, outcome) in repaired {
+            finding.by = finding.by.or_else(|| suspects.of(finding.code));
+            self.record(finding.clone(), &outcome);
+            let stands =
+                assessment.findings.iter().any(|f| repair::repaired_by(f.code) == Some(outcome.action));
+            if plan.withheld.contains(&outcome.action) && !stands {
+                assessment.findings.push(finding);
+            }
         }
         for kind in &plan.withheld {
             *self.repairs.entry((*kind, RepairOutcome::Withheld)).or_default() += 1;
             let wait = lock(&self.budget).wait(*kind, self.uptime.elapsed());
+            let facet = match kind {
+                ActionKind::ApplyTable => Facet::Nftables,
+                ActionKind::SetKeepalive => Facet::Wireguard,
+            };
             if let Some(wait) = wait {
-                self.wake([Facet::Nftables], wait);
+                self.wake([facet], wait);
             }
         }
-        for finding in &mut assessment.findings {
-            if finding.by.is_none() && CAUSED_BY_COMMITS.contains(&finding.code) {
-                finding.by = self.culprit.clone();
-            }
+        for finding in assessment.findings.iter_mut().filter(|finding| finding.by.is_none()) {
+            // What stood before in the same words was not caused by whoever came since.
+            let suspect = suspects.of(finding.code);
+            let ours = repair::repaired_by(finding.code) == Some(ActionKind::ApplyTable);
+            finding.by = match self.history.history.known(finding) {
+                // Whoever touches our table while it is wrong keeps it wrong.
+                Some(_) if ours && suspect.is_some() => suspect,
+                Some(known) if known.by.is_some() || known.found == finding.found => known.by.clone(),
+                _ => suspect,
+            };
         }
         repair::tell_of_withheld(&mut assessment.findings, &plan, &lock(&self.budget), self.uptime.elapsed());
         let transitions = self.history.history.update(&mut assessment.findings, &snapshot, now);
@@ -449,6 +552,14 @@ impl Daemon {
             log::debug!("first-seen history: {error:#}");
         }
         self.count_on(&snapshot);
+        self.seen = Seen {
+            table: snapshot
+                .nftables
+                .seen()
+                .is_some_and(|r| r.table(TableFamily::Inet, crate::desired::TABLE).is_some()),
+            peers: snapshot.wireguard.seen().and_then(Option::as_ref).map(|device| device.peers.clone()),
+            blind: Facet::ALL.into_iter().filter(|facet| snapshot.gap(*facet).is_some()).collect(),
+        };
         let report = Report::new(&self.desired, &snapshot, assessment, now);
         notify::status(&headline(&report));
         self.snapshot = Some(snapshot);
@@ -467,8 +578,12 @@ impl Daemon {
             .filter(|link| link.master.is_none())
             .filter_map(|link| Some((link, policy.scope_of(&link.name)?)))
             .collect();
-        for error in counters.sync(&wanted) {
-            log::debug!("counters: {error:#}");
+        let failed: Vec<String> = counters.sync(&wanted).iter().map(|error| format!("{error:#}")).collect();
+        let gap =
+            (!failed.is_empty()).then(|| format!("not every interface is counted: {}", failed.join("; ")));
+        if gap != self.counter_gap {
+            self.counter_gap = gap;
+            self.wake([Facet::Counters], Duration::ZERO);
         }
     }
 
@@ -494,13 +609,11 @@ impl Daemon {
     /// Makes the text that a scrape gets.
     fn show(&mut self) {
         let Some(report) = &self.report else { return };
-        let snapshot = self.snapshot.as_ref();
         let counters = self.counters.as_ref().and_then(|counters| match counters.read(&self.config) {
             Reading::Seen(counters) => Some(counters),
             Reading::Blind(_) => None,
         });
         let drops = nft_counters::read().ok();
-        let peers = snapshot.and_then(|s| s.wireguard.seen()).and_then(Option::as_ref).map(|d| &d.peers[..]);
         let blind: Vec<Facet> = report.blind.iter().map(|blind| blind.facet).collect();
         let state = metrics::State {
             now: clock::now(),
@@ -519,7 +632,7 @@ impl Daemon {
             repairs: &self.repairs,
             counters: counters.as_ref(),
             drops: drops.as_ref(),
-            peers,
+            peers: self.seen.peers.as_deref(),
             audit: None,
             cycles: self.cycles,
             cycle_seconds: self.cycle_took.as_secs_f64(),
@@ -536,19 +649,20 @@ impl Daemon {
         let stands = |codes: &[Code]| report.findings.iter().any(|f| codes.contains(&f.code));
         let blind = |facet| report.blind.iter().any(|blind| blind.facet == facet);
         let mut held = BTreeSet::new();
-        let firewall = self
-            .snapshot
-            .as_ref()
-            .and_then(|s| s.nftables.seen())
-            .is_some_and(|rules| rules.table(TableFamily::Inet, crate::desired::TABLE).is_some());
         if enforce.firewall
             && enforce.mode == Mode::Enforce
-            && firewall
+            && self.seen.table
             && !stands(&[Code::FirewallMissing, Code::FirewallChanged])
         {
             held.insert(Control::Firewall);
         }
-        if enforce.keepalive && !blind(Facet::Wireguard) && !stands(&[Code::MeshKeepalive, Code::MeshMissing])
+        // Where there is no tunnel of ours or no peer, nothing is kept alive.
+        if enforce.keepalive
+            && enforce.mode == Mode::Enforce
+            && self.desired.policy.mesh.keepalive.is_some()
+            && self.seen.peers.as_ref().is_some_and(|peers| !peers.is_empty())
+            && !blind(Facet::Wireguard)
+            && !stands(&[Code::MeshKeepalive, Code::MeshMissing])
         {
             held.insert(Control::Keepalive);
         }
@@ -574,7 +688,7 @@ impl Daemon {
             cycle: self.cycles,
             last_cycle_seconds: self.cycle_took.as_secs_f64(),
             repairs: self.repairs.iter().filter_map(done).sum(),
-            events: self.log.tail(EVENTS_SHOWN),
+            events: self.recent.iter().cloned().collect(),
         };
         if let Err(error) = self.board.set(&socket::Status { report, daemon }) {
             log::warn!("status: {error}");
@@ -594,6 +708,10 @@ impl Daemon {
             cycle: self.cycles,
         };
         log::info!("{}", event.to_line());
+        if self.recent.len() >= EVENTS_SHOWN {
+            self.recent.pop_front();
+        }
+        self.recent.push_back(event.clone());
         if let Err(error) = self.log.append(event) {
             log::warn!("event log in {}: {error}; kept in memory", self.places.state.display());
         }
@@ -601,16 +719,13 @@ impl Daemon {
     }
 }
 
-/// Findings that a commit to nftables can bring about.
-const CAUSED_BY_COMMITS: [Code; 4] =
-    [Code::FirewallMissing, Code::FirewallChanged, Code::FirewallBlocked, Code::DnatExposed];
-
 /// One cycle: look, decide, repair, look again at what was touched, decide again.
 fn cycle(
     mut eyes: Eyes,
     desired: &Desired,
     before: Option<Snapshot>,
     facets: &[Facet],
+    counter_gap: Option<String>,
     budget: &Mutex<Budget>,
     uptime: Uptime,
 ) -> Pass {
@@ -621,9 +736,19 @@ fn cycle(
     // next tick looks again.
     let mut generation = generation(looked_at_rules);
     let mut snapshot = match before {
-        Some(before) => eyes.look_again(desired, before, facets, now),
+        Some(before) => {
+            let port = desired.policy.ssh.port;
+            let sshd = ssh_listeners(&before, port);
+            let after = eyes.look_again(desired, before, facets, now);
+            // Another sshd, or the same one elsewhere, may say something else of itself.
+            let changed = ssh_listeners(&after, port) != sshd;
+            if changed { eyes.look_again(desired, after, &[Facet::Sshd], now) } else { after }
+        }
         None => eyes.look(desired, now),
     };
+    if let Some(gap) = counter_gap {
+        snapshot.counters = Reading::blind(gap);
+    }
     let mut assessment = diff::assess(desired, &snapshot, now);
     let plan = repair::plan(desired, &assessment.findings, &snapshot, &mut lock(budget), begun);
     let mut repaired = Vec::new();
@@ -662,6 +787,12 @@ fn capture(desired: &Desired, pass: &Pass) -> Option<Replay> {
             None
         }
     }
+}
+
+/// Who listens where on sshd's port.
+fn ssh_listeners(snapshot: &Snapshot, port: Port) -> Option<Vec<(IpAddr, Option<u32>)>> {
+    let on_port = snapshot.listeners.seen()?.iter().filter(|l| l.port == port && l.proto == Proto::Tcp);
+    Some(on_port.map(|l| (l.address, l.owner.as_ref().map(|owner| owner.pid))).collect())
 }
 
 fn generation(wanted: bool) -> Option<u32> {
@@ -716,6 +847,12 @@ async fn maybe<F: Future>(future: Option<F>) -> F::Output {
         Some(future) => future.await,
         None => std::future::pending().await,
     }
+}
+
+/// What comes, but not before.
+async fn after<F: Future>(moment: Instant, future: F) -> F::Output {
+    tokio::time::sleep_until(moment).await;
+    future.await
 }
 
 async fn sleep_until(due: Option<Instant>) {

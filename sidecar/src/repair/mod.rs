@@ -82,7 +82,8 @@ pub fn tell_of_withheld(findings: &mut [Finding], plan: &Plan, budget: &Budget, 
     }
 }
 
-fn repaired_by(code: Code) -> Option<ActionKind> {
+/// What puts right a finding of this kind, if we do.
+pub fn repaired_by(code: Code) -> Option<ActionKind> {
     match code {
         Code::FirewallMissing | Code::FirewallChanged => Some(ActionKind::ApplyTable),
         Code::MeshKeepalive => Some(ActionKind::SetKeepalive),

@@ -83,7 +83,12 @@ impl History {
 
     /// When this finding was first seen, if it is remembered.
     pub fn since(&self, finding: &Finding) -> Option<Stamp> {
-        self.known.get(&(finding.code, finding.subject.clone())).and_then(|known| known.since)
+        self.known(finding).and_then(|known| known.since)
+    }
+
+    /// The same finding as it was last seen.
+    pub fn known(&self, finding: &Finding) -> Option<&Finding> {
+        self.known.get(&(finding.code, finding.subject.clone()))
     }
 
     pub fn len(&self) -> usize {
