@@ -1,7 +1,10 @@
 //! Every integration test, in one program: linking it once is most of what building tests costs.
 
 mod cases;
+mod counters;
+mod daemon;
 mod direction;
 mod enforce;
 mod look;
+mod metrics;
 mod netns;

@@ -60,6 +60,11 @@ impl Node {
 
     /// Starts the daemon on a folder that an earlier one left: the same policy, state and pins.
     pub fn daemon_in(&self, folder: &Path, more: &[&str]) -> Result<Daemon> {
+        self.daemon_under(&[], folder, more)
+    }
+
+    /// The same below a command that changes what it finds and then becomes it, such as setpriv.
+    pub fn daemon_under(&self, wrapper: &[&str], folder: &Path, more: &[&str]) -> Result<Daemon> {
         let policy = folder.join("policy.toml");
         let (state_dir, run_dir) = (folder.join("state"), folder.join("run"));
         let flags: Vec<String> = [
@@ -78,7 +83,8 @@ impl Node {
         let socket = UnixDatagram::bind(&notify).with_context(|| format!("bind {}", notify.display()))?;
         let arguments: Vec<&str> =
             ["run"].into_iter().chain(flags.iter().map(String::as_str)).chain(more.iter().copied()).collect();
-        let mut command = self.command(&words(&arguments)?);
+        let wrapped = wrapper.iter().map(std::ffi::OsString::from).chain(words(&arguments)?);
+        let mut command = self.command(&wrapped.collect::<Vec<_>>());
         command.env("NOTIFY_SOCKET", &notify);
         let started = Instant::now();
         let mut running = self.start(command, &format!("spokeguard run in {}", self.name))?;
