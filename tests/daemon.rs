@@ -590,6 +590,19 @@ fn daemon_is_the_only_one_says_what_it_knows_and_leaves_its_rules() {
     );
 
     let mut daemon = lab.spoke.daemon_in(&folder, &[]).unwrap();
+    // An apply of another policy would be undone at once, so it says so instead of "in force".
+    let other = daemon.folder().join("other.toml");
+    fs::write(&other, fs::read_to_string(&daemon.policy).unwrap().replace("[80, 443]", "[443]")).unwrap();
+    let mut arguments = daemon.arguments(&["apply"]);
+    let policy = daemon.policy.display().to_string();
+    arguments.iter_mut().filter(|word| **word == policy).for_each(|word| *word = other.display().to_string());
+    let before = lab.spoke.ok(&TABLE).unwrap();
+    let applied = lab.spoke.spokeguard(&arguments).unwrap();
+    assert_eq!(applied.code, Some(2), "{}", applied.all());
+    assert!(applied.stderr.contains("enforces another policy"), "{}", applied.all());
+    assert_eq!(lab.spoke.ok(&TABLE).unwrap(), before);
+    let same = lab.spoke.spokeguard(&daemon.arguments(&["apply"])).unwrap();
+    assert_eq!(same.code, Some(0), "{}", same.all());
     let second = lab.spoke.spokeguard(&daemon.arguments(&["run"])).unwrap();
     assert_eq!(second.code, Some(2), "{}", second.all());
     assert!(

@@ -6,6 +6,7 @@ use clap::Args;
 
 use super::{Format, Global};
 use crate::apply::{self, Applied, rollback};
+use crate::daemon::socket;
 use crate::ruleset::{Change, compare};
 use crate::source::nft;
 use crate::sys::clock;
@@ -50,6 +51,12 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
             Ok(0)
         };
     }
+    if let Some(pid) = other_policy(&run, &desired) {
+        anyhow::bail!(
+            "a daemon (pid {pid}) enforces another policy and would put its own rules back at once: \
+             restart it with this one, or stop it first"
+        );
+    }
     let previous = if found.is_some() { Some(nft::list_table_text()?) } else { None };
     rollback::arm(&run, previous.as_deref(), within, &nft::program()?)?;
     let time = humantime::format_duration(Duration::from_secs(within.as_secs()));
@@ -80,6 +87,14 @@ const UNCHANGED: &str = "in force already: nothing changed\n";
 fn said(result: &str, changes: &[Change]) -> serde_json::Value {
     let changes: Vec<String> = changes.iter().map(ToString::to_string).collect();
     serde_json::json!({ "version": 1, "result": result, "changes": changes })
+}
+
+/// The pid of a running daemon that enforces something else.
+fn other_policy(run: &std::path::Path, desired: &crate::desired::Desired) -> Option<u32> {
+    let text = socket::ask(run, "status").ok()?;
+    let status: socket::Status = serde_json::from_str(&text).ok()?;
+    let ours = crate::policy::fingerprint(&desired.policy);
+    (status.daemon.policy != ours).then_some(status.daemon.pid)
 }
 
 fn wait(

@@ -20,7 +20,7 @@ pub fn run(global: &Global) -> anyhow::Result<u8> {
     for note in &loaded.notes {
         log::warn!("{}:{}: {}", loaded.file, note.mistake.line, note.mistake.what);
     }
-    let hash = fingerprint(&policy::show(&loaded.policy));
+    let hash = policy::fingerprint(&loaded.policy);
     let mut places = global.places()?;
     match bpf::pin_dir(global.pin_dir.as_deref(), true) {
         Ok(pin) => places.pin = pin.unwrap_or(places.pin),
@@ -34,14 +34,6 @@ pub fn run(global: &Global) -> anyhow::Result<u8> {
         .context("start the event loop")?;
     runtime.block_on(crate::daemon::run(desired, hash, places))?;
     Ok(0)
-}
-
-/// Tells two policies apart in metrics (FNV-1a, 64 bits); it protects nothing.
-fn fingerprint(text: &str) -> String {
-    let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    });
-    format!("{hash:016x}")
 }
 
 pub fn load_bpf(pin_dir: &Path) -> anyhow::Result<u8> {

@@ -144,6 +144,7 @@ struct Pass {
     plan: repair::Plan,
     /// The generation that the rules were read at; `None`: they were not read.
     generation: Option<u32>,
+    links_read: bool,
     /// And for which table.
     replay: Option<(Arc<Desired>, Replay)>,
     took: Duration,
@@ -487,7 +488,8 @@ impl Daemon {
     }
 
     fn finish(&mut self, pass: Pass) {
-        let Pass { eyes, snapshot, mut assessment, repaired, mut plan, generation, replay, took } = pass;
+        let links_read = pass.links_read;
+        let Pass { eyes, snapshot, mut assessment, repaired, mut plan, generation, replay, took, .. } = pass;
         // Of yesterday's table, if the day ended during the look, it would be no repair.
         let replay = replay.filter(|(of, _)| Arc::ptr_eq(of, &self.desired)).map(|(_, replay)| replay);
         self.replay = self.replay.take().or(replay);
@@ -551,7 +553,9 @@ impl Daemon {
         {
             log::debug!("first-seen history: {error:#}");
         }
-        self.count_on(&snapshot);
+        if links_read || self.counter_gap.is_some() {
+            self.count_on(&snapshot);
+        }
         self.seen = Seen {
             table: snapshot
                 .nftables
@@ -685,6 +689,7 @@ impl Daemon {
             pid: std::process::id(),
             started: self.started,
             mode: self.desired.policy.enforce.mode,
+            policy: self.policy_hash.clone(),
             cycle: self.cycles,
             last_cycle_seconds: self.cycle_took.as_secs_f64(),
             repairs: self.repairs.iter().filter_map(done).sum(),
@@ -732,6 +737,7 @@ fn cycle(
     let begun = uptime.elapsed();
     let now = clock::now();
     let looked_at_rules = before.is_none() || facets.contains(&Facet::Nftables);
+    let links_read = before.is_none() || facets.contains(&Facet::Links);
     // Read before the look: a commit during the look shows as a newer generation, and the
     // next tick looks again.
     let mut generation = generation(looked_at_rules);
@@ -770,7 +776,7 @@ fn cycle(
         assessment = diff::assess(desired, &snapshot, snapshot.at);
     }
     let took = uptime.elapsed() - begun;
-    Pass { eyes, snapshot, assessment, repaired, plan, generation, replay: None, took }
+    Pass { eyes, snapshot, assessment, repaired, plan, generation, links_read, replay: None, took }
 }
 
 /// Takes our table down in the kernel's own words, if it is the one that was just read and

@@ -47,6 +47,8 @@ pub struct Daemon {
     pub pid: u32,
     pub started: Stamp,
     pub mode: policy::Mode,
+    /// [`policy::fingerprint`] of what it enforces.
+    pub policy: String,
     pub cycle: u64,
     pub last_cycle_seconds: f64,
     /// Repairs that were done.
@@ -269,6 +271,7 @@ mod tests {
             pid: 1,
             started: at,
             mode: policy::Mode::Enforce,
+            policy: "0123456789abcdef".into(),
             cycle: 7,
             last_cycle_seconds: 0.25,
             repairs: 2,
