@@ -765,7 +765,7 @@ fn cycle(
             Action::SetKeepalive { .. } => (&[Code::MeshKeepalive], Facet::Wireguard),
         };
         touched.insert(facet);
-        let outcome = execute(desired, &snapshot, action, uptime);
+        let Some(outcome) = execute(desired, &snapshot, action, uptime) else { continue };
         let cause = assessment.findings.iter().find(|finding| codes.contains(&finding.code));
         repaired.extend(cause.map(|finding| (finding.clone(), outcome)));
     }
@@ -808,10 +808,14 @@ fn generation(wanted: bool) -> Option<u32> {
     NftQueries::open().and_then(|mut queries| queries.generation()).ok()
 }
 
-fn execute(desired: &Desired, snapshot: &Snapshot, action: &Action, uptime: Uptime) -> Outcome {
+/// `None`: the fast path was faster, and there was nothing left to do.
+fn execute(desired: &Desired, snapshot: &Snapshot, action: &Action, uptime: Uptime) -> Option<Outcome> {
     let begun = uptime.elapsed();
     let result = match action {
-        Action::ApplyTable => apply::apply_table(desired).map(drop).map_err(anyhow::Error::from),
+        Action::ApplyTable => match apply::apply_table(desired) {
+            Ok(Applied::Unchanged | Applied::NotWanted) => return None,
+            result => result.map(drop).map_err(anyhow::Error::from),
+        },
         Action::SetKeepalive { peer, seconds, .. } => match &snapshot.wireguard {
             Reading::Seen(Some(device)) => wireguard::set_keepalive(device, *peer, *seconds),
             _ => Err(anyhow::anyhow!("the tunnel is gone")),
@@ -821,7 +825,7 @@ fn execute(desired: &Desired, snapshot: &Snapshot, action: &Action, uptime: Upti
         Ok(()) => Ended::Done,
         Err(error) => Ended::Failed(format!("{error:#}")),
     };
-    Outcome { action: action.kind(), result, took: uptime.elapsed() - begun }
+    Some(Outcome { action: action.kind(), result, took: uptime.elapsed() - begun })
 }
 
 /// Who may scrape: the hub's addresses, or on the hub itself the mesh.
