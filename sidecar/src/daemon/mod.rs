@@ -55,8 +55,9 @@ const TICK: Duration = Duration::from_secs(10);
 const FULL_LOOK: Duration = Duration::from_secs(600);
 /// A wake waits this long for more of its kind.
 const SETTLE: Duration = Duration::from_millis(20);
-/// Commits that may have been announced by the end of a look and are heard before it is told.
-const COMMITS_AT_ONCE: usize = 64;
+/// Announced commits that are taken together, and of how many of them it is asked who it was.
+const COMMITS_AT_ONCE: usize = 4096;
+const STRANGERS_ASKED: usize = 64;
 /// Events that `status` shows.
 const EVENTS_SHOWN: usize = 20;
 
@@ -269,7 +270,7 @@ impl Daemon {
             // In no order: whoever floods one source must not silence the others.
             tokio::select! {
                 event = maybe(commits.as_mut().map(NftEvents::next)) => match event {
-                    Ok(event) => self.on_commit(event),
+                    Ok(event) => self.on_commits(event, &mut commits),
                     Err(error) => {
                         warn("nftables events; looking every 10 s instead", error.into());
                         commits = None;
@@ -280,12 +281,8 @@ impl Daemon {
                 pass = maybe(look.as_mut()) => {
                     look = None;
                     // Who did it is known before it is said what was done.
-                    for _ in 0..COMMITS_AT_ONCE {
-                        let Some(commits) = &mut commits else { break };
-                        match tokio::time::timeout(Duration::ZERO, commits.next()).await {
-                            Ok(Ok(event)) => self.on_commit(event),
-                            Ok(Err(_)) | Err(_) => break,
-                        }
+                    if let Some(event) = commits.as_mut().and_then(NftEvents::announced) {
+                        self.on_commits(event, &mut commits);
                     }
                     self.finish(pass.context("a look at the host")?);
                     self.listen(&mut server);
@@ -375,19 +372,39 @@ impl Daemon {
 
     /// The fast path. A commit that touched our table, or events that were lost, are
     /// answered here and now; everything else waits for the next cycle.
-    fn on_commit(&mut self, event: NftEvent) {
+    ///
+    /// What has been announced meanwhile is taken together: in a fight, an answer to each
+    /// commit would be an answer to one of long ago.
+    fn on_commits(&mut self, first: NftEvent, commits: &mut Option<NftEvents>) {
         self.wake([Facet::Nftables], SETTLE);
-        let NftEvent { actor, own_touched, foreign_touched, overrun, .. } = event;
-        // Our own repairs are announced as well, at times after somebody has undone them.
-        let stranger = actor.filter(|(pid, _)| !nft::committed(*pid) && *pid != std::process::id());
-        let repair = (own_touched || overrun).then(|| self.repair_at_once(own_touched && stranger.is_some()));
-        // Who it was is asked after the repair: 100 us decide whether it waits (see Replay).
-        let actor = stranger.map(|(pid, name)| owners::actor(pid, &name));
-        if let Some(actor) = &actor {
-            self.suspects.add(actor, own_touched, foreign_touched);
+        let (mut touched, mut own_touched, mut strangers) = (false, false, VecDeque::new());
+        let later = std::iter::from_fn(|| commits.as_mut()?.announced());
+        for event in std::iter::once(first).chain(later).take(COMMITS_AT_ONCE) {
+            // Our own repairs are announced as well, at times after somebody has undone them.
+            let ours = |pid: u32| pid == std::process::id() || nft::committed(pid);
+            if event.actor.as_ref().is_some_and(|(pid, _)| ours(*pid)) {
+                continue;
+            }
+            touched |= event.own_touched || event.overrun;
+            own_touched |= event.own_touched && event.actor.is_some();
+            if strangers.len() == STRANGERS_ASKED {
+                strangers.pop_front();
+            }
+            strangers.push_back(event);
         }
-        if let Some((mut finding, outcome)) = repair.flatten() {
-            finding.by = actor.filter(|_| own_touched).or_else(|| self.suspects.own());
+        let repair = touched.then(|| self.repair_at_once(own_touched)).flatten();
+        // Who it was is asked after the repair: 100 us decide whether it waits (see Replay).
+        let mut by = None;
+        for event in strangers {
+            let Some((pid, name)) = event.actor else { continue };
+            let actor = owners::actor(pid, &name);
+            self.suspects.add(&actor, event.own_touched, event.foreign_touched);
+            if event.own_touched {
+                by = Some(actor);
+            }
+        }
+        if let Some((mut finding, outcome)) = repair {
+            finding.by = by.or_else(|| self.suspects.own());
             self.record(finding, &outcome);
         }
     }

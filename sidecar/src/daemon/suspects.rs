@@ -59,14 +59,19 @@ impl Suspects {
 
 impl Suspect {
     /// A script runs nft again and again: the same name is the same suspect, as last seen.
+    /// Which unit a process was in can't be read once it has ended.
     fn add(&mut self, actor: &Actor) {
-        *self = match self {
-            Suspect::Nobody => Suspect::One(actor.clone()),
-            Suspect::One(known) if known.process == actor.process && known.unit == actor.unit => {
-                Suspect::One(actor.clone())
-            }
-            _ => Suspect::Several,
+        let Suspect::One(known) = self else {
+            *self = if *self == Suspect::Nobody { Suspect::One(actor.clone()) } else { Suspect::Several };
+            return;
         };
+        let units_differ = known.unit.is_some() && actor.unit.is_some() && known.unit != actor.unit;
+        if known.process != actor.process || units_differ {
+            *self = Suspect::Several;
+        } else {
+            let unit = actor.unit.clone().or(known.unit.take());
+            *known = Actor { unit, ..actor.clone() };
+        }
     }
 
     fn named(&self) -> Option<Actor> {
@@ -94,6 +99,17 @@ mod tests {
         assert_eq!(suspects.of(Code::FirewallBlocked), Some(actor("nft", 2)));
         assert_eq!(suspects.of(Code::FirewallMissing), None, "our table was not touched");
         assert_eq!(suspects.of(Code::ListenerExposed), None, "no commit opens a socket");
+        let living = Actor { unit: Some("ufw.service".into()), ..actor("nft", 3) };
+        suspects.add(&living, false, true);
+        suspects.add(&actor("nft", 4), false, true);
+        assert_eq!(
+            suspects.of(Code::FirewallBlocked),
+            Some(Actor { pid: 4, ..living.clone() }),
+            "it has ended"
+        );
+        let mut others = suspects.clone();
+        others.add(&Actor { unit: Some("docker.service".into()), ..living }, false, true);
+        assert_eq!(others.of(Code::FirewallBlocked), None);
         let mut later = Suspects::default();
         later.add(&actor("firewalld", 3), true, true);
         suspects.merge(&later);

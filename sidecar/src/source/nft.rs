@@ -76,13 +76,16 @@ pub fn run_transaction(json: &str) -> anyhow::Result<()> {
     // A file in memory can't fill up as a pipe can while nobody reads its other end.
     let stdin = memory_file(json.as_bytes())
         .map_err(|source| NftError::Run { operation: operation.to_owned(), source })?;
-    let mut nft =
-        Running::start(&program()?, &["-j", "-f", "-"], Stdio::from(stdin), Stdio::null(), DEADLINE)?;
-    {
+    let program = program()?;
+    let mut nft = {
+        // Held from before it starts: its commit may be announced before we know its number.
         let mut committers = COMMITTERS.lock().unwrap_or_else(PoisonError::into_inner);
+        let args = ["-j", "-f", "-"];
+        let nft = Running::start(&program, &args, Stdio::from(stdin), Stdio::null(), DEADLINE)?;
         committers.rotate_right(1);
         committers[0] = nft.child.id();
-    }
+        nft
+    };
     nft.finish()?;
     Ok(())
 }

@@ -115,6 +115,25 @@ impl NftEvents {
     }
 }
 
+impl NftEvents {
+    /// The next batch if it has been announced already. Errors are left to [`Self::next`].
+    pub fn announced(&mut self) -> Option<NftEvent> {
+        loop {
+            if let Some(event) = self.batch.finished() {
+                return Some(event);
+            }
+            match receive(self.socket.descriptor(), &mut self.buffer) {
+                Ok(Some(length)) => self.batch.take(&self.buffer[..length]),
+                Ok(None) => {}
+                Err(e) if e.raw_os_error() == Some(rustix::io::Errno::NOBUFS.raw_os_error()) => {
+                    return Some(self.batch.overrun());
+                }
+                Err(_) => return None,
+            }
+        }
+    }
+}
+
 /// A socket for questions. Blocking, since an answer takes microseconds.
 pub struct NftQueries {
     socket: OwnedFd,

@@ -43,6 +43,11 @@ impl Readable {
         Ok(Self(unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE)? }))
     }
 
+    /// The descriptor, for what it has to give right now.
+    pub fn descriptor(&self) -> BorrowedFd<'_> {
+        self.0.get_ref().as_fd()
+    }
+
     /// Waits until `receive` gets something other than `WouldBlock`. Cancel safe: nothing
     /// is awaited between receiving and returning.
     pub async fn take<R>(&self, mut receive: impl FnMut(BorrowedFd<'_>) -> io::Result<R>) -> io::Result<R> {
