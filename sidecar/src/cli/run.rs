@@ -29,7 +29,8 @@ pub fn run(global: &Global) -> anyhow::Result<u8> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(2)
-        .thread_keep_alive(std::time::Duration::from_secs(1))
+        // Longer than a tick: the worker waits for the next look rather than being made anew.
+        .thread_keep_alive(std::time::Duration::from_secs(15))
         .build()
         .context("start the event loop")?;
     runtime.block_on(crate::daemon::run(desired, hash, places))?;

@@ -505,7 +505,7 @@ impl Daemon {
     }
 
     fn finish(&mut self, pass: Pass) {
-        let links_read = pass.links_read;
+        let (links_read, rules_read) = (pass.links_read, pass.generation.is_some());
         let Pass { eyes, snapshot, mut assessment, repaired, mut plan, generation, replay, took, .. } = pass;
         // Of yesterday's table, if the day ended during the look, it would be no repair.
         let replay = replay.filter(|(of, _)| Arc::ptr_eq(of, &self.desired)).map(|(_, replay)| replay);
@@ -587,7 +587,15 @@ impl Daemon {
         self.report = Some(report);
         self.face.set_health(http::Beat { at: std::time::Instant::now(), period: TICK });
         self.post();
-        memory::trim();
+        // Large listings come and go; a quiet look leaves nothing to give back.
+        if rules_read {
+            memory::trim();
+        }
+        if self.cycles == 1
+            && let Err(error) = memory::drop_start_up_code()
+        {
+            log::debug!("start-up code stays in memory: {error}");
+        }
     }
 
     /// Attaches the counters to the interfaces that are there now.

@@ -34,6 +34,53 @@ pub fn trim() {
     }
 }
 
+/// Lets go of the program's own code and constants that only starting up has used: reading a
+/// policy, parsing arguments. They stay in the page cache, and what is needed again comes
+/// back page by page. Says how many bytes it let go of.
+pub fn drop_start_up_code() -> io::Result<u64> {
+    let text = std::fs::read_to_string("/proc/self/smaps")?;
+    let mut dropped = 0;
+    for range in clean_mappings(&text) {
+        let (start, length) = (range.start as *mut libc::c_void, range.len());
+        // SAFETY: the range is one mapping of this process as the kernel just listed it; it
+        // is backed by a file, nothing may write to it and no page of it was ever written,
+        // so that what is dropped reads the same when it is next touched.
+        if unsafe { libc::madvise(start, length, libc::MADV_DONTNEED) } == 0 {
+            dropped += length as u64;
+        }
+    }
+    Ok(dropped)
+}
+
+/// The mappings of files that are read or run only, private, and without a page of our own:
+/// relocated constants have been written once, and what was written would be lost.
+fn clean_mappings(smaps: &str) -> Vec<std::ops::Range<usize>> {
+    let mut found = Vec::new();
+    let mut candidate = None;
+    for line in smaps.lines() {
+        if let Some((range, rest)) = header(line) {
+            candidate = rest.then_some(range);
+        } else if let Some(size) = line.strip_prefix("Anonymous:") {
+            // Written pages of a private mapping are anonymous, or have been and are swapped out.
+            candidate = candidate.filter(|_| size.trim() == "0 kB");
+        } else if let Some(size) = line.strip_prefix("Swap:") {
+            found.extend(candidate.take().filter(|_| size.trim() == "0 kB"));
+        }
+    }
+    found
+}
+
+/// `55d0-55e0 r-xp 00001000 fe:00 1234 /usr/bin/spokeguard`: the range, and whether it is a
+/// file's and can't be written.
+fn header(line: &str) -> Option<(std::ops::Range<usize>, bool)> {
+    let mut words = line.split_whitespace();
+    let (start, end) = words.next()?.split_once('-')?;
+    let range = usize::from_str_radix(start, 16).ok()?..usize::from_str_radix(end, 16).ok()?;
+    let mode = words.next()?;
+    let file = words.nth(3).is_some_and(|path| path.starts_with('/') && !path.ends_with(']'));
+    Some((range, file && matches!(mode, "r-xp" | "r--p")))
+}
+
 /// One heap for all threads: glibc would otherwise keep one for each, half empty. To be
 /// called before the first thread is started.
 pub fn limit_arenas() {
@@ -107,6 +154,34 @@ mod tests {
         assert!(resident_bytes().expect("smaps_rollup") >= with);
         drop(block);
         trim();
+    }
+
+    #[test]
+    fn only_clean_mappings_of_files_are_let_go() {
+        let swapped = |head: &str, anonymous: u32, swap: u32| {
+            format!("{head}\nSize:  64 kB\nRss:  64 kB\nAnonymous:  {anonymous} kB\nSwap:  {swap} kB\n")
+        };
+        let map = |head: &str, anonymous: u32| swapped(head, anonymous, 0);
+        let smaps = [
+            map("1000-2000 r-xp 00001000 fe:00 12  /usr/bin/spokeguard", 0),
+            map("2000-3000 r--p 00002000 fe:00 12  /usr/bin/spokeguard", 4),
+            map("3000-4000 rw-p 00003000 fe:00 12  /usr/bin/spokeguard", 0),
+            map("4000-5000 r--p 00000000 00:00 0 ", 0),
+            map("5000-6000 r-xp 00000000 00:00 0  [vdso]", 0),
+            map("6000-7000 r--p 00000000 fe:00 13  /usr/lib/libc.so.6", 0),
+            swapped("9000-a000 r--p 00002000 fe:00 12  /usr/bin/spokeguard", 0, 4),
+            map("7000-8000 r--s 00000000 fe:00 14  /etc/shared", 0),
+        ]
+        .concat();
+        assert_eq!(clean_mappings(&smaps), [0x1000..0x2000, 0x6000..0x7000]);
+        assert_eq!(clean_mappings("1000-2000 r-xp"), []);
+    }
+
+    #[test]
+    fn code_that_was_let_go_still_runs() {
+        let before = resident_bytes().expect("smaps_rollup");
+        assert!(drop_start_up_code().expect("smaps") > 1 << 20);
+        assert!(resident_bytes().expect("smaps_rollup") < before);
     }
 
     #[test]
