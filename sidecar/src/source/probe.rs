@@ -1,0 +1,1 @@
+//! Sweeps this host from the outside in.
