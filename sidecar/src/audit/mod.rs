@@ -25,7 +25,10 @@ pub enum Fate {
     Delivered { address: IpAddr, port: Port },
     /// Got through on its way to another machine or a container.
     Forwarded { address: IpAddr, port: Port },
-    /// Answered by a TCP reset before any socket: a reject rule.
+    /// Answered by a socket (a SYN-ACK, a datagram); only where replies were asked for.
+    Answered,
+    /// Answered by a TCP reset before any socket: a reject rule. Where replies were asked for, a closed
+    /// port as well.
     Reset,
     /// Answered by ICMP (type, code): a reject rule, or no route behind a DNAT.
     Unreachable { icmp_type: u8, code: u8 },
