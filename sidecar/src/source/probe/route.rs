@@ -8,6 +8,7 @@ use ipnet::IpNet;
 use netlink_packet_core::Emitable as _;
 use netlink_packet_route::link::{LinkFlags, LinkHeader};
 
+use super::super::links;
 use super::super::netlink::{Netlink, NetlinkError, attributes, hint, u32_at};
 use crate::observed::Link;
 use crate::terms::Family;
@@ -138,19 +139,22 @@ impl Routes {
         named: &[IpNet],
         random: &mut impl FnMut() -> u32,
     ) -> anyhow::Result<Origin> {
+        // A probe from an address of this host's own would be a martian.
+        let local: Vec<IpNet> = links::read()?.into_iter().flat_map(|link| link.addresses).collect();
         for _ in 0..TRIES {
             let origin = far(Family::of(to), random());
             let block = IpNet::new(origin.base, if to.is_ipv4() { 16 } else { 48 })
                 .context("a block of addresses")?;
-            if named.iter().all(|net| !overlap(net, &block))
+            if named.iter().chain(&local).all(|net| !overlap(net, &block))
                 && self.leaves_by(to, origin.base)? == Some(link.index)
             {
                 return Ok(origin);
             }
         }
-        let own: Vec<IpAddr> = link.addresses.iter().map(IpNet::addr).collect();
         for net in link.addresses.iter().filter(|net| Family::of_net(net) == Family::of(to)) {
-            for base in near(net, random()).into_iter().filter(|base| !own.contains(base)) {
+            for base in
+                near(net, random()).into_iter().filter(|base| local.iter().all(|net| net.addr() != *base))
+            {
                 if self.leaves_by(to, base)? == Some(link.index) {
                     return Ok(Origin { base, spread: false });
                 }
