@@ -13,7 +13,7 @@ use lab::{
 };
 use spokeguard::audit::{Fate, Sweep};
 use spokeguard::observed::{Link, Listener};
-use spokeguard::source::probe::{Mode, Request, SweepError, sweep};
+use spokeguard::source::probe::{Means, Mode, Request, SweepError, sweep, sweep_by};
 use spokeguard::source::{links, listeners, owners};
 use spokeguard::terms::{Port, Proto};
 
@@ -160,6 +160,51 @@ fn every_port_is_what_a_real_nmap_calls_it() {
 }
 
 #[test]
+fn older_means_say_the_same() {
+    if lacking(&[Need::Lab]) {
+        return;
+    }
+    let lab = Lab::shaped(Shape { mesh: Mesh::Plain, container: true });
+    let _listeners = spoke(&lab);
+    let older = |request: &Request| lab.spoke.inside(|| sweep_by(OLDER, request, &mut |_| ())).unwrap();
+    for case in CASES {
+        lab.spoke.nft(&format!("flush ruleset\n{}", case.rules)).unwrap();
+        let addresses: &[IpAddr] =
+            if case.source.is_some() { &[SPOKE_PUBLIC] } else { &[SPOKE_PUBLIC, SPOKE_PUBLIC_V6] };
+        // The two families and protocols differ in the words of the rules only.
+        let ports = vec![1..=6500, 7777..=9200];
+        let request = Request { source: case.source, ports, ..request(&lab, addresses, &Proto::ALL) };
+        let (new, old) = (swept(&lab, &request), older(&request));
+        for (new, old) in new.iter().zip(&old) {
+            assert_eq!((new.address, new.proto), (old.address, old.proto));
+            assert_eq!(states(&lab, new), states(&lab, old), "{}: {} {}", case.name, new.address, new.proto);
+            // The first of all, before the kernel's limit on ICMP makes a difference.
+            if (new.address, new.proto) == (SPOKE_PUBLIC, Proto::Tcp) {
+                assert_eq!(new.fates[0], old.fates[0], "{}", case.name);
+            }
+        }
+    }
+    lab.spoke.nft("flush ruleset").unwrap();
+    let wire = capture(&lab.internet, "spoke0");
+    let replies = Request {
+        mode: Mode::Reply,
+        ports: vec![80..=81],
+        ..request(&lab, &[SPOKE_PUBLIC, SPOKE_PUBLIC_V6], &[Proto::Tcp])
+    };
+    for sweep in older(&replies) {
+        let fates: Vec<&Fate> = sweep.fates.iter().map(|(_, fate)| fate).collect();
+        assert_eq!(fates, [&Fate::Answered, &Fate::Reset]);
+    }
+    assert_eq!(lab.internet.connect(SocketAddr::new(SPOKE_PUBLIC, 80), SOON), Answer::Open);
+    let foreign = foreign(&ended(wire, ".80: Flags [S]"));
+    assert!(foreign.is_empty(), "{foreign:#?}");
+    assert_eq!(lab.spoke.sh("nft list tables").unwrap(), "");
+}
+
+/// Those of Linux 6.1.
+const OLDER: Means = Means { programs: false, tcx: false };
+
+#[test]
 fn nothing_of_a_sweep_leaves_the_host_or_stays_on_it() {
     if lacking(&[Need::Lab]) {
         return;
@@ -212,8 +257,7 @@ then
     let _ = lab.internet.connect(SocketAddr::new(SPOKE_PUBLIC, 8080), SOON);
     for (capture, port) in [(wire, 443), (container, 8000)] {
         let seen = ended(capture, &format!(".{port}: Flags [S]"));
-        let foreign: Vec<&str> =
-            seen.lines().filter(|line| line.contains(" > ") && !line.contains("198.51.100.99")).collect();
+        let foreign = foreign(&seen);
         assert!(foreign.is_empty(), "{foreign:#?}");
     }
 }
@@ -383,8 +427,7 @@ then
     );
     assert_eq!(lab.internet.connect(SocketAddr::new(SPOKE_PUBLIC, 80), SOON), Answer::Open);
     let seen = ended(wire, ".80: Flags [S]");
-    let foreign: Vec<&str> =
-        seen.lines().filter(|line| line.contains(" > ") && !line.contains("198.51.100.99")).collect();
+    let foreign = foreign(&seen);
     assert!(foreign.is_empty(), "{foreign:#?}");
 }
 
@@ -569,6 +612,12 @@ fn capture(node: &Node, interface: &str) -> Running {
         node.spawn(&["tcpdump", "-n", "-l", "--immediate-mode", "-i", interface, filter]).unwrap();
     running.wait_for("listening on", SOON).unwrap();
     running
+}
+
+/// What neither comes from the outsider nor goes there.
+fn foreign(captured: &str) -> Vec<String> {
+    let strange = captured.lines().filter(|line| line.contains(" > ") && !line.contains("198.51.100.99"));
+    strange.map(str::to_owned).collect()
 }
 
 /// What was captured up to a packet that the test sent last.

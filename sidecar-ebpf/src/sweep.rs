@@ -23,6 +23,8 @@ pub mod programs {
     pub const INJECT: &str = "inject";
     /// tc ingress: what arrived. By link layer: Ethernet, bare IP.
     pub const ARRIVE: [&str; 2] = ["arrive_eth", "arrive_ip"];
+    /// A packet socket's filter, for kernels without tcx: the same.
+    pub const TAP: [&str; 2] = ["tap_eth", "tap_ip"];
     /// tc egress: replies that went around netfilter's hooks.
     pub const CAUGHT: [&str; 2] = ["caught_eth", "caught_ip"];
     /// netfilter, behind every chain: what got through, and what is answered.
@@ -35,7 +37,7 @@ pub mod programs {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Order {
-    /// Random. A probe for port p carries `head ^ p` and `token`: as sequence number and
+    /// Random but for the lower half, which is all ones. A probe for port p carries `head ^ p` and `token`: as sequence number and
     /// timestamp of a SYN, as payload of a datagram. Nobody outside sees either, so nobody
     /// can make a packet that passes for a probe.
     pub head: u32,

@@ -15,6 +15,7 @@ mod conntrack;
 mod frame;
 mod programs;
 mod route;
+mod tables;
 
 use std::fs::File;
 use std::io;
@@ -33,9 +34,11 @@ use crate::audit::{Fate, Sweep};
 use crate::observed::Link;
 use crate::sys::probe::{settle, test_run};
 use crate::terms::{Family, Port, Proto};
+use aya::util::KernelVersion;
 use frame::{Kind, Shape, frame};
 use programs::Programs;
 use route::{Origin, Routes};
+use tables::Tables;
 
 /// What to sweep: every protocol on every address, as it looks through one device.
 #[derive(Clone, Debug)]
@@ -87,8 +90,35 @@ pub enum SweepError {
     Lost { interface: String },
 }
 
+/// How verdicts are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Means {
+    /// By netfilter programs (Linux 6.4), or by a table of our own.
+    pub programs: bool,
+    /// What arrives is seen by tcx programs (Linux 6.6), which also tell our counters; or
+    /// by a packet socket's filter, and then probes are counted as packets.
+    pub tcx: bool,
+}
+
+impl Means {
+    pub fn of_this_kernel() -> Self {
+        let here = KernelVersion::current().map_or(0, |version| version.code());
+        let since = |minor: u32| here >= 6 << 16 | minor << 8;
+        Self { programs: since(4), tcx: since(6) }
+    }
+}
+
 /// One sweep for each address and protocol, in their order.
 pub fn sweep(request: &Request, progress: &mut dyn FnMut(Progress)) -> anyhow::Result<Vec<Sweep>> {
+    sweep_by(Means::of_this_kernel(), request, progress)
+}
+
+/// The same by older means, on a kernel that has the newer ones.
+pub fn sweep_by(
+    means: Means,
+    request: &Request,
+    progress: &mut dyn FnMut(Progress),
+) -> anyhow::Result<Vec<Sweep>> {
     let name = &request.link.name;
     let _lock = lock(&request.run_dir)?;
     if request.link.loopback {
@@ -101,6 +131,11 @@ pub fn sweep(request: &Request, progress: &mut dyn FnMut(Progress)) -> anyhow::R
     }
     let ports = ports(&request.ports);
     let mut programs = Programs::load().context("load the audit's programs")?;
+    let offsets = if means.programs { btf::read()? } else { btf::Offsets::default() };
+    let around = format!("attach the audit's programs around {name}");
+    let _watch = programs
+        .watch(request.link.index, request.link.ethernet, means.tcx)
+        .with_context(|| around.clone())?;
     let mut sweeps = Vec::new();
     for family in Family::ALL {
         let addresses: Vec<IpAddr> =
@@ -115,16 +150,19 @@ pub fn sweep(request: &Request, progress: &mut dyn FnMut(Progress)) -> anyhow::R
                 None => routes.origin(&request.link, to, &request.named, &mut random)?,
             };
             for proto in &request.protos {
-                let order = order(request, &programs, &origin, *proto);
+                let order = order(request, offsets, &origin, *proto);
                 shapes.push((*proto, origin, Shape { order, to, mac: device.mac }));
             }
         }
-        let verdict = request.mode == Mode::Verdict;
-        let attached = programs
-            .attach(request.link.index, request.link.ethernet, family, verdict)
-            .with_context(|| format!("attach the audit's programs around {name}"))?;
+        let hooked = if means.programs {
+            let hooked = programs.hook(family, request.mode == Mode::Verdict);
+            Some(hooked.with_context(|| around.clone())?)
+        } else {
+            None
+        };
         for (proto, origin, shape) in shapes {
-            let mut run = Run { request, programs: &mut programs, shape, proto };
+            let tables = if means.programs { None } else { Some(Tables::put(&shape.order)?) };
+            let mut run = Run { request, programs: &mut programs, tables, shape, proto };
             let fates = run.fates(&ports, progress)?;
             sweeps.push(Sweep {
                 interface: name.clone(),
@@ -134,7 +172,7 @@ pub fn sweep(request: &Request, progress: &mut dyn FnMut(Progress)) -> anyhow::R
                 fates,
             });
         }
-        drop(attached);
+        drop(hooked);
     }
     let place = |sweep: &Sweep| {
         (
@@ -146,15 +184,11 @@ pub fn sweep(request: &Request, progress: &mut dyn FnMut(Progress)) -> anyhow::R
     Ok(sweeps)
 }
 
-/// Whether this kernel and this process can sweep at all, without touching any device.
-pub fn supported() -> anyhow::Result<()> {
-    programs::supported()
-}
-
 /// One address and protocol.
 struct Run<'a> {
     request: &'a Request,
     programs: &'a mut Programs,
+    tables: Option<Tables>,
     shape: Shape,
     proto: Proto,
 }
@@ -214,6 +248,9 @@ impl Run<'_> {
         }
         // Seen on one CPU, and maybe still on its way there.
         settle();
+        if let Some(tables) = &self.tables {
+            tables.read(&self.shape.order, &mut self.programs.traces)?;
+        }
         if self.request.mode == Mode::Reply {
             self.clean_up(ports)?;
         }
@@ -283,14 +320,15 @@ impl Run<'_> {
     }
 }
 
-fn order(request: &Request, programs: &Programs, origin: &Origin, proto: Proto) -> Order {
+fn order(request: &Request, offsets: btf::Offsets, origin: &Origin, proto: Proto) -> Order {
     let mut order = Order {
-        head: random(),
+        // See Order: an answer's number is one more, and must not carry.
+        head: random() | 0xffff,
         token: random(),
         index: request.link.index,
         frame_bytes: 0,
-        skb_head: programs.offsets.head,
-        skb_network_header: programs.offsets.network_header,
+        skb_head: offsets.head,
+        skb_network_header: offsets.network_header,
         source: origin.words(),
         // Fresh each time, for what remains of an earlier sweep would answer differently;
         // from the range that clients use.

@@ -18,6 +18,7 @@ const BPF_F_BEFORE: u32 = 1 << 3;
 const BPF_TCX_INGRESS: u32 = 46;
 const BPF_TCX_EGRESS: u32 = 47;
 const BPF_NETFILTER: u32 = 45;
+const BPF_PROG_TYPE_SOCKET_FILTER: u32 = 1;
 const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
 const BPF_PROG_TYPE_NETFILTER: u32 = 32;
 
@@ -26,6 +27,7 @@ const BPF_PROG_TYPE_NETFILTER: u32 = 32;
 pub enum Kind {
     Classifier,
     Netfilter,
+    SocketFilter,
 }
 
 /// An array map that is mapped into this process, so that reading it costs no call.
@@ -137,6 +139,7 @@ pub fn load(kind: Kind, code: &[bpf_insn], log: &mut [u8]) -> io::Result<OwnedFd
     let (program_type, expected_attach_type) = match kind {
         Kind::Classifier => (BPF_PROG_TYPE_SCHED_CLS, 0),
         Kind::Netfilter => (BPF_PROG_TYPE_NETFILTER, BPF_NETFILTER),
+        Kind::SocketFilter => (BPF_PROG_TYPE_SOCKET_FILTER, 0),
     };
     let mut attr = ProgLoad {
         kind: program_type,
@@ -241,6 +244,42 @@ pub fn attach_netfilter(
     };
     // SAFETY: the kernel reads the attributes and nothing that they point to.
     unsafe { descriptor(BPF_LINK_CREATE, &mut attr) }
+}
+
+/// Shows a program every packet of a device, before tc and netfilter; it leaves with the
+/// descriptor.
+pub fn tap(program: BorrowedFd<'_>, index: u32) -> io::Result<OwnedFd> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
+    // Of no protocol, so that nothing arrives before the filter is there.
+    let socket = socket_with(AddressFamily::PACKET, SocketType::RAW, SocketFlags::CLOEXEC, None)?;
+    let filter = program.as_raw_fd();
+    // SAFETY: the kernel reads an integer that outlives the call.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_BPF,
+            (&raw const filter).cast(),
+            size_of_val(&filter) as libc::socklen_t,
+        )
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let address = libc::sockaddr_ll {
+        sll_family: libc::AF_PACKET as u16,
+        sll_protocol: (libc::ETH_P_ALL as u16).to_be(),
+        sll_ifindex: i32::try_from(index).map_err(|_| io::ErrorKind::InvalidInput)?,
+        sll_hatype: 0,
+        sll_pkttype: 0,
+        sll_halen: 0,
+        sll_addr: [0; 8],
+    };
+    // SAFETY: the kernel reads the address, which is as long as said and outlives the call.
+    let result = unsafe {
+        libc::bind(socket.as_raw_fd(), (&raw const address).cast(), size_of_val(&address) as libc::socklen_t)
+    };
+    if result != 0 { Err(io::Error::last_os_error()) } else { Ok(socket) }
 }
 
 /// Runs a classifier `repeat` times over a packet, which starts with an Ethernet header.

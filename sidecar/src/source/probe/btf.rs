@@ -5,7 +5,7 @@ use anyhow::{Context as _, bail};
 
 use super::super::netlink::{u16_at, u32_at};
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Offsets {
     pub head: u32,
     pub network_header: u32,

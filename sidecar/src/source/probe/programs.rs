@@ -5,13 +5,12 @@ use std::collections::{HashMap, HashSet};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use aya_obj::Object;
 use aya_obj::generated::bpf_insn;
 use sidecar_ebpf::sweep::{CHUNK, Frame, Order, Progress, Trace, maps, programs};
 
-use super::btf;
-use crate::sys::probe::{Direction, Hook, Kind, Mapped, attach_netfilter, attach_tcx, load};
+use crate::sys::probe::{Direction, Hook, Kind, Mapped, attach_netfilter, attach_tcx, load, tap};
 use crate::terms::Family;
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("SPOKEGUARD_PROBE_OBJECT"));
@@ -28,7 +27,6 @@ pub struct Programs {
     pub progress: Mapped<Progress>,
     pub traces: Mapped<Trace>,
     pub inject: OwnedFd,
-    pub offsets: btf::Offsets,
     code: HashMap<&'static str, Vec<bpf_insn>>,
 }
 
@@ -59,46 +57,44 @@ impl Programs {
         object.relocate_calls(&text).context("link the audit's programs")?;
         let mut code = HashMap::new();
         let names = [programs::INJECT, programs::LOCAL, programs::FORWARD, programs::REPLY];
-        for name in names.into_iter().chain(programs::ARRIVE).chain(programs::CAUGHT) {
+        for name in names.into_iter().chain(programs::ARRIVE).chain(programs::TAP).chain(programs::CAUGHT) {
             let program =
                 object.programs.get(name).with_context(|| format!("the object has no program {name}"))?;
             let function = object.functions.remove(&program.function_key());
             code.insert(name, function.with_context(|| format!("{name} has no code"))?.instructions);
         }
         let inject = program(&code, programs::INJECT, Kind::Classifier)?;
-        Ok(Self { orders, frames, progress, traces, inject, offsets: btf::read()?, code })
+        Ok(Self { orders, frames, progress, traces, inject, code })
     }
 
-    /// On a device, and in the family's netfilter hooks. `verdict`: probes end behind the
-    /// last chain; otherwise they go on to sockets and only the answers are caught.
-    pub fn attach(
-        &self,
-        index: u32,
-        ethernet: bool,
-        family: Family,
-        verdict: bool,
-    ) -> anyhow::Result<Attached> {
-        let layer = if ethernet { 0 } else { 1 };
-        let mut links = Vec::new();
+    /// Into a family's netfilter hooks. `verdict`: probes end behind the last chain;
+    /// otherwise they go on to sockets and only the answers are caught.
+    pub fn hook(&self, family: Family, verdict: bool) -> anyhow::Result<Attached> {
         // What keeps things in comes before what lets them know.
         let mut hooks = vec![(programs::REPLY, Hook::PostRouting)];
         if verdict {
             hooks.extend([(programs::LOCAL, Hook::LocalIn), (programs::FORWARD, Hook::Forward)]);
         }
-        for (name, hook) in hooks {
-            let program = program(&self.code, name, Kind::Netfilter)?;
-            links.push(attach_last(&program, family, hook)?);
+        let attach = |(name, hook)| attach_last(&program(&self.code, name, Kind::Netfilter)?, family, hook);
+        Ok(Attached(hooks.into_iter().map(attach).collect::<anyhow::Result<_>>()?))
+    }
+
+    /// Around a device.
+    pub fn watch(&self, index: u32, ethernet: bool, tcx: bool) -> anyhow::Result<Attached> {
+        let layer = if ethernet { 0 } else { 1 };
+        if !tcx {
+            let filter = program(&self.code, programs::TAP[layer], Kind::SocketFilter)?;
+            let tap = tap(filter.as_fd(), index).map_err(denied);
+            return Ok(Attached(vec![tap.with_context(|| format!("listen on device {index}"))?]));
         }
-        for (name, direction) in
-            [(programs::CAUGHT[layer], Direction::Out), (programs::ARRIVE[layer], Direction::In)]
-        {
+        let ways = [(programs::CAUGHT[layer], Direction::Out), (programs::ARRIVE[layer], Direction::In)];
+        let attach = |(name, direction)| {
             let program = program(&self.code, name, Kind::Classifier)?;
-            let link = attach_tcx(program.as_fd(), index, direction)
+            attach_tcx(program.as_fd(), index, direction)
                 .map_err(denied)
-                .with_context(|| format!("attach {name} to device {index} (tcx: Linux 6.6)"))?;
-            links.push(link);
-        }
-        Ok(Attached(links))
+                .with_context(|| format!("attach {name} to device {index}"))
+        };
+        Ok(Attached(ways.into_iter().map(attach).collect::<anyhow::Result<_>>()?))
     }
 }
 
@@ -127,13 +123,7 @@ fn program(code: &HashMap<&str, Vec<bpf_insn>>, name: &str, kind: Kind) -> anyho
         log::debug!("verifier on {name}: {text}");
         let last = text.lines().rev().find(|line| !line.is_empty() && !line.starts_with("processed "));
         let said = last.map(|line| format!("; verifier: {line}")).unwrap_or_default();
-        let needs = match kind {
-            Kind::Netfilter if error.kind() == io::ErrorKind::InvalidInput => {
-                " (netfilter programs: Linux 6.4)"
-            }
-            _ => "",
-        };
-        anyhow::Error::new(denied(error)).context(format!("load of {name}{needs}{said}"))
+        anyhow::Error::new(denied(error)).context(format!("load of {name}{said}"))
     })
 }
 
@@ -145,13 +135,4 @@ fn denied(error: io::Error) -> io::Error {
     } else {
         error
     }
-}
-
-/// Whether this kernel takes such programs at all, without attaching anything.
-pub fn supported() -> anyhow::Result<()> {
-    let all = Programs::load()?;
-    if program(&all.code, programs::LOCAL, Kind::Netfilter).is_err() {
-        bail!("this kernel has no netfilter programs (Linux 6.4)");
-    }
-    Ok(())
 }
