@@ -123,7 +123,9 @@ fn program(code: &HashMap<&str, Vec<bpf_insn>>, name: &str, kind: Kind) -> anyho
         log::debug!("verifier on {name}: {text}");
         let last = text.lines().rev().find(|line| !line.is_empty() && !line.starts_with("processed "));
         let said = last.map(|line| format!("; verifier: {line}")).unwrap_or_default();
-        anyhow::Error::new(denied(error)).context(format!("load of {name}{said}"))
+        // The verifier takes what root may do, such as reading kernel memory, for mistakes.
+        let needs = if error.raw_os_error() == Some(libc::EACCES) { " (needs CAP_PERFMON)" } else { "" };
+        anyhow::Error::new(denied(error)).context(format!("load of {name}{needs}{said}"))
     })
 }
 
