@@ -13,7 +13,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
 
 const TARGET: &str = "bpfel-unknown-none";
-const BINARY: &str = "spokeguard-ebpf";
+/// The counters, which are pinned, and the audit's programs, which never are.
+const BINARIES: [(&str, &str, &str); 2] = [
+    ("spokeguard-ebpf", "spokeguard.bpf.o", "SPOKEGUARD_EBPF_OBJECT"),
+    ("spokeguard-probe", "spokeguard-probe.bpf.o", "SPOKEGUARD_PROBE_OBJECT"),
+];
 
 /// A compiler that has the source of `core`.
 struct Toolchain {
@@ -32,20 +36,22 @@ fn main() {
         println!("cargo::rerun-if-env-changed={variable}");
     }
 
-    let object = match build(&workspace) {
-        Ok(object) => object,
+    let objects = match build(&workspace) {
+        Ok(objects) => objects,
         Err(text) => {
             // A panic would bury the text below a backtrace hint.
             eprintln!("\n{text}");
             exit(1);
         }
     };
-    let bytes = fs::read(&object).unwrap_or_default();
-    println!("cargo::rustc-env=SPOKEGUARD_EBPF_OBJECT={}", object.display());
+    for ((_, _, variable), object) in BINARIES.iter().zip(&objects) {
+        println!("cargo::rustc-env={variable}={}", object.display());
+    }
+    let bytes = fs::read(&objects[0]).unwrap_or_default();
     println!("cargo::rustc-env=SPOKEGUARD_EBPF_BUILD={}", fnv1a(&bytes));
 }
 
-fn build(workspace: &Path) -> Result<PathBuf, String> {
+fn build(workspace: &Path) -> Result<Vec<PathBuf>, String> {
     let mut tried = String::new();
     let toolchain = toolchain(&mut tried);
     let linker = linker();
@@ -61,7 +67,7 @@ fn build(workspace: &Path) -> Result<PathBuf, String> {
     clean(&mut command);
     command
         .current_dir(workspace)
-        .args(["build", "--quiet", "--locked", "--release", "--package", "sidecar-ebpf", "--bin", BINARY])
+        .args(["build", "--quiet", "--locked", "--release", "--package", "sidecar-ebpf", "--bins"])
         .args(["--features", "program", "--target", TARGET, "-Z", "build-std=core", "--target-dir"])
         .arg(&target_dir)
         .env("RUSTC", &toolchain.rustc)
@@ -87,11 +93,14 @@ fn build(workspace: &Path) -> Result<PathBuf, String> {
     for line in String::from_utf8_lossy(&output.stderr).lines().filter(|line| line.starts_with("warning")) {
         println!("cargo::warning=eBPF: {line}");
     }
-    let built = target_dir.join(TARGET).join("release").join(BINARY);
-    // Two profiles share the inner target directory; each keeps the object it embeds.
-    let object = PathBuf::from(required("OUT_DIR")).join("spokeguard.bpf.o");
-    fs::copy(&built, &object).map_err(|error| format!("error: copy of {}: {error}", built.display()))?;
-    Ok(object)
+    // Two profiles share the inner target directory; each keeps the objects it embeds.
+    let (built, out) = (target_dir.join(TARGET).join("release"), PathBuf::from(required("OUT_DIR")));
+    let keep = |(binary, name, _): &(&str, &str, &str)| {
+        let (from, to) = (built.join(binary), out.join(name));
+        fs::copy(&from, &to).map_err(|error| format!("error: copy of {}: {error}", from.display()))?;
+        Ok(to)
+    };
+    BINARIES.iter().map(keep).collect()
 }
 
 /// The first compiler that can do it: the one that was named, the one that builds us, a

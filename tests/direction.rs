@@ -21,6 +21,7 @@ const PURE: &[(&str, &[&str])] = &[
     ("repair", &["diff", "desired", "observed", "policy", "ruleset", "terms"]),
     ("report", FACES),
     ("metrics", FACES),
+    ("audit", FACES),
     ("heartbeat", FACES),
     ("fleet", FACES),
 ];
@@ -36,6 +37,7 @@ const FACES: &[&str] = &[
     "repair",
     "report",
     "metrics",
+    "audit",
     "heartbeat",
     "fleet",
 ];

@@ -7,6 +7,8 @@
 
 #![no_std]
 
+pub mod sweep;
+
 /// Number of this contract; part of the directory that everything is pinned in.
 pub const ABI: u32 = 1;
 

@@ -5,6 +5,7 @@
 //! touch the world. `ARCHITECTURE.md` has the map.
 
 pub mod apply;
+pub mod audit;
 pub mod cli;
 pub mod daemon;
 pub mod desired;

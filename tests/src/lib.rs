@@ -42,9 +42,10 @@ pub use rustix::process::Signal;
 pub use service::{Listening, Prometheus, Sshd};
 pub use tunnel::Keys;
 
-/// What the helper says when it is ready, as keeper and as listener. Nothing that an error could contain.
+/// What the helper says when it is ready, as keeper, listener and sweeper. Nothing that an error could contain.
 pub const HELD: &str = "the node is held";
 pub const BOUND: &str = "every socket is bound";
+pub const SWEEPING: &str = "the sweep has begun";
 
 pub const OUTSIDER: IpAddr = IpAddr::V4(Ipv4Addr::new(198, 51, 100, 99));
 pub const OUTSIDER_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 0x99));

@@ -3,7 +3,7 @@
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -48,6 +48,15 @@ impl Node {
 
     pub fn listen_udp(&self, address: IpAddr, port: u16) -> Result<Listening> {
         self.listen("listener", &[&format!("udp/{}", SocketAddr::new(address, port))])
+    }
+
+    /// A sweep of this node by a process of its own, so slow that a test can do something meanwhile.
+    pub fn sweep_slowly(&self, interface: &str, address: IpAddr, run_dir: &Path) -> Result<Running> {
+        let helper = crate::helper()?.display().to_string();
+        let words = [&*helper, "sweep", interface, &address.to_string(), &run_dir.display().to_string()];
+        let mut running = self.spawn(&words)?;
+        running.wait_for(crate::SWEEPING, Duration::from_secs(10))?;
+        Ok(running)
     }
 
     /// A web server on 80 and 443, IPv4 and IPv6.

@@ -10,6 +10,8 @@ pub mod nft;
 pub mod nft_counters;
 pub mod nft_events;
 pub mod owners;
+pub mod probe;
+pub mod scan;
 pub mod sshd;
 pub mod wireguard;
 

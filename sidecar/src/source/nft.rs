@@ -68,6 +68,16 @@ pub fn list_table_text() -> anyhow::Result<String> {
     Ok(text)
 }
 
+/// What one listing says, as JSON.
+pub fn listing(args: &[&str]) -> anyhow::Result<Vec<u8>> {
+    let mut nft = Running::start(&program()?, args, Stdio::null(), Stdio::piped(), DEADLINE)?;
+    let mut json = Vec::new();
+    let read = (&mut nft).take(LISTING_MAX).read_to_end(&mut json);
+    nft.finish()?;
+    read?;
+    Ok(json)
+}
+
 const LISTING_MAX: u64 = 64 << 20;
 
 /// All of it or nothing: nft sends what it reads as one batch.

@@ -5,4 +5,5 @@ pub mod bpf;
 pub mod clock;
 pub mod memory;
 pub mod netns;
+pub mod probe;
 pub mod sockets;

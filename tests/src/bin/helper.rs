@@ -23,8 +23,10 @@ fn main() -> ExitCode {
         ["keep", netns] => keep(netns),
         ["reap", prefix, dir] => reap(prefix, Path::new(dir)),
         ["listen", name, what @ ..] => listen(name, what),
+        ["sweep", interface, address, run_dir] => sweep(interface, address, Path::new(run_dir)),
         _ => Err(anyhow::anyhow!(
-            "usage: enter NET MNT COMMAND.. | keep NETNS | reap PREFIX DIR | listen NAME WHAT.."
+            "usage: enter NET MNT COMMAND.. | keep NETNS | reap PREFIX DIR | listen NAME WHAT.. |\n\
+             sweep INTERFACE ADDRESS DIR"
         )),
     };
     match done {
@@ -81,6 +83,30 @@ fn reap(prefix: &str, dir: &Path) -> Result<()> {
     let mut rest = [0u8; 16];
     while std::io::stdin().read(&mut rest).context("wait for the end of the lab")? > 0 {}
     lab::reap(prefix, dir);
+    Ok(())
+}
+
+/// Sweeps every TCP port at a hundred probes a second.
+fn sweep(interface: &str, address: &str, run_dir: &Path) -> Result<()> {
+    use spokeguard::source::{links, probe};
+    let link = links::read()?.into_iter().find(|link| link.name == interface).context("no such interface")?;
+    let request = probe::Request {
+        link,
+        addresses: vec![address.parse().context("read the address")?],
+        protos: vec![spokeguard::terms::Proto::Tcp],
+        ports: vec![1..=u16::MAX],
+        source: None,
+        named: Vec::new(),
+        mode: probe::Mode::Verdict,
+        rate: Some(100),
+        run_dir: run_dir.to_path_buf(),
+    };
+    let mut said = false;
+    probe::sweep(&request, &mut |_| {
+        if !std::mem::replace(&mut said, true) {
+            println!("{}", lab::SWEEPING);
+        }
+    })?;
     Ok(())
 }
 

@@ -1,0 +1,30 @@
+//! Run by BPF_PROG_TEST_RUN, once for each frame of a chunk: puts the next frame into the
+//! receive path of a device, in front of everything but native XDP.
+
+use aya_ebpf::bindings::{BPF_F_INGRESS, TC_ACT_OK};
+use aya_ebpf::helpers::generated::bpf_skb_store_bytes;
+use aya_ebpf::{macros::classifier, programs::TcContext};
+use sidecar_ebpf::sweep::FRAME_MAX;
+
+use crate::probe_maps::{FRAMES, ORDERS, PROGRESS};
+
+#[classifier]
+pub fn inject(ctx: TcContext) -> i32 {
+    let (Some(order), Some(progress)) = (ORDERS.get(0), PROGRESS.get_ptr_mut(0)) else { return TC_ACT_OK };
+    // SAFETY: a value of this map, which user space leaves alone while a chunk runs.
+    let progress = unsafe { &mut *progress };
+    let Some(frame) = FRAMES.get(progress.next) else { return TC_ACT_OK };
+    progress.next += 1;
+    let length = order.frame_bytes;
+    if length == 0 || length > FRAME_MAX as u32 {
+        return TC_ACT_OK;
+    }
+    // The packet's data is still shared with the clone of the frame before; storing makes
+    // a copy of its own first.
+    // SAFETY: the frame is FRAME_MAX bytes long, and the kernel checks the packet's bounds.
+    let stored = unsafe { bpf_skb_store_bytes(ctx.skb.skb, 0, frame.bytes.as_ptr().cast(), length, 0) };
+    if stored != 0 || ctx.clone_redirect(order.index, BPF_F_INGRESS as u64).is_err() {
+        progress.refused += 1;
+    }
+    TC_ACT_OK
+}

@@ -1,0 +1,396 @@
+//! Sweeps this host from the outside in: probes are put into the receive path of a device,
+//! where they meet tc, every table, conntrack and NAT like packets from the wire, and are
+//! read and dropped behind the last chain. What the host says in answer is read and dropped
+//! before it leaves.
+//!
+//! Everything in the kernel is held by descriptors of this process: however it ends,
+//! nothing of it stays.
+//!
+//! What it can't see: programs of native XDP, packet filters of the provider, and ICMP
+//! that the kernel's own rate limit holds back (a reject by ICMP then reads as dropped,
+//! which nmap calls filtered, too).
+
+mod btf;
+mod conntrack;
+mod frame;
+mod programs;
+mod route;
+mod tables;
+
+use std::fs::File;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::ops::RangeInclusive;
+use std::os::fd::AsFd as _;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail};
+use ipnet::IpNet;
+use rustix::fs::FlockOperation;
+use sidecar_ebpf::sweep::{self, CHUNK, Order, Trace, ends};
+
+use crate::audit::{Fate, Sweep};
+use crate::observed::Link;
+use crate::sys::probe::{settle, test_run};
+use crate::terms::{Family, Port, Proto};
+use aya::util::KernelVersion;
+use frame::{Kind, Shape, frame};
+use programs::Programs;
+use route::{Origin, Routes};
+use tables::Tables;
+
+/// What to sweep: every protocol on every address, as it looks through one device.
+#[derive(Clone, Debug)]
+pub struct Request {
+    pub link: Link,
+    pub addresses: Vec<IpAddr>,
+    pub protos: Vec<Proto>,
+    pub ports: Vec<RangeInclusive<u16>>,
+    /// `None`: chosen, and said in [`Sweep::source`].
+    pub source: Option<IpAddr>,
+    /// Prefixes that rules name: a chosen source lies in none of them.
+    pub named: Vec<IpNet>,
+    pub mode: Mode,
+    /// At most so many probes a second, where rules limit what all sources do together.
+    pub rate: Option<u32>,
+    /// Where the lock lies that keeps audits apart.
+    pub run_dir: PathBuf,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Read and dropped behind the last chain: no socket, container or conntrack entry
+    /// ever knows.
+    Verdict,
+    /// To the sockets and back: proves chosen ports end to end. Applications may notice.
+    Reply,
+}
+
+/// For a terminal: told after each chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    pub address: IpAddr,
+    pub proto: Proto,
+    /// Of this address and protocol.
+    pub done: u32,
+    pub of: u32,
+}
+
+/// Why a sweep did not take place at all; the caller may say more than "failed".
+#[derive(Debug, thiserror::Error)]
+pub enum SweepError {
+    #[error("another audit is under way ({0} is locked)")]
+    Busy(PathBuf),
+    #[error("interface {0} is down")]
+    Down(String),
+    #[error("{0} is a loopback interface: nothing from outside arrives there")]
+    Loopback(String),
+    #[error("probes put into {interface} never arrive at its tc ingress: an XDP program may drop them")]
+    Lost { interface: String },
+}
+
+/// How verdicts are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Means {
+    /// By netfilter programs (Linux 6.4), or by a table of our own.
+    pub programs: bool,
+    /// What arrives is seen by tcx programs (Linux 6.6), which also tell our counters; or
+    /// by a packet socket's filter, and then probes are counted as packets.
+    pub tcx: bool,
+}
+
+impl Means {
+    pub fn of_this_kernel() -> Self {
+        let here = KernelVersion::current().map_or(0, |version| version.code());
+        let since = |minor: u32| here >= 6 << 16 | minor << 8;
+        Self { programs: since(4), tcx: since(6) }
+    }
+}
+
+/// One sweep for each address and protocol, in their order.
+pub fn sweep(request: &Request, progress: &mut dyn FnMut(Progress)) -> anyhow::Result<Vec<Sweep>> {
+    sweep_by(Means::of_this_kernel(), request, progress)
+}
+
+/// The same by older means, on a kernel that has the newer ones.
+pub fn sweep_by(
+    means: Means,
+    request: &Request,
+    progress: &mut dyn FnMut(Progress),
+) -> anyhow::Result<Vec<Sweep>> {
+    let name = &request.link.name;
+    let _lock = lock(&request.run_dir)?;
+    if request.link.loopback {
+        bail!(SweepError::Loopback(name.clone()));
+    }
+    let mut routes = Routes::open()?;
+    let device = routes.device(request.link.index)?;
+    if !device.up {
+        bail!(SweepError::Down(name.clone()));
+    }
+    let ports = ports(&request.ports);
+    let mut programs = Programs::load().context("load the audit's programs")?;
+    let offsets = if means.programs { btf::read()? } else { btf::Offsets::default() };
+    let around = format!("attach the audit's programs around {name}");
+    let _watch = programs
+        .watch(request.link.index, request.link.ethernet, means.tcx)
+        .with_context(|| around.clone())?;
+    let mut sweeps = Vec::new();
+    for family in Family::ALL {
+        let addresses: Vec<IpAddr> =
+            request.addresses.iter().copied().filter(|a| Family::of(*a) == family).collect();
+        if addresses.is_empty() {
+            continue;
+        }
+        let mut shapes = Vec::new();
+        for to in addresses {
+            let origin = match request.source.filter(|source| Family::of(*source) == family) {
+                Some(source) => routes.chosen(&request.link, to, source)?,
+                None => routes.origin(&request.link, to, &request.named, &mut random)?,
+            };
+            for proto in &request.protos {
+                let order = order(request, offsets, &origin, *proto);
+                shapes.push((*proto, origin, Shape { order, to, mac: device.mac }));
+            }
+        }
+        let hooked = if means.programs {
+            let hooked = programs.hook(family, request.mode == Mode::Verdict);
+            Some(hooked.with_context(|| around.clone())?)
+        } else {
+            None
+        };
+        for (proto, origin, shape) in shapes {
+            let tables = if means.programs { None } else { Some(Tables::put(&shape.order)?) };
+            let mut run = Run { request, programs: &mut programs, tables, shape, proto };
+            let fates = run.fates(&ports, progress)?;
+            sweeps.push(Sweep {
+                interface: name.clone(),
+                address: shape.to,
+                proto,
+                source: run.source(&ports, &origin),
+                fates,
+            });
+        }
+        drop(hooked);
+    }
+    let place = |sweep: &Sweep| {
+        (
+            request.addresses.iter().position(|a| *a == sweep.address),
+            request.protos.iter().position(|p| *p == sweep.proto),
+        )
+    };
+    sweeps.sort_by_key(place);
+    Ok(sweeps)
+}
+
+/// One address and protocol.
+struct Run<'a> {
+    request: &'a Request,
+    programs: &'a mut Programs,
+    tables: Option<Tables>,
+    shape: Shape,
+    proto: Proto,
+}
+
+/// How often a port is probed that was not seen to arrive.
+const TRIES: u32 = 3;
+/// A chunk arrives within microseconds, unless the CPU is busy elsewhere.
+const ARRIVAL: Duration = Duration::from_millis(20);
+/// So many chunks in a row of which nothing arrived, and none will.
+const LOST_CHUNKS: u32 = 4;
+/// How long a socket or a container may take to answer (reply mode).
+const ANSWER: Duration = Duration::from_millis(500);
+/// A SYN-ACK that did not get out is sent once more after a second, and then given up.
+const RETRANSMISSION: Duration = Duration::from_secs(2);
+
+impl Run<'_> {
+    fn fates(
+        &mut self,
+        ports: &[Port],
+        progress: &mut dyn FnMut(Progress),
+    ) -> anyhow::Result<Vec<(Port, Fate)>> {
+        for port in 0..=u32::from(u16::MAX) {
+            self.programs.traces.set(port, Trace::default());
+        }
+        self.programs.orders.set(0, self.shape.order);
+        let mut pending = ports.to_vec();
+        let mut lost = 0;
+        for _ in 0..TRIES {
+            let mut done = (ports.len() - pending.len()) as u32;
+            for chunk in pending.chunks(self.chunk()) {
+                let start = Instant::now();
+                self.inject(chunk, Kind::Probe)?;
+                if self.wait(chunk, ARRIVAL, |trace| trace.seen != 0) == 0 {
+                    lost += 1;
+                    if lost >= LOST_CHUNKS {
+                        bail!(SweepError::Lost { interface: self.request.link.name.clone() });
+                    }
+                } else {
+                    lost = 0;
+                }
+                if self.request.mode == Mode::Reply {
+                    self.finish(chunk)?;
+                }
+                done += chunk.len() as u32;
+                progress(Progress {
+                    address: self.shape.to,
+                    proto: self.proto,
+                    done,
+                    of: ports.len() as u32,
+                });
+                self.pace(start, chunk.len());
+            }
+            pending.retain(|port| self.trace(*port).seen == 0);
+            if pending.is_empty() {
+                break;
+            }
+        }
+        // Seen on one CPU, and maybe still on its way there.
+        settle();
+        if let Some(tables) = &self.tables {
+            tables.read(&self.shape.order, &mut self.programs.traces)?;
+        }
+        if self.request.mode == Mode::Reply {
+            self.clean_up(ports)?;
+        }
+        let family = Family::of(self.shape.to);
+        Ok(ports.iter().map(|port| (*port, fate(&self.trace(*port), family))).collect())
+    }
+
+    fn chunk(&self) -> usize {
+        if self.request.rate.is_some() { 1 } else { CHUNK as usize }
+    }
+
+    fn pace(&self, start: Instant, probes: usize) {
+        if let Some(rate) = self.request.rate {
+            let due = Duration::from_secs(1) * probes as u32 / rate.max(1);
+            std::thread::sleep(due.saturating_sub(start.elapsed()));
+        }
+    }
+
+    fn inject(&mut self, ports: &[Port], kind: Kind) -> anyhow::Result<()> {
+        for (at, port) in ports.iter().enumerate() {
+            self.programs.frames.set(at as u32, frame(&self.shape, port.get(), kind));
+        }
+        self.programs.progress.set(0, sweep::Progress::default());
+        let first = frame(&self.shape, ports.first().map_or(1, |port| port.get()), kind);
+        let packet = &first.bytes[..frame::length(&self.shape.order)];
+        test_run(self.programs.inject.as_fd(), packet, ports.len() as u32)
+            .with_context(|| format!("inject probes into {}", self.request.link.name))
+    }
+
+    /// Waits until all of a chunk is as wanted; how many are.
+    fn wait(&self, ports: &[Port], limit: Duration, wanted: impl Fn(&Trace) -> bool) -> usize {
+        let deadline = Instant::now() + limit;
+        loop {
+            let there = ports.iter().filter(|port| wanted(&self.trace(**port))).count();
+            if there == ports.len() || Instant::now() >= deadline {
+                return there;
+            }
+            std::thread::sleep(Duration::from_micros(50));
+        }
+    }
+
+    fn trace(&self, port: Port) -> Trace {
+        self.programs.traces.get(u32::from(port.get())).unwrap_or_default()
+    }
+
+    /// Reply mode: ends at once what the probes of a chunk began.
+    fn finish(&mut self, chunk: &[Port]) -> anyhow::Result<()> {
+        self.wait(chunk, ANSWER, |trace| trace.end != ends::NONE);
+        if self.proto == Proto::Tcp {
+            // Also where no answer was seen: a container may be about to give one.
+            self.inject(chunk, Kind::Reset)?;
+        }
+        Ok(())
+    }
+
+    /// Reply mode: outlives retransmissions, and takes conntrack's entries away.
+    fn clean_up(&mut self, ports: &[Port]) -> anyhow::Result<()> {
+        if self.proto == Proto::Tcp && ports.iter().any(|port| self.trace(*port).end == ends::ANSWERED) {
+            std::thread::sleep(RETRANSMISSION);
+        }
+        conntrack::forget(&self.shape, ports)
+    }
+
+    fn source(&self, ports: &[Port], origin: &Origin) -> IpAddr {
+        let order = &self.shape.order;
+        ports.first().map_or(origin.base, |first| origin.address(order.source_of(first.get())))
+    }
+}
+
+fn order(request: &Request, offsets: btf::Offsets, origin: &Origin, proto: Proto) -> Order {
+    let mut order = Order {
+        // See Order: an answer's number is one more, and must not carry.
+        head: random() | 0xffff,
+        token: random(),
+        index: request.link.index,
+        frame_bytes: 0,
+        skb_head: offsets.head,
+        skb_network_header: offsets.network_header,
+        source: origin.words(),
+        // Fresh each time, for what remains of an earlier sweep would answer differently;
+        // from the range that clients use.
+        source_port: 32768 + (random() % 28000) as u16,
+        spread_mask: if origin.spread { u16::MAX } else { 0 },
+        family: if origin.base.is_ipv4() { sidecar_ebpf::IPV4 as u8 } else { sidecar_ebpf::IPV6 as u8 },
+        proto: proto.number(),
+        reply: u8::from(request.mode == Mode::Reply),
+        pad: 0,
+    };
+    order.frame_bytes = frame::length(&order) as u32;
+    order
+}
+
+fn fate(trace: &Trace, family: Family) -> Fate {
+    let to = || Some((address(&trace.address, family), Port::new(trace.port)?));
+    match trace.end {
+        ends::LOCAL => to().map_or(Fate::Lost, |(address, port)| Fate::Delivered { address, port }),
+        ends::FORWARD => to().map_or(Fate::Lost, |(address, port)| Fate::Forwarded { address, port }),
+        ends::RESET => Fate::Reset,
+        ends::UNREACHABLE => Fate::Unreachable { icmp_type: trace.icmp_type, code: trace.icmp_code },
+        ends::ANSWERED => Fate::Answered,
+        _ if trace.seen != 0 => Fate::Dropped,
+        _ => Fate::Lost,
+    }
+}
+
+fn address(octets: &[u8; 16], family: Family) -> IpAddr {
+    match family {
+        Family::Ipv4 => Ipv4Addr::new(octets[0], octets[1], octets[2], octets[3]).into(),
+        Family::Ipv6 => Ipv6Addr::from(*octets).into(),
+    }
+}
+
+/// In order, none twice.
+fn ports(ranges: &[RangeInclusive<u16>]) -> Vec<Port> {
+    let mut wanted = vec![false; 1 << 16];
+    ranges.iter().flat_map(|range| range.clone()).for_each(|port| wanted[usize::from(port)] = true);
+    (1..=u16::MAX).filter(|port| wanted[usize::from(*port)]).filter_map(Port::new).collect()
+}
+
+/// From the kernel's generator: whoever could guess it could forge a result.
+fn random() -> u32 {
+    let mut bytes = [0; 4];
+    // Four bytes are never cut short; before the generator is ready, the call waits.
+    while rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()) != Ok(4) {}
+    u32::from_ne_bytes(bytes)
+}
+
+/// Held as long as the file is open; the file stays.
+fn lock(run_dir: &Path) -> anyhow::Result<File> {
+    std::fs::create_dir_all(run_dir).with_context(|| format!("create {}", run_dir.display()))?;
+    let path = run_dir.join("audit.lock");
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .with_context(|| format!("open {}", path.display()))?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => bail!(SweepError::Busy(path)),
+        Err(error) => Err(io::Error::from(error)).with_context(|| format!("lock {}", path.display())),
+    }
+}

@@ -1,0 +1,140 @@
+//! The audit's programs in the kernel: loaded for one audit, attached by links that are
+//! never pinned, so that the end of this process takes everything away.
+
+use std::collections::{HashMap, HashSet};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
+
+use anyhow::Context as _;
+use aya_obj::Object;
+use aya_obj::generated::bpf_insn;
+use sidecar_ebpf::sweep::{CHUNK, Frame, Order, Progress, Trace, maps, programs};
+
+use crate::sys::probe::{Direction, Hook, Kind, Mapped, attach_netfilter, attach_tcx, load, tap};
+use crate::terms::Family;
+
+static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("SPOKEGUARD_PROBE_OBJECT"));
+
+/// Behind every chain that anyone writes, and before conntrack confirms what passed
+/// (`INT_MAX`, and one less for IPv6). Two programs can't share a number, so there are
+/// some to choose from.
+const PRIORITY: i32 = i32::MAX - 2;
+const PRIORITIES: i32 = 16;
+
+pub struct Programs {
+    pub orders: Mapped<Order>,
+    pub frames: Mapped<Frame>,
+    pub progress: Mapped<Progress>,
+    pub traces: Mapped<Trace>,
+    pub inject: OwnedFd,
+    code: HashMap<&'static str, Vec<bpf_insn>>,
+}
+
+/// What is attached for the sweeps of one family; leaves when dropped.
+pub struct Attached(#[allow(dead_code, reason = "held for its descriptors")] Vec<OwnedFd>);
+
+impl Programs {
+    pub fn load() -> anyhow::Result<Self> {
+        let orders = Mapped::create(1).map_err(denied).context("create a BPF map")?;
+        let frames = Mapped::create(CHUNK).context("create a BPF map")?;
+        let progress = Mapped::create(1).context("create a BPF map")?;
+        let traces = Mapped::create(1 << 16).context("create a BPF map")?;
+        let descriptors = [
+            (maps::ORDERS, orders.as_fd()),
+            (maps::FRAMES, frames.as_fd()),
+            (maps::PROGRESS, progress.as_fd()),
+            (maps::TRACES, traces.as_fd()),
+        ];
+        let mut object = Object::parse(OBJECT).context("parse the audit's programs")?;
+        let text: HashSet<usize> = object.functions.keys().map(|(section, _)| *section).collect();
+        let known = std::mem::take(&mut object.maps);
+        let mut wired = Vec::new();
+        for (name, descriptor) in descriptors {
+            let map = known.get(name).with_context(|| format!("the object has no map {name}"))?;
+            wired.push((name, descriptor.as_raw_fd(), map));
+        }
+        object.relocate_maps(wired.into_iter(), &text).context("wire the audit's programs to their maps")?;
+        object.relocate_calls(&text).context("link the audit's programs")?;
+        let mut code = HashMap::new();
+        let names = [programs::INJECT, programs::LOCAL, programs::FORWARD, programs::REPLY];
+        for name in names.into_iter().chain(programs::ARRIVE).chain(programs::TAP).chain(programs::CAUGHT) {
+            let program =
+                object.programs.get(name).with_context(|| format!("the object has no program {name}"))?;
+            let function = object.functions.remove(&program.function_key());
+            code.insert(name, function.with_context(|| format!("{name} has no code"))?.instructions);
+        }
+        let inject = program(&code, programs::INJECT, Kind::Classifier)?;
+        Ok(Self { orders, frames, progress, traces, inject, code })
+    }
+
+    /// Into a family's netfilter hooks. `verdict`: probes end behind the last chain;
+    /// otherwise they go on to sockets and only the answers are caught.
+    pub fn hook(&self, family: Family, verdict: bool) -> anyhow::Result<Attached> {
+        // What keeps things in comes before what lets them know.
+        let mut hooks = vec![(programs::REPLY, Hook::PostRouting)];
+        if verdict {
+            hooks.extend([(programs::LOCAL, Hook::LocalIn), (programs::FORWARD, Hook::Forward)]);
+        }
+        let attach = |(name, hook)| attach_last(&program(&self.code, name, Kind::Netfilter)?, family, hook);
+        Ok(Attached(hooks.into_iter().map(attach).collect::<anyhow::Result<_>>()?))
+    }
+
+    /// Around a device.
+    pub fn watch(&self, index: u32, ethernet: bool, tcx: bool) -> anyhow::Result<Attached> {
+        let layer = if ethernet { 0 } else { 1 };
+        if !tcx {
+            let filter = program(&self.code, programs::TAP[layer], Kind::SocketFilter)?;
+            let tap = tap(filter.as_fd(), index).map_err(denied);
+            return Ok(Attached(vec![tap.with_context(|| format!("listen on device {index}"))?]));
+        }
+        let ways = [(programs::CAUGHT[layer], Direction::Out), (programs::ARRIVE[layer], Direction::In)];
+        let attach = |(name, direction)| {
+            let program = program(&self.code, name, Kind::Classifier)?;
+            attach_tcx(program.as_fd(), index, direction)
+                .map_err(denied)
+                .with_context(|| format!("attach {name} to device {index}"))
+        };
+        Ok(Attached(ways.into_iter().map(attach).collect::<anyhow::Result<_>>()?))
+    }
+}
+
+fn attach_last(program: &OwnedFd, family: Family, hook: Hook) -> anyhow::Result<OwnedFd> {
+    let mut priority = PRIORITY;
+    loop {
+        match attach_netfilter(program.as_fd(), family, hook, priority) {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy && priority > PRIORITY - PRIORITIES => {
+                priority -= 1;
+            }
+            other => {
+                return other
+                    .map_err(denied)
+                    .with_context(|| format!("attach to netfilter's hook {hook:?} of {family}"));
+            }
+        }
+    }
+}
+
+fn program(code: &HashMap<&str, Vec<bpf_insn>>, name: &str, kind: Kind) -> anyhow::Result<OwnedFd> {
+    let code = code.get(name).with_context(|| format!("no program {name}"))?;
+    let mut log = vec![0; 64 << 10];
+    load(kind, code, &mut log).map_err(|error| {
+        let text = String::from_utf8_lossy(&log);
+        let text = text.trim_end_matches('\0');
+        log::debug!("verifier on {name}: {text}");
+        let last = text.lines().rev().find(|line| !line.is_empty() && !line.starts_with("processed "));
+        let said = last.map(|line| format!("; verifier: {line}")).unwrap_or_default();
+        // The verifier takes what root may do, such as reading kernel memory, for mistakes.
+        let needs = if error.raw_os_error() == Some(libc::EACCES) { " (needs CAP_PERFMON)" } else { "" };
+        anyhow::Error::new(denied(error)).context(format!("load of {name}{needs}{said}"))
+    })
+}
+
+/// Says what is missing where the kernel only says no.
+fn denied(error: io::Error) -> io::Error {
+    // EACCES is the verifier's own.
+    if error.raw_os_error() == Some(libc::EPERM) {
+        io::Error::new(error.kind(), "needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON: run as root")
+    } else {
+        error
+    }
+}
