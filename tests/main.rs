@@ -1,6 +1,7 @@
 //! Every integration test, in one program: linking it once is most of what building tests costs.
 
 mod audit_local;
+mod audit_remote;
 mod cases;
 mod counters;
 mod daemon;

@@ -17,7 +17,7 @@ pub fn run(global: &Global) -> anyhow::Result<u8> {
     let report = Report::new(&desired, &snapshot, assessment, now);
     global.print(&match global.format {
         Format::Json => report.to_json(),
-        Format::Text => report.to_text(global.width(), global.colour()),
+        Format::Text | Format::Xml => report.to_text(global.width(), global.colour()),
     })?;
     Ok(report.exit_code())
 }

@@ -14,8 +14,8 @@ pub fn run(global: &Global, code: Option<&str>) -> anyhow::Result<u8> {
                 codes.iter().map(|c| serde_json::json!({ "code": c.name(), "text": explain(*c) })).collect();
             format!("{}\n", serde_json::to_string_pretty(&list)?)
         }
-        (Format::Text, Some(_)) => explain(codes[0]),
-        (Format::Text, None) => {
+        (_, Some(_)) => explain(codes[0]),
+        (_, None) => {
             format!(
                 "spokeguard explain CODE tells more. The severity is the worst it gets.\n\n{}",
                 catalogue::list()

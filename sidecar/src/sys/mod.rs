@@ -3,6 +3,7 @@
 
 pub mod bpf;
 pub mod clock;
+pub mod filter;
 pub mod memory;
 pub mod netns;
 pub mod probe;

@@ -1,0 +1,344 @@
+//! `audit`: this host as strangers meet it, or other hosts as they look from here.
+
+use std::io::{IsTerminal, Write};
+use std::net::{IpAddr, ToSocketAddrs};
+
+use anyhow::Context;
+use clap::Args;
+use ipnet::IpNet;
+
+use super::{Format, Global};
+use crate::audit::{Aim, Audit, Ports, Sweep, View, aims, opinion, stranger};
+use crate::desired::Desired;
+use crate::observed::{Link, Reading};
+use crate::source::{links, listeners, nft, owners, probe, scan};
+use crate::sys::clock;
+use crate::terms::{Port, Proto};
+
+#[derive(Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Options {
+    /// Hosts to scan from here, by name or address; none: this host, from the outside in
+    #[arg(value_name = "TARGET")]
+    targets: Vec<String>,
+    /// Only these ports: 22,80,8000-8100 [default: all 65,535]
+    #[arg(long, short, value_name = "LIST", allow_hyphen_values = true)]
+    ports: Option<Ports>,
+    /// TCP only, unless --udp is given as well
+    #[arg(long)]
+    tcp: bool,
+    /// UDP only, unless --tcp is given as well
+    #[arg(long)]
+    udp: bool,
+    /// Only this address of this host
+    #[arg(long, value_name = "ADDRESS", conflicts_with = "targets")]
+    address: Option<IpAddr>,
+    /// Only by this interface of this host
+    #[arg(long, value_name = "NAME", conflicts_with = "targets")]
+    interface: Option<String>,
+    /// Whom the probes come from: any address for this host, one of ours for others
+    #[arg(long, value_name = "ADDRESS")]
+    source: Option<IpAddr>,
+    /// Say what is there, without a policy to compare it with
+    #[arg(long, conflicts_with = "expect")]
+    no_policy: bool,
+    /// Compare the targets with this policy file, which is theirs
+    #[arg(long, value_name = "FILE", requires = "targets")]
+    expect: Option<std::path::PathBuf>,
+    /// Probes a second at most, for all addresses together
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
+    rate: Option<u32>,
+    /// Let sockets answer and catch the replies: proof, but applications may notice
+    #[arg(long, conflicts_with = "targets")]
+    reply: bool,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  spokeguard audit                      what do strangers reach on this host?
+  spokeguard audit --tcp -p 1-1024      only those
+  spokeguard audit 198.51.100.7 --expect spoke.toml
+                                        is that host as its policy says?
+  spokeguard audit --format xml         as nmap's -oX
+
+Exit codes: 0 as the policy says, 1 it differs, 2 could not tell.";
+
+pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
+    let audit = if options.targets.is_empty() { local(global, options)? } else { remote(global, options)? };
+    global.print(&match global.format {
+        Format::Json => audit.to_json(),
+        Format::Xml => audit.to_xml(&command_line(), &options.ports()),
+        Format::Text => audit.to_text(global.width(), global.colour()),
+    })?;
+    Ok(audit.exit_code())
+}
+
+fn local(global: &Global, options: &Options) -> anyhow::Result<Audit> {
+    let (started, clock) = (clock::now(), clock::Uptime::start());
+    let desired = match options.no_policy {
+        true => None,
+        false => {
+            let load = super::policy::load(global, started);
+            if load.is_err() && !global.policy.exists() {
+                let file = global.policy.display();
+                anyhow::bail!("there is no policy {file}: name one with --policy, or say --no-policy");
+            }
+            Some(load?.1)
+        }
+    };
+    let rules = Reading::from_result(nft::list_ruleset());
+    let sockets = Reading::from_result(listeners::read(&mut owners::Owners::new()));
+    let interfaces = Reading::from_result(links::read());
+    let view = View { desired: desired.as_ref(), rules: &rules, listeners: &sockets, links: &interfaces };
+    if let Some(gap) = interfaces.gap() {
+        anyhow::bail!("the interfaces could not be read: {}", gap.reason);
+    }
+    let aims = aims(&view, options.interface.as_deref(), options.address);
+    if aims.is_empty() {
+        anyhow::bail!("{}", nowhere(options, &view));
+    }
+    let sight = Sight { view: &view, named: view.named(), run_dir: global.places()?.run, options };
+    let mut sweeps: Vec<Sweep> = Vec::new();
+    let mut gaps: Vec<String> = Vec::new();
+    let mut progress = Line::new(global);
+    for (link, of_link) in by_link(&aims) {
+        if let Err(error) = sight.sweep(link, &of_link, &mut sweeps, &mut progress) {
+            gaps.push(format!("{error:#}; what is shown for {} is what its rules say, unproven", link.name));
+            sweeps.retain(|sweep| sweep.interface != link.name);
+            sweeps.extend(sight.opinions(&of_link));
+        }
+    }
+    progress.end();
+    let mut audit = Audit::outside_in(&sweeps, &view, started, clock.elapsed().as_secs_f64());
+    for gap in gaps {
+        audit.blind("probe", &gap);
+    }
+    Ok(audit)
+}
+
+/// The aims of each interface, in the order of the interfaces.
+fn by_link(aims: &[Aim]) -> Vec<(&Link, Vec<&Aim>)> {
+    let mut out: Vec<(&Link, Vec<&Aim>)> = Vec::new();
+    for aim in aims {
+        match out.last_mut() {
+            Some((link, list)) if link.index == aim.link.index => list.push(aim),
+            _ => out.push((&aim.link, vec![aim])),
+        }
+    }
+    out
+}
+
+/// What all sweeps of one audit share.
+struct Sight<'a> {
+    view: &'a View<'a>,
+    named: Vec<IpNet>,
+    run_dir: std::path::PathBuf,
+    options: &'a Options,
+}
+
+impl Sight<'_> {
+    /// Everything that comes in by one interface.
+    fn sweep(
+        &self,
+        link: &Link,
+        aims: &[&Aim],
+        sweeps: &mut Vec<Sweep>,
+        progress: &mut Line,
+    ) -> anyhow::Result<()> {
+        let asked = self.options.ports();
+        let mut sweep = |addresses: Vec<IpAddr>, protos: Vec<Proto>, ports: Vec<Port>| {
+            if addresses.is_empty() || ports.is_empty() {
+                return anyhow::Ok(());
+            }
+            let request = probe::Request {
+                link: link.clone(),
+                addresses,
+                protos,
+                ports: ranges(&ports),
+                source: self.options.source,
+                named: self.named.clone(),
+                mode: if self.options.reply { probe::Mode::Reply } else { probe::Mode::Verdict },
+                rate: self.options.rate,
+                run_dir: self.run_dir.clone(),
+            };
+            let clock = clock::Uptime::start();
+            let mut before = (0u64, None);
+            let found = probe::sweep(&request, &mut |at| {
+                let now = Some((at.address, at.proto));
+                if before.1 != now {
+                    before = (before.0 + u64::from(at.of), now);
+                }
+                let each = u64::from(at.of) * (request.addresses.len() * request.protos.len()) as u64;
+                let sent = (before.0 - u64::from(at.of - at.done.min(at.of))).min(each);
+                progress.at(sent, each, clock.elapsed());
+            })?;
+            sweeps.extend(found);
+            Ok(())
+        };
+        let mine = |must_not: bool| -> Vec<IpAddr> {
+            let all = aims.iter().filter(|aim| aim.must_not_answer == must_not).map(|aim| aim.address);
+            // A source fits the addresses of its own family.
+            let family = self.options.source.map(|s| s.is_ipv4());
+            all.filter(|a| family.is_none_or(|v4| a.is_ipv4() == v4)).collect()
+        };
+        sweep(mine(false), self.options.protos(), asked.to_vec())?;
+        for proto in self.options.protos() {
+            sweep(mine(true), vec![proto], self.view.likely(proto, &asked))?;
+        }
+        Ok(())
+    }
+
+    /// What the evaluator of the rules thinks of the ports that could answer.
+    fn opinions(&self, aims: &[&Aim]) -> Vec<Sweep> {
+        let mut out = Vec::new();
+        for aim in aims {
+            for proto in self.options.protos() {
+                let source = self.options.source.unwrap_or_else(|| stranger(self.view, aim.address));
+                let ports = self.view.likely(proto, &self.options.ports());
+                if source.is_ipv4() == aim.address.is_ipv4() {
+                    out.push(opinion(self.view, &aim.link.name, aim.address, source, proto, &ports));
+                }
+            }
+        }
+        out
+    }
+}
+
+/// Neighbouring ports as ranges; the list is in order.
+fn ranges(ports: &[Port]) -> Vec<std::ops::RangeInclusive<u16>> {
+    let mut out: Vec<std::ops::RangeInclusive<u16>> = Vec::new();
+    for port in ports {
+        match out.last_mut() {
+            Some(last) if last.end().checked_add(1) == Some(port.get()) => *last = *last.start()..=port.get(),
+            _ => out.push(port.get()..=port.get()),
+        }
+    }
+    out
+}
+
+/// Why there is nothing to probe.
+fn nowhere(options: &Options, view: &View) -> String {
+    let links = view.links.seen().map(Vec::as_slice).unwrap_or_default();
+    match (&options.interface, &options.address) {
+        (Some(name), _) if !links.iter().any(|l| l.name == *name) => format!("there is no interface {name}"),
+        (Some(name), _) if links.iter().any(|l| l.name == *name && l.loopback) => {
+            format!("{name} is the loopback interface: no stranger comes that way")
+        }
+        (Some(name), _) => format!("{name} has no address of its own to probe, or is a port of a bridge"),
+        (None, Some(address)) => {
+            format!("no public interface to probe {address} through: name one with --interface")
+        }
+        (None, None) => "no public interface is up and has an address: name one with --interface".to_owned(),
+    }
+}
+
+fn remote(global: &Global, options: &Options) -> anyhow::Result<Audit> {
+    let (started, clock) = (clock::now(), clock::Uptime::start());
+    let expected: Option<Desired> = match &options.expect {
+        Some(file) => {
+            let theirs = Global { policy: file.clone(), ..global.clone() };
+            Some(super::policy::load(&theirs, started)?.1)
+        }
+        None => None,
+    };
+    let mut targets: Vec<(IpAddr, Option<String>)> = Vec::new();
+    for word in &options.targets {
+        for target in resolve(word)? {
+            if !targets.iter().any(|(address, _)| *address == target.0) {
+                targets.push(target);
+            }
+        }
+    }
+    let likely = expected.iter().flat_map(|d| &d.services).filter(|s| s.is_for_anyone()).map(|s| s.port);
+    let request = scan::Request {
+        targets,
+        protos: options.protos(),
+        ports: options.ports().to_vec(),
+        rate: options.rate,
+        source: options.source,
+        likely: likely.collect(),
+    };
+    let mut progress = Line::new(global);
+    let scans = scan::scan(&request, &mut |at| {
+        progress.show(at.sent, at.total, at.per_second, at.left);
+    })?;
+    progress.end();
+    Ok(Audit::remote(&scans, expected.as_ref(), started, clock.elapsed().as_secs_f64()))
+}
+
+/// Every address of a name, v4 and v6 alike.
+fn resolve(word: &str) -> anyhow::Result<Vec<(IpAddr, Option<String>)>> {
+    let bare = word.strip_prefix('[').and_then(|w| w.strip_suffix(']')).unwrap_or(word);
+    if let Ok(address) = bare.parse::<IpAddr>() {
+        return Ok(vec![(address, None)]);
+    }
+    let found = (word, 0).to_socket_addrs().with_context(|| format!("find the addresses of {word}"))?;
+    let found: Vec<(IpAddr, Option<String>)> = found.map(|a| (a.ip(), Some(word.to_owned()))).collect();
+    anyhow::ensure!(!found.is_empty(), "{word} has no address");
+    Ok(found)
+}
+
+impl Options {
+    fn ports(&self) -> Ports {
+        self.ports.clone().unwrap_or_else(Ports::all)
+    }
+
+    fn protos(&self) -> Vec<Proto> {
+        match (self.tcp, self.udp) {
+            (true, false) => vec![Proto::Tcp],
+            (false, true) => vec![Proto::Udp],
+            _ => Proto::ALL.to_vec(),
+        }
+    }
+}
+
+/// One line on a terminal that is written over; nothing elsewhere.
+struct Line {
+    on: bool,
+    shown: bool,
+}
+
+impl Line {
+    fn new(global: &Global) -> Self {
+        Self { on: !global.quiet && std::io::stderr().is_terminal(), shown: false }
+    }
+
+    fn show(&mut self, sent: u64, total: u64, per_second: f64, left: std::time::Duration) {
+        if !self.on || total == 0 {
+            return;
+        }
+        let percent = (sent * 100 / total).min(99);
+        let mut err = std::io::stderr().lock();
+        let _ = write!(
+            err,
+            "\r\x1b[K{percent:3}%  {per_second:.0} probes/s, about {} left",
+            humantime::format_duration(std::time::Duration::from_secs(left.as_secs() + 1))
+        );
+        let _ = err.flush();
+        self.shown = true;
+    }
+
+    fn at(&mut self, sent: u64, total: u64, elapsed: std::time::Duration) {
+        let per_second = sent as f64 / elapsed.as_secs_f64().max(0.001);
+        let left = total.saturating_sub(sent) as f64 / per_second.max(1.0);
+        self.show(sent, total, per_second, std::time::Duration::from_secs_f64(left.min(86_400.0)));
+    }
+
+    fn end(&mut self) {
+        if self.shown {
+            let _ = write!(std::io::stderr(), "\r\x1b[K");
+        }
+    }
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// As it was typed, for nmap's `args`.
+fn command_line() -> String {
+    let words: Vec<String> = std::env::args_os().map(|w| w.to_string_lossy().into_owned()).collect();
+    words.join(" ")
+}
