@@ -10,6 +10,8 @@ pub enum Need {
     /// A tunnel: wg, and wireguard-go with /dev/net/tun where the kernel has no WireGuard.
     WireGuard,
     Nmap,
+    /// Judges XML by its definition.
+    Xmllint,
     Sshd,
     Prometheus,
     /// The product's own program.
@@ -53,6 +55,7 @@ pub fn missing(needs: &[Need]) -> Vec<String> {
                 }
             }
             Need::Nmap => program("nmap", "nmap"),
+            Need::Xmllint => program("xmllint", "libxml2-utils"),
             Need::Sshd => {
                 program("sshd", "openssh-server");
                 program("ssh", "openssh-client");

@@ -18,6 +18,7 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("unshare", "util-linux"),
     ("ps", "procps"),
     ("nmap", "nmap"),
+    ("xmllint", "libxml2-utils"),
     ("sshd", "openssh-server"),
     ("ssh", "openssh-client"),
     ("wg", "wireguard-tools"),

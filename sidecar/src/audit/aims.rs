@@ -60,7 +60,9 @@ pub fn aims(view: &View, interface: Option<&str>, address: Option<IpAddr>) -> Ve
         let own = door.addresses.iter().map(IpNet::addr).filter(|a| !is_link_local(*a));
         own.for_each(|address| aim(address, false));
         if is_public(&door.name) {
-            let elsewhere = mesh.iter().filter(|a| !has(door, **a) && !is_link_local(**a));
+            // One that this host does not have (yet) is nowhere to be sent to.
+            let here = |address: IpAddr| links.iter().any(|link| has(link, address));
+            let elsewhere = mesh.iter().filter(|a| !has(door, **a) && here(**a) && !is_link_local(**a));
             elsewhere.for_each(|address| aim(*address, true));
         }
     }

@@ -9,7 +9,7 @@ use super::{
 };
 use ipnet::IpNet;
 
-use crate::desired::{Desired, Service};
+use crate::desired::{COMMENT_PREFIX, Desired, Service, TABLE};
 use crate::observed::{Link, Listener, Reading, Snapshot};
 use crate::report::Verdict;
 use crate::ruleset::evaluate::judge;
@@ -485,7 +485,7 @@ fn net_text(net: &IpNet) -> String {
     if net.prefix_len() == net.max_prefix_len() { net.addr().to_string() } else { net.to_string() }
 }
 
-/// "inet filter input, handle 7", or the chain's policy.
+/// "inet filter input, handle 7", or the chain's policy; of our own the rule's name.
 fn place(place: &Place) -> String {
     let family = match place.family {
         TableFamily::Inet => "inet",
@@ -495,6 +495,10 @@ fn place(place: &Place) -> String {
         TableFamily::Bridge => "bridge",
         TableFamily::Netdev => "netdev",
     };
+    let ours = place.comment.as_ref().and_then(|comment| comment.strip_prefix(COMMENT_PREFIX));
+    if let (TableFamily::Inet, TABLE, Some(rule)) = (place.family, place.table.as_str(), ours) {
+        return format!("{TABLE}: {}", printable(rule, 64));
+    }
     let rule = match (place.handle, &place.comment) {
         (_, Some(comment)) => format!("rule \"{}\"", printable(comment, 64)),
         (Some(handle), None) => format!("handle {handle}"),
