@@ -26,9 +26,10 @@ use tokio::sync::Notify;
 use tokio::task::{AbortHandle, JoinHandle};
 
 use crate::metrics::to_prometheus_text;
+use crate::sys::sockets::listen_freebind;
 
 const CONNECTIONS_MAX: usize = 16;
-const BACKLOG: i32 = 128;
+const BACKLOG: u32 = 128;
 const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// Prometheus sends some 400 bytes. The smallest buffer hyper takes is 8 KiB.
@@ -166,7 +167,7 @@ impl Server {
             if self.listening.contains_key(address) {
                 continue;
             }
-            match listen_freebind(*address, BACKLOG).and_then(|listener| self.serve(listener)) {
+            match listen_at(*address).and_then(|listener| self.serve(listener)) {
                 Ok(task) => drop(self.listening.insert(*address, task)),
                 Err(error) => failed.push((*address, error)),
             }
@@ -179,7 +180,6 @@ impl Server {
     }
 
     fn serve(&self, listener: TcpListener) -> io::Result<JoinHandle<()>> {
-        listener.set_nonblocking(true)?;
         let listener = tokio::net::TcpListener::from_std(listener)?;
         Ok(tokio::spawn(accept(listener, self.face.clone(), Arc::clone(&self.clients))))
     }
@@ -194,25 +194,11 @@ impl Drop for Server {
 }
 
 /// Never on a wildcard address: the public would be one firewall mistake away.
-fn listen_freebind(address: SocketAddr, backlog: i32) -> io::Result<TcpListener> {
-    use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, listen, socket_with, sockopt};
-
+fn listen_at(address: SocketAddr) -> io::Result<TcpListener> {
     if address.ip().is_unspecified() {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "refuse to listen on every address"));
     }
-    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
-    let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-    sockopt::set_socket_reuseaddr(&socket, true)?;
-    match address {
-        SocketAddr::V4(_) => sockopt::set_ip_freebind(&socket, true)?,
-        SocketAddr::V6(_) => {
-            sockopt::set_ipv6_v6only(&socket, true)?;
-            sockopt::set_ipv6_freebind(&socket, true)?;
-        }
-    }
-    bind(&socket, &address)?;
-    listen(&socket, backlog)?;
-    Ok(TcpListener::from(socket))
+    listen_freebind(address, BACKLOG)
 }
 
 async fn accept(listener: tokio::net::TcpListener, face: Face, clients: Arc<[IpNet]>) {
@@ -348,7 +334,7 @@ mod tests {
                     tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
                 runtime.block_on(async move {
                     let server = Server::new(inner, clients);
-                    let listener = listen_freebind(wanted, BACKLOG).expect("listen");
+                    let listener = listen_at(wanted).expect("listen");
                     tell.send(listener.local_addr().expect("an address")).expect("tell");
                     let task = server.serve(listener).expect("serve");
                     let _ = stopped.await;

@@ -37,7 +37,7 @@ pub fn watchdog_interval() -> Option<Duration> {
 /// A service manager that doesn't listen is no reason to stop guarding.
 fn tell(state: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(state) {
-        log::warn!("notify the service manager: {error}");
+        log::debug!("notify the service manager: {error}");
     }
 }
 
