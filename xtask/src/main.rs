@@ -102,7 +102,7 @@ fn passes(all: bool, steps: &mut Steps) -> Result<()> {
     steps.cargo("formatting", &["fmt", "--all", "--check"])?;
     steps.cargo("clippy", &["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"])?;
     steps.cargo("build", &["build", "--workspace"])?;
-    steps.cargo("unit tests", &["test", "--workspace", "--lib", "--bins"])?;
+    steps.run("unit tests", promised(&["test", "--workspace", "--lib", "--bins"], "debug"))?;
     let integration = ["test", "--package", "spokeguard-tests", "--test", "all"];
     steps.run("integration tests", promised(&integration, "debug"))?;
     let deny = ["deny", "--offline", "check", "licenses", "bans", "sources"];

@@ -217,11 +217,7 @@ impl Wanted {
 
 impl Audit {
     pub const fn exit_code(&self) -> u8 {
-        match self.verdict {
-            Verdict::Ok => 0,
-            Verdict::Drift => 1,
-            Verdict::Unknown => 2,
-        }
+        self.verdict.exit_code()
     }
 
     /// The contract's document, with a newline at its end.

@@ -38,6 +38,15 @@ pub struct Blind {
 }
 
 impl Verdict {
+    /// As scripts know it: 0 as the policy says, 1 it differs, 2 could not tell.
+    pub const fn exit_code(self) -> u8 {
+        match self {
+            Verdict::Ok => 0,
+            Verdict::Drift => 1,
+            Verdict::Unknown => 2,
+        }
+    }
+
     pub const fn name(self) -> &'static str {
         match self {
             Verdict::Ok => "ok",
@@ -69,11 +78,7 @@ impl Report {
     }
 
     pub const fn exit_code(&self) -> u8 {
-        match self.verdict {
-            Verdict::Ok => 0,
-            Verdict::Drift => 1,
-            Verdict::Unknown => 2,
-        }
+        self.verdict.exit_code()
     }
 
     /// The contract's document, with a newline at its end.
