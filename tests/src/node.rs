@@ -76,6 +76,9 @@ impl Scan {
     }
 }
 
+/// More than this many silent ports are a firewall and no accident.
+const MANY_SILENT: usize = 4096;
+
 impl Node {
     /// Starts the keepers of all nodes side by side: a process per node holds its mount namespace.
     pub(crate) fn open_all(prefix: &str, names: &[&str], dir: &Path) -> Result<Vec<Node>> {
@@ -250,37 +253,57 @@ impl Node {
         })
     }
 
-    /// A SYN scan by a real nmap; `ports` as for its `-p`, `-` being all of them (3 s when they are dropped).
+    /// A SYN scan by a real nmap; `ports` as for its `-p`, `-` being all of them (7 s when they are dropped).
     /// It is an error unless every port got a verdict.
+    ///
+    /// On a busy machine a scan at this pace loses probes and answers, which hides a port and never invents
+    /// one: what a scan of all ports calls filtered is asked once more, with care unless it is most of them.
     pub fn nmap(&self, address: IpAddr, ports: &str) -> Result<Scan> {
-        let address = address.to_string();
-        let mut words = vec!["nmap", "-sS", "-Pn", "-n"];
-        // All ports at a careful pace would take minutes where a firewall drops them.
-        words.extend(if ports == "-" {
-            ["-T5", "--min-rate", "50000", "--max-retries", "2"]
-        } else {
-            ["-T4", "--min-rate", "5000", "--max-retries", "2"]
-        });
-        if address.contains(':') {
-            words.push("-6");
+        if ports != "-" {
+            return scan(&self.nmap_xml(address, ports, "5000")?);
         }
-        words.extend(["-p", ports, "-oX", "-", &address]);
-        let outcome = self.run_within(Duration::from_secs(120), &words)?;
-        ensure!(outcome.code == Some(0), "{}: {}", self.said(&words), outcome.all());
-        scan(&outcome.stdout).with_context(|| format!("read {}\n{}", self.said(&words), outcome.stdout))
+        let first = self.nmap_xml(address, ports, "20000")?;
+        let silent: Vec<String> = states(&first)?
+            .iter()
+            .filter(|(_, state)| *state == "filtered")
+            .map(|(port, _)| port.to_string())
+            .collect();
+        let second = match silent.len() {
+            0 => return scan(&first),
+            1..=MANY_SILENT => states(&self.nmap_xml(address, &silent.join(","), "1000")?)?,
+            _ => states(&self.nmap_xml(address, ports, "20000")?)?,
+        };
+        let mut scan = scan(&first)?;
+        for port in silent.iter().flat_map(|port| port.parse()) {
+            let Some(state) = second.get(&port).filter(|state| *state != "filtered") else { continue };
+            if scan.ports.remove(&port).is_none()
+                && let Some(count) = scan.others.get_mut("filtered")
+            {
+                *count -= 1;
+            }
+            scan.ports.insert(port, state.clone());
+        }
+        scan.others.retain(|_, count| *count > 0);
+        Ok(scan)
     }
 
     /// The state of each port by itself, at a pace that a busy machine keeps up with.
     pub fn nmap_states(&self, address: IpAddr, ports: &str) -> Result<BTreeMap<u16, String>> {
+        states(&self.nmap_xml(address, ports, "15000")?)
+    }
+
+    /// `-T4` waits up to 1.25 s for an answer; nmap repeats a probe so often only where repeating has helped.
+    fn nmap_xml(&self, address: IpAddr, ports: &str, per_second: &str) -> Result<String> {
         let address = address.to_string();
-        let mut words = vec!["nmap", "-sS", "-Pn", "-n", "-T4", "--min-rate", "15000", "--max-retries", "2"];
+        let mut words =
+            vec!["nmap", "-sS", "-Pn", "-n", "-T4", "--max-retries", "10", "--min-rate", per_second];
         if address.contains(':') {
             words.push("-6");
         }
         words.extend(["-p", ports, "-oX", "-", &address]);
         let outcome = self.run_within(Duration::from_secs(120), &words)?;
         ensure!(outcome.code == Some(0), "{}: {}", self.said(&words), outcome.all());
-        states(&outcome.stdout).with_context(|| format!("read {}\n{}", self.said(&words), outcome.stdout))
+        Ok(outcome.stdout)
     }
 
     /// The ports that nmap calls open.
