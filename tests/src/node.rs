@@ -296,12 +296,12 @@ impl Node {
     fn nmap_xml(&self, address: IpAddr, ports: &str, per_second: &str) -> Result<String> {
         let address = address.to_string();
         let mut words =
-            vec!["nmap", "-sS", "-Pn", "-n", "-T4", "--max-retries", "10", "--min-rate", per_second];
+            vec!["nmap", "-sS", "-Pn", "-n", "-T4", "--max-retries", "5", "--min-rate", per_second];
         if address.contains(':') {
             words.push("-6");
         }
         words.extend(["-p", ports, "-oX", "-", &address]);
-        let outcome = self.run_within(Duration::from_secs(120), &words)?;
+        let outcome = self.run_within(Duration::from_secs(300), &words)?;
         ensure!(outcome.code == Some(0), "{}: {}", self.said(&words), outcome.all());
         Ok(outcome.stdout)
     }

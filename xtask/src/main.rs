@@ -3,8 +3,10 @@
 //! It knows the project by cargo's commands only and links none of it, so that it builds in seconds and
 //! works when the rest does not.
 
+mod integration;
 mod setup;
 
+use std::collections::BTreeSet;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
@@ -103,14 +105,13 @@ fn passes(all: bool, steps: &mut Steps) -> Result<()> {
     steps.cargo("clippy", &["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"])?;
     steps.cargo("build", &["build", "--workspace"])?;
     steps.run("unit tests", promised(&["test", "--workspace", "--lib", "--bins"], "debug"))?;
-    let integration = ["test", "--package", "spokeguard-tests", "--test", "all"];
-    steps.run("integration tests", promised(&integration, "debug"))?;
+    steps.integration("integration tests", "debug")?;
     let deny = ["deny", "--offline", "check", "licenses", "bans", "sources"];
     steps.cargo("licences, bans, sources", &deny)?;
     advisories(steps)?;
     if all {
         steps.cargo("build, release", &["build", "--release", "--package", "spokeguard"])?;
-        steps.run("integration tests, release", promised(&integration, "release"))?;
+        steps.integration("integration tests, release", "release")?;
     }
     Ok(())
 }
@@ -203,6 +204,16 @@ impl Steps {
             ensure!(status.success(), "`{shown}`: {status}");
             Ok(())
         })
+    }
+
+    fn integration(&mut self, name: &str, profile: &str) -> Result<()> {
+        let command = || promised(&["test", "--package", "spokeguard-tests", "--test", "all"], profile);
+        let mut flaky = BTreeSet::new();
+        self.step(name, || integration::run(command).map(|names| flaky = names))?;
+        if !flaky.is_empty() {
+            self.line(name, "FLAKY", &format!("only at the second try: {}", integration::list(&flaky)));
+        }
+        Ok(())
     }
 
     fn step(&mut self, name: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
