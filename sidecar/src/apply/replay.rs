@@ -36,6 +36,9 @@ const BATCH_END: u16 = 0x11;
 const NEWTABLE: u8 = 0;
 const DELRULE: u8 = 8;
 const SET_NAME: u16 = 2;
+const SET_FLAGS: u16 = 3;
+/// NFT_SET_TIMEOUT.
+const SET_TIMEOUT: u32 = 0x10;
 const SET_ID: u16 = 10;
 const OBJ_DATA: u16 = 4;
 
@@ -142,6 +145,11 @@ fn batch(socket: &OwnedFd) -> io::Result<Vec<u8>> {
         let Some((_, name)) = object.iter().find(|(kind, _)| *kind == SET_NAME).cloned() else { continue };
         object.push((SET_ID, id.to_be_bytes().to_vec()));
         out.message(SETS.new, SETS.flags, &object);
+        // What the kernel was to end by itself is not begun again: of a table that is gone
+        // openings are gone, and in one that is still there they are still there.
+        if is_timed(&object) {
+            continue;
+        }
         for elements in dump(socket, &ELEMENTS, &[table[0].clone(), (SET_NAME, name)])? {
             out.message(ELEMENTS.new, ELEMENTS.flags, &elements);
         }
@@ -159,6 +167,14 @@ fn batch(socket: &OwnedFd) -> io::Result<Vec<u8>> {
         return Err(io::ErrorKind::FileTooLarge.into());
     }
     Ok(out.0)
+}
+
+/// Whether the elements of this set have a timeout of their own.
+fn is_timed(set: &Attributes) -> bool {
+    let flags = set.iter().find(|(kind, _)| kind & NLA_TYPE_MASK == SET_FLAGS);
+    let flags =
+        flags.and_then(|(_, value)| value.first_chunk()).map_or(0, |bytes| u32::from_be_bytes(*bytes));
+    flags & SET_TIMEOUT != 0
 }
 
 type Attributes = Vec<(u16, Vec<u8>)>;
@@ -268,6 +284,13 @@ mod tests {
         assert_eq!((kind, family, message.flags), (6, NFPROTO_INET, NLM_F_REQUEST));
         let rule = kept(attributes, RULES.keep).expect("adds up");
         assert_eq!(rule, [(1, b"t\0".to_vec()), (0x8004, vec![1, 2, 3, 4])]);
+    }
+
+    #[test]
+    fn sets_whose_elements_end_by_themselves_are_known() {
+        let set = |flags: u32| vec![(SET_NAME, b"s\0".to_vec()), (SET_FLAGS, flags.to_be_bytes().to_vec())];
+        // NFT_SET_{ANONYMOUS, CONSTANT, INTERVAL}, NFT_SET_{INTERVAL, TIMEOUT, CONCAT}.
+        assert_eq!([set(0x7), set(0x94), vec![]].map(|set| is_timed(&set)), [false, true, false]);
     }
 
     #[test]

@@ -8,9 +8,10 @@ mod table;
 use ipnet::IpNet;
 use std::net::IpAddr;
 
+use crate::policy::Exception;
 use crate::policy::Policy;
-use crate::ruleset::Table;
-use crate::terms::{Port, Proto, Scope};
+use crate::ruleset::{Table, glass};
+use crate::terms::{Port, Proto, Scope, Stamp};
 
 pub use admin::{NoAdminPath, admin_path};
 pub use table::DropReason;
@@ -18,6 +19,8 @@ pub use table::DropReason;
 pub const TABLE: &str = "spokeguard";
 /// Before every firewall at `filter` (0) that composes with us, after conntrack and DNAT.
 pub const PRIORITY: i32 = -10;
+/// What an opening is called among services and exceptions.
+pub const BREAK_GLASS: &str = "break-glass";
 /// Every rule of ours carries this comment prefix and then its rule id.
 pub const COMMENT_PREFIX: &str = "spokeguard:";
 
@@ -62,6 +65,35 @@ impl Desired {
     /// exception may: see [`Service::exception`].
     pub fn public(&self, proto: Proto, port: Port) -> Option<&Service> {
         self.wanted(proto, port, Scope::Public).into_iter().find(|s| s.is_for_anyone())
+    }
+
+    /// The same with what is open for a while counted among the exceptions, so that what it
+    /// lets in is accepted as theirs is. The table stays: it is the policy's alone.
+    pub fn with_openings(&self, openings: &[glass::Opening], now: Stamp) -> Self {
+        let mut out = self.clone();
+        for opening in openings {
+            let glass::Opening { proto, port, from, owner, reason, .. } = opening;
+            let ports = |of: Proto| if of == *proto { vec![*port] } else { Vec::new() };
+            out.services.push(Service {
+                name: BREAK_GLASS.to_owned(),
+                proto: *proto,
+                port: *port,
+                scope: Scope::Public,
+                local: None,
+                from: Some(vec![*from]),
+                exception: Some(out.policy.exceptions.len()),
+            });
+            out.policy.exceptions.push(Exception {
+                name: BREAK_GLASS.to_owned(),
+                tcp: ports(Proto::Tcp),
+                udp: ports(Proto::Udp),
+                from: vec![*from],
+                reason: reason.clone(),
+                owner: Some(owner.clone()),
+                until: opening.ends(now).0.to_zoned(jiff::tz::TimeZone::UTC).date(),
+            });
+        }
+        out
     }
 
     /// What a port is called in metrics and reports, wherever it is reachable.

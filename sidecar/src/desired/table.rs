@@ -21,6 +21,7 @@ use ipnet::IpNet;
 use super::{COMMENT_PREFIX, PRIORITY, TABLE};
 use crate::observed::Amount;
 use crate::policy::{Bind, Mode, Policy, Role, Sources};
+use crate::ruleset::glass;
 use crate::ruleset::{Base, Chain, Hook, Match, Op, Operand, Rule, Statement, Table, TableFamily, Term};
 use crate::terms::{Family, IfacePattern, Port, Proto};
 
@@ -131,7 +132,7 @@ pub(super) fn table(policy: &Policy, today: jiff::civil::Date) -> Table {
         dormant: false,
         chains,
         counters,
-        sets: Vec::new(),
+        sets: glass::sets(),
     }
 }
 
@@ -255,6 +256,7 @@ impl Build<'_> {
         if let (Some(port), Some(from)) = (mesh.listen_port, tunnel_sources(self.policy)) {
             rules.extend(Opening::new(Proto::Udp, &[port], from.as_deref()).rules("tunnel"));
         }
+        rules.extend(break_glass());
         rules
     }
 
@@ -572,6 +574,27 @@ fn to_public(interfaces: Option<&[IfacePattern]>, id: &str, chain: &str) -> Vec<
     }
 }
 
+/// What an operator has opened for a while, see [`glass`]: by the original port, as all
+/// openings. These rules stand in every policy and let nobody in while the sets are empty.
+fn break_glass() -> Vec<Rule> {
+    let each = Family::ALL.into_iter().flat_map(|family| Proto::ALL.map(|proto| (family, proto)));
+    let rules = each.flat_map(|(family, proto)| {
+        let (set, name) = (glass::set_name(proto, family), proto.name());
+        let within = |port: Term| {
+            let source = Term::Payload { protocol: header(family).to_owned(), field: "saddr".to_owned() };
+            equal(Term::Concat(vec![port, source]), Operand::Named(set.clone()))
+        };
+        let last = || [Statement::CounterRef(glass::counter(family)), Statement::Accept];
+        let own = Term::Payload { protocol: name.to_owned(), field: "dport".to_owned() };
+        [
+            // First the protocol: nft gives the port a type only then.
+            rule(&set, vec![l4proto(name), within(original("proto-dst"))], last()),
+            rule(&format!("{set}-untracked"), vec![ct_state(&["invalid", "untracked"]), within(own)], last()),
+        ]
+    });
+    rules.collect()
+}
+
 /// Path MTU, errors, echo; for IPv6 also neighbour and router discovery and multicast
 /// listening. No redirects: no host needs them, and they move its routes.
 fn icmp_needed() -> Vec<Rule> {
@@ -848,6 +871,9 @@ mod tests {
                         Statement::Jump(to) => assert!(names.contains(to.as_str()), "no chain {to}"),
                         Statement::CounterRef(name) => {
                             assert!(table.counters.contains_key(name));
+                            if Family::ALL.map(glass::counter).contains(name) {
+                                continue;
+                            }
                             let (reason, family) = DropReason::of_counter(name).expect("one of ours");
                             assert_eq!(reason.counter(family), *name);
                         }

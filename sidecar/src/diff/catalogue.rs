@@ -42,7 +42,7 @@ struct Entry {
 
 impl Code {
     /// In the order of the catalogue: by severity, then as declared.
-    pub const ALL: [Code; 21] = [
+    pub const ALL: [Code; 22] = [
         Code::FirewallMissing,
         Code::ListenerExposed,
         Code::DnatExposed,
@@ -64,6 +64,7 @@ impl Code {
         Code::FileMode,
         Code::MeshEndpoint,
         Code::ExceptionOpen,
+        Code::BreakGlassOpen,
     ];
 
     /// The stable name: "listener-exposed".
@@ -315,6 +316,19 @@ impl Code {
                 example: "  exception emergency-ssh\n  wanted  declared until 2027-01-31: way in when the \
                     mesh is down\n  \
                           found   tcp/2222 is open to 0.0.0.0/0 and ::/0",
+            },
+            Code::BreakGlassOpen => Entry {
+                name: "break-glass-open",
+                severity: Severity::Info,
+                facets: &[Nftables],
+                meaning: "`spokeguard break-glass open` let somebody in for a while. It is an accepted risk:\n\
+                          always listed, and never a reason for another verdict or exit code.",
+                why: "Somebody needed a way in that the policy does not have. The kernel ends it on\n\
+                      time with nobody's help, and it does not outlive a reboot.",
+                remedy: "Nothing, until its end. Close it earlier with `spokeguard break-glass close\n\
+                         PORT`. What is needed again and again belongs into the policy.",
+                example: "  tcp/2222 from 192.0.2.0/24\n  wanted  closed by the policy\n  found   open until \
+                          2026-11-21T12:15:00Z by alice,\n          since 2026-11-21T12:00:00Z: the mesh is down",
             },
             Code::FileMode => Entry {
                 name: "file-mode",

@@ -20,6 +20,7 @@ pub mod catalogue;
 mod exceptions;
 mod files;
 pub mod firewall;
+pub mod glass;
 mod listeners;
 pub(crate) mod mesh;
 mod sight;
@@ -38,12 +39,17 @@ pub fn findings(desired: &Desired, snapshot: &Snapshot, now: Stamp) -> Vec<Findi
 /// The findings, and what could not be decided although it was looked at.
 pub fn assess(desired: &Desired, snapshot: &Snapshot, now: Stamp) -> Assessment {
     let mut out = Assessment::default();
+    let openings = glass::openings(snapshot);
+    let declared = desired;
+    let with_openings = (!openings.is_empty()).then(|| desired.with_openings(&openings, now));
+    let desired = with_openings.as_ref().unwrap_or(desired);
     let sight = Sight::new(desired, snapshot, now);
     firewall::compare(&sight, snapshot, &mut out);
     listeners::compare(&sight, snapshot, &mut out);
     ssh::compare(&sight, snapshot, &mut out);
     mesh::compare(&sight, snapshot, &mut out);
-    exceptions::compare(desired, &mut out);
+    exceptions::compare(declared, &mut out);
+    glass::compare(&openings, now, &mut out);
     files::compare(desired, snapshot, &mut out);
     unproven(desired, snapshot, &mut out);
     out.settle();
@@ -164,6 +170,7 @@ pub enum Code {
     MeshLeak,
     ExceptionExpired,
     ExceptionOpen,
+    BreakGlassOpen,
     FileMode,
     ControlUnproven,
     AuditExposed,

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::decode::unclear_flags;
-use super::{Base, Change, Rule, Statement, Table, normal, render};
+use super::{Base, Change, NamedSet, Rule, Statement, Table, glass, normal, render};
 use crate::terms::printable;
 
 /// Every difference, chain by chain in the order of `desired`; empty where the kernel
@@ -17,6 +17,12 @@ pub fn changes(desired: &Table, found: Option<&Table>) -> Vec<Change> {
     }
     for name in desired.counters.keys().filter(|name| !found.counters.contains_key(*name)) {
         out.push(Change::CounterMissing { name: name.clone() });
+    }
+    for set in desired.sets.iter().filter(|set| !found.sets.iter().any(|other| same_set(set, other))) {
+        out.push(Change::SetMissing { name: set.name.clone() });
+    }
+    for (set, key) in glass::foreign(found).filter(|(set, _)| desired.sets.iter().any(|d| same_set(d, set))) {
+        out.push(Change::ElementForeign { set: set.name.clone(), found: render::operand(key) });
     }
     for wanted in &desired.chains {
         let Some(chain) = found.chains.iter().find(|c| c.name == wanted.name) else {
@@ -40,6 +46,16 @@ pub fn changes(desired: &Table, found: Option<&Table>) -> Vec<Change> {
         }
     }
     out
+}
+
+/// Declared alike, whatever is in them: openings come and go by themselves.
+pub(super) fn same_set(a: &NamedSet, b: &NamedSet) -> bool {
+    let flags = |set: &NamedSet| {
+        let mut flags = set.flags.clone();
+        flags.sort();
+        flags
+    };
+    (&a.name, &a.kind, a.map) == (&b.name, &b.kind, b.map) && flags(a) == flags(b)
 }
 
 /// The differences as a diff: `-` goes, `+` comes, `~` changes. Empty for no differences.
@@ -86,6 +102,8 @@ impl Change {
             | Change::ChainDiffers { .. }
             | Change::ChainForeign { .. }
             | Change::CounterMissing { .. }
+            | Change::SetMissing { .. }
+            | Change::ElementForeign { .. }
             | Change::Dormant => None,
         }
     }
@@ -110,6 +128,10 @@ impl Change {
             Change::RuleForeign { found, .. } => ('-', printable(found, 400)),
             Change::RuleOrder { .. } => ('~', "all rules are there, in another order".into()),
             Change::CounterMissing { name } => ('+', format!("counter {}", printable(name, 64))),
+            Change::SetMissing { name } => ('+', format!("set {}", printable(name, 64))),
+            Change::ElementForeign { set, found } => {
+                ('-', format!("element {} of set {}", printable(found, 160), printable(set, 64)))
+            }
             Change::Dormant => ('~', "the table is dormant: its rules see no packets".into()),
         }
     }

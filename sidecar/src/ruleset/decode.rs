@@ -13,7 +13,7 @@ use serde_json::{Map, Value};
 
 use super::{
     Base, Chain, Hook, Match, NamedSet, Nat, Op, Operand, Rule, Ruleset, Statement, Table, TableFamily, Term,
-    VerdictMap,
+    Timed, VerdictMap,
 };
 use crate::observed::Amount;
 
@@ -22,6 +22,8 @@ use crate::observed::Amount;
 pub const OBJECTS_MAX: usize = 65_536;
 /// A named set keeps this many elements and is then marked as truncated.
 pub const SET_ELEMENTS_MAX: usize = 16_384;
+/// The kernel keeps no longer one.
+const COMMENT_MAX: usize = 128;
 /// All named sets together keep this many elements.
 const ELEMENTS_MAX: usize = 262_144;
 
@@ -145,6 +147,7 @@ impl Building {
         self.elements += elements.keys.len();
         let at = self.table(family, text("table"));
         let verdict_map = map && text("map") == "verdict";
+        let flags = strings(body.get("flags"));
         self.ruleset.tables[at].sets.push(NamedSet {
             name: text("name").to_owned(),
             kind: match body.get("type") {
@@ -155,8 +158,9 @@ impl Building {
                 other => other.map(Value::to_string).unwrap_or_default(),
             },
             map,
-            flags: strings(body.get("flags")),
             elements: elements.keys,
+            timed: if flags.iter().any(|flag| flag == "timeout") { elements.timed } else { vec![] },
+            flags,
             verdicts: if verdict_map { elements.verdicts } else { vec![] },
             truncated: elements.truncated,
         });
@@ -302,6 +306,7 @@ impl<'de> Visitor<'de> for Set {
 struct Elements {
     room: usize,
     keys: Vec<Operand>,
+    timed: Vec<Timed>,
     verdicts: Vec<Statement>,
     truncated: bool,
 }
@@ -325,10 +330,12 @@ impl<'de> Visitor<'de> for Elements {
             match element.as_array().map(Vec::as_slice) {
                 Some([key, verdict]) => {
                     self.keys.push(operand(key));
+                    self.timed.push(timed(key));
                     self.verdicts.push(statement(verdict));
                 }
                 _ => {
                     self.keys.push(operand(&element));
+                    self.timed.push(timed(&element));
                     self.verdicts.push(Statement::Unknown(String::new()));
                 }
             }
@@ -337,6 +344,21 @@ impl<'de> Visitor<'de> for Elements {
             self.truncated = true;
         }
         Ok(self)
+    }
+}
+
+/// nft wraps an element that is more than its value; its times are whole seconds.
+fn timed(element: &Value) -> Timed {
+    let Some(body) = element.get("elem") else { return Timed::default() };
+    let seconds = |key: &str| {
+        let number = body.get(key).and_then(Value::as_u64).unwrap_or(0);
+        u32::try_from(number).unwrap_or(u32::MAX)
+    };
+    let comment = body.get("comment").and_then(Value::as_str);
+    Timed {
+        timeout_s: seconds("timeout"),
+        expires_s: seconds("expires"),
+        comment: comment.filter(|text| text.len() <= COMMENT_MAX).map(str::to_owned),
     }
 }
 

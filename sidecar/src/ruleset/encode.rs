@@ -13,6 +13,8 @@ use nftables::stmt;
 use nftables::types::{NfChainPolicy, NfChainType, NfFamily, NfHook};
 use serde_json::Value;
 
+use super::compare::same_set;
+use super::glass::{self, Opening};
 use super::{
     Base, Chain, Hook, Match, NamedSet, Nat, Op, Operand, Rule, Statement, Table, TableFamily, Term,
     VerdictMap,
@@ -38,6 +40,9 @@ pub fn transaction(desired: &Table, found: Option<&Table>) -> String {
     // Whatever is not ours goes, after the rules that used it: maps before the chains that
     // their elements may jump to.
     for set in found.map_or(&[][..], |t| &t.sets) {
+        if desired.sets.iter().any(|d| same_set(d, set)) {
+            continue;
+        }
         let gone = if set.map {
             NfListObject::Map(Box::new(schema::Map {
                 family,
@@ -49,6 +54,13 @@ pub fn transaction(desired: &Table, found: Option<&Table>) -> String {
             NfListObject::Set(Box::new(named_set(set, family, &desired.name, false)))
         };
         out.push(command(NfCmd::Delete(gone)));
+    }
+    // What is in the sets that stay goes on counting down: openings are neither lost nor
+    // lengthened by putting the rules around them in place again.
+    for (set, key) in found.into_iter().flat_map(glass::foreign) {
+        if desired.sets.iter().any(|d| same_set(d, set)) {
+            out.push(command(NfCmd::Delete(elements(desired, &set.name, vec![operand(key)]))));
+        }
     }
     for chain in existing {
         let stays = desired.chains.iter().any(|d| d.name == chain.name && same_hook(d, chain));
@@ -98,6 +110,46 @@ pub fn transaction(desired: &Table, found: Option<&Table>) -> String {
         }
     }
     document(out)
+}
+
+/// The document that opens these holes for as long as they last. One that is open already
+/// is opened anew: `replace` names those.
+pub fn open(table: &Table, openings: &[Opening], replace: &[Opening]) -> String {
+    let mut out = closing(table, replace);
+    for opening in openings {
+        let (set, key) = opening.element();
+        let element = Expression::Named(NamedExpression::Elem(expr::Elem {
+            val: Box::new(self::operand(&key)),
+            timeout: Some(opening.lasts_s),
+            expires: None,
+            comment: Some(Cow::Owned(opening.comment())),
+            counter: None,
+        }));
+        out.push(add(elements(table, &set, vec![element])));
+    }
+    document(out)
+}
+
+/// The document that closes these.
+pub fn close(table: &Table, openings: &[Opening]) -> String {
+    document(closing(table, openings))
+}
+
+fn closing<'a>(table: &Table, openings: &[Opening]) -> Vec<NfObject<'a>> {
+    let each = openings.iter().map(|opening| {
+        let (set, key) = opening.element();
+        command(NfCmd::Delete(elements(table, &set, vec![operand(&key)])))
+    });
+    each.collect()
+}
+
+fn elements<'a>(table: &Table, set: &str, elem: Vec<Expression<'a>>) -> NfListObject<'a> {
+    NfListObject::Element(schema::Element {
+        family: family(table.family),
+        table: Cow::Owned(table.name.clone()),
+        name: Cow::Owned(set.to_owned()),
+        elem: Cow::Owned(elem),
+    })
 }
 
 /// The document that takes our table away, whatever is in it. It is added first, because

@@ -9,6 +9,7 @@ pub mod compare;
 pub mod decode;
 pub mod encode;
 pub mod evaluate;
+pub mod glass;
 pub mod normal;
 pub mod render;
 
@@ -229,10 +230,21 @@ pub struct NamedSet {
     pub flags: Vec<String>,
     /// Elements, or keys of a map.
     pub elements: Vec<Operand>,
+    /// What the listing says of each of `elements`, in a set with the flag "timeout". Else empty.
+    pub timed: Vec<Timed>,
     /// For a map to verdicts: one for each of `elements`. Else empty.
     pub verdicts: Vec<Statement>,
     /// The listing was cut at our bound: membership of what is not listed is unknown.
     pub truncated: bool,
+}
+
+/// How long an element lives. 0 and 0: for ever.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Timed {
+    pub timeout_s: u32,
+    /// What is left.
+    pub expires_s: u32,
+    pub comment: Option<String>,
 }
 
 /// A packet as it would come off the wire: the first of a new flow.
@@ -340,6 +352,15 @@ pub enum Change {
     },
     CounterMissing {
         name: String,
+    },
+    /// A set of ours is not there, or is of another type.
+    SetMissing {
+        name: String,
+    },
+    /// An element that is no opening of ours; text of it.
+    ElementForeign {
+        set: String,
+        found: String,
     },
     Dormant,
 }
