@@ -1,6 +1,8 @@
 //! Carries out what was decided: our table into the kernel, and out of it again. Touches
 //! the table `inet spokeguard` and nothing else, in single transactions.
 
+pub mod cut;
+pub mod glass;
 pub mod replay;
 pub mod rollback;
 

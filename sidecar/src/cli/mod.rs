@@ -12,6 +12,7 @@ use crate::source::bpf;
 
 mod apply;
 mod audit;
+mod break_glass;
 mod check;
 mod explain;
 mod plan;
@@ -96,6 +97,9 @@ pub enum Command {
     Confirm,
     /// Take our rules away, after saying what that opens
     Release(release::Options),
+    /// A way in for a while, which the kernel closes by itself
+    #[command(subcommand)]
+    BreakGlass(break_glass::Verb),
     /// The daemon: watch, repair what drifts, report
     Run,
     /// The running daemon's last report
@@ -204,6 +208,7 @@ pub fn main() -> ExitCode {
         Command::Apply(options) => apply::run(&global, &options),
         Command::Confirm => apply::confirm(&global),
         Command::Release(options) => release::run(&global, &options),
+        Command::BreakGlass(verb) => break_glass::run(&global, &verb),
         Command::Run => run::run(&global),
         Command::Status => status::run(&global),
         Command::Explain { code } => explain::run(&global, code.as_deref()),

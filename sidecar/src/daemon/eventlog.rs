@@ -70,6 +70,13 @@ pub enum EventKind {
     DriftCleared,
     Repaired,
     RepairFailed,
+    /// Somebody was let in for a while.
+    Opened,
+    /// That ended before its time, and that it ended in time.
+    Closed,
+    Expired,
+    /// Flows that the rules refuse were ended.
+    Cut,
     Started,
     Stopped,
     PolicyLoaded,
@@ -82,6 +89,10 @@ impl EventKind {
             EventKind::DriftCleared => "drift-cleared",
             EventKind::Repaired => "repaired",
             EventKind::RepairFailed => "repair-failed",
+            EventKind::Opened => "opened",
+            EventKind::Closed => "closed",
+            EventKind::Expired => "expired",
+            EventKind::Cut => "cut",
             EventKind::Started => "started",
             EventKind::Stopped => "stopped",
             EventKind::PolicyLoaded => "policy-loaded",

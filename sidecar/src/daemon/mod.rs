@@ -42,6 +42,7 @@ pub mod notify;
 pub mod privileges;
 pub mod socket;
 
+mod glass;
 mod pace;
 mod suspects;
 
@@ -113,6 +114,7 @@ struct Daemon {
     suspects: Suspects,
     /// Repairs that were due since the last look and had to be left undone.
     withheld: BTreeSet<ActionKind>,
+    glass: glass::Watch,
     /// Why the counters can't be trusted to count everything, if so.
     counter_gap: Option<String>,
     generation: Option<u32>,
@@ -149,6 +151,7 @@ struct Pass {
     /// And for which table.
     replay: Option<(Arc<Desired>, Replay)>,
     took: Duration,
+    cut: Option<anyhow::Result<apply::cut::Cut>>,
 }
 
 impl Daemon {
@@ -184,6 +187,7 @@ impl Daemon {
             looked_for: Suspects::default(),
             suspects: Suspects::default(),
             withheld: BTreeSet::new(),
+            glass: glass::Watch::default(),
             counter_gap: None,
             generation: None,
             report: None,
@@ -293,6 +297,10 @@ impl Daemon {
                 }
                 () = face.wanted() => self.show(),
                 () = sleep_until(due) => look = self.begin(),
+                () = sleep_until(self.glass.ends()) => {
+                    self.glass.ended();
+                    self.wake([Facet::Nftables], Duration::ZERO);
+                }
                 event = maybe(link_events.as_mut().map(links::LinkEvents::next)) => match event {
                     Ok(_) => self.wake([Facet::Links, Facet::Wireguard, Facet::Listeners], SETTLE),
                     Err(error) => {
@@ -479,9 +487,18 @@ impl Daemon {
             EventKind::RepairFailed
         } else {
             self.repair_fails = false;
+            if outcome.action == ActionKind::ApplyTable {
+                self.close_what_is_closed();
+            }
             EventKind::Repaired
         };
         self.note(kind, Some(&finding), Some(outcome.took));
+    }
+
+    /// What came in while something was open is ended with the next look.
+    fn close_what_is_closed(&mut self) {
+        self.glass.closed();
+        self.wake([Facet::Nftables, Facet::Links], SETTLE);
     }
 
     /// Sends the eyes off to the worker thread.
@@ -495,18 +512,22 @@ impl Daemon {
         let (desired, snapshot) = (Arc::clone(&self.desired), self.snapshot.take());
         let (budget, uptime) = (Arc::clone(&self.budget), self.uptime);
         let (gap, replay) = (self.counter_gap.clone(), self.replay.is_none());
+        let cut = facets.contains(&Facet::Nftables) && self.glass.take_cut(&self.places.run);
         Some(tokio::task::spawn_blocking(move || {
             let mut pass = cycle(eyes, &desired, snapshot, &facets, gap, &budget, uptime);
             if replay {
-                pass.replay = capture(&desired, &pass).map(|replay| (desired, replay));
+                pass.replay = capture(&desired, &pass).map(|replay| (Arc::clone(&desired), replay));
             }
+            pass.cut = cut.then(|| glass::cut(&desired, &pass.snapshot)).flatten();
             pass
         }))
     }
 
     fn finish(&mut self, pass: Pass) {
         let (links_read, rules_read) = (pass.links_read, pass.generation.is_some());
-        let Pass { eyes, snapshot, mut assessment, repaired, mut plan, generation, replay, took, .. } = pass;
+        let Pass {
+            eyes, snapshot, mut assessment, repaired, mut plan, generation, replay, took, cut, ..
+        } = pass;
         // Of yesterday's table, if the day ended during the look, it would be no repair.
         let replay = replay.filter(|(of, _)| Arc::ptr_eq(of, &self.desired)).map(|(_, replay)| replay);
         self.replay = self.replay.take().or(replay);
@@ -560,10 +581,30 @@ impl Daemon {
                     if let (false, Some(facet)) = (finding.accepted, finding.facet) {
                         *self.drifts.entry(facet).or_default() += 1;
                     }
-                    self.note(EventKind::DriftAppeared, Some(finding), None);
+                    let kind = glass::kind(finding, None).unwrap_or(EventKind::DriftAppeared);
+                    self.note(kind, Some(finding), None);
                 }
-                Transition::Cleared { finding } => self.note(EventKind::DriftCleared, Some(finding), None),
+                Transition::Cleared { finding } => {
+                    let kind = glass::kind(finding, Some(now));
+                    if kind.is_some() {
+                        self.close_what_is_closed();
+                    }
+                    let by = suspects.own().filter(|_| kind == Some(EventKind::Closed));
+                    let finding = Finding { by: by.or_else(|| finding.by.clone()), ..finding.clone() };
+                    self.note(kind.unwrap_or(EventKind::DriftCleared), Some(&finding), None);
+                }
             }
+        }
+        if rules_read {
+            for opening in self.glass.look(&snapshot) {
+                let again = assessment.findings.iter().find(|f| f.subject == opening.to_string());
+                self.note(EventKind::Opened, again, None);
+            }
+        }
+        match cut {
+            Some(Ok(cut)) if !cut.is_nothing() => self.note_text(EventKind::Cut, cut.to_string()),
+            Some(Err(error)) => warn("what is closed now could not be cut", error),
+            _ => {}
         }
         if !transitions.is_empty()
             && let Err(error) = self.history.write(&self.places.state)
@@ -663,6 +704,8 @@ impl Daemon {
             drops: drops.as_ref(),
             peers: self.seen.peers.as_deref(),
             audit: None,
+            openings: self.glass.count(),
+            openings_end: self.glass.last_end(),
             cycles: self.cycles,
             cycle_seconds: self.cycle_took.as_secs_f64(),
             resident_bytes: memory::resident_bytes().ok(),
@@ -727,7 +770,7 @@ impl Daemon {
 
     /// One line in the event log and one in the journal.
     fn note(&mut self, kind: EventKind, finding: Option<&Finding>, took: Option<Duration>) {
-        let event = Event {
+        self.enter(Event {
             at: clock::now(),
             kind,
             code: finding.map(|f| f.code),
@@ -736,7 +779,25 @@ impl Daemon {
             by: finding.and_then(|f| f.by.clone()),
             took_ms: took.map(|took| u64::try_from(took.as_millis()).unwrap_or(u64::MAX)),
             cycle: self.cycles,
-        };
+        });
+    }
+
+    /// The same of something that no finding tells.
+    fn note_text(&mut self, kind: EventKind, found: String) {
+        let subject = self.desired.policy.node.name.clone();
+        self.enter(Event {
+            at: clock::now(),
+            kind,
+            code: None,
+            subject,
+            found,
+            by: None,
+            took_ms: None,
+            cycle: self.cycles,
+        });
+    }
+
+    fn enter(&mut self, event: Event) {
         log::info!("{}", event.to_line());
         if self.recent.len() >= EVENTS_SHOWN {
             self.recent.pop_front();
@@ -801,7 +862,7 @@ fn cycle(
         assessment = diff::assess(desired, &snapshot, snapshot.at);
     }
     let took = uptime.elapsed() - begun;
-    Pass { eyes, snapshot, assessment, repaired, plan, generation, links_read, replay: None, took }
+    Pass { eyes, snapshot, assessment, repaired, plan, generation, links_read, replay: None, took, cut: None }
 }
 
 /// Takes our table down in the kernel's own words, if it is the one that was just read and

@@ -50,7 +50,7 @@ impl Suspects {
     /// Who brought about a finding of this kind, if a commit to nftables can.
     pub fn of(&self, code: Code) -> Option<Actor> {
         match code {
-            Code::FirewallMissing | Code::FirewallChanged => self.own.named(),
+            Code::FirewallMissing | Code::FirewallChanged | Code::BreakGlassOpen => self.own.named(),
             Code::FirewallBlocked | Code::DnatExposed => self.foreign.named(),
             _ => None,
         }

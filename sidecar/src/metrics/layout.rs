@@ -18,12 +18,14 @@ use super::{Control, RepairOutcome};
 /// The contract's bound on all samples of one exposition together.
 pub const SERIES_MAX: usize = 150;
 /// Pairs of code and severity that are told apart; see `folded_findings`.
-pub(super) const FINDINGS_MAX: usize = 12;
+pub(super) const FINDINGS_MAX: usize = 9;
 /// `audit_exposed_ports` for two families and two protocols, and `audit_age_seconds`.
 const AUDIT: usize = 5;
 /// Series without labels, and the two info metrics: build, policy, start time, verdict,
 /// accepted findings, cycle seconds, cycles, resident and BPF memory, refused connections.
 const SINGLE: usize = 10;
+/// What is open, until when, and what came in by it.
+const BREAK_GLASS: usize = 3;
 /// As many as there are reasons to drop, on two families each.
 const RULES_MAX: usize = 9;
 /// Peers with series of their own at most, and the `overflow` peer.
@@ -136,6 +138,7 @@ impl Layout {
             + ActionKind::ALL.len() * RepairOutcome::ALL.len()
             + FINDINGS_MAX
             + AUDIT
+            + BREAK_GLASS
             + self.peers * 2
             + self.drops().len()
             + self.traffic().len() * 2

@@ -22,6 +22,7 @@ use crate::observed::{Amount, Counters, Facet, Peer};
 use crate::policy::{Mode, Role};
 use crate::repair::{ActionKind, Ended};
 use crate::report::Verdict;
+use crate::ruleset::glass;
 use crate::terms::{Family, Proto, PublicKey, Stamp};
 
 pub use layout::{Layout, SERIES_MAX};
@@ -53,6 +54,9 @@ pub struct State<'a> {
     /// `None`: blind, or no WireGuard here.
     pub peers: Option<&'a [Peer]>,
     pub audit: Option<&'a Audit>,
+    /// What break-glass holds open, and when the last of it ends.
+    pub openings: u64,
+    pub openings_end: Option<Stamp>,
     pub cycles: u64,
     pub cycle_seconds: f64,
     /// `None`: could not be read.
@@ -167,6 +171,7 @@ impl Exposition {
         out.verdict(state);
         out.work(state);
         out.traffic(state, layout);
+        out.break_glass(state);
         out.wireguard(state, layout);
         out.audit(state);
         out.own(state);
@@ -311,6 +316,32 @@ impl Exposition {
             drops.into_iter().map(|((rule, family), n)| {
                 (vec![("rule", rule.to_owned()), ("family", family.name().to_owned())], Value::Whole(n))
             }),
+        );
+    }
+
+    fn break_glass(&mut self, state: &State<'_>) {
+        self.gauge(
+            "break_glass_open",
+            None,
+            "Prefixes that break-glass lets in for a while",
+            one(state.openings),
+        );
+        let end = state.openings_end.map_or(0, |end| u64::try_from(end.0.as_second()).unwrap_or(0));
+        self.gauge(
+            "break_glass_end_time",
+            Some(Unit::Seconds),
+            "When the last of them is closed by the kernel, in Unix time; 0 if nothing is open",
+            one(end),
+        );
+        let counted =
+            |family: &Family| state.drops?.get(&glass::counter(*family)).map(|amount| (*family, amount));
+        self.counter(
+            "break_glass_packets",
+            "Packets that break-glass let in: of TCP all, of UDP the first of a flow",
+            Family::ALL
+                .iter()
+                .filter_map(counted)
+                .map(|(family, amount)| labelled("family", family.name(), amount.packets)),
         );
     }
 

@@ -181,6 +181,8 @@ impl World {
             counters: Some(&self.counters),
             drops: Some(&self.drops),
             peers: Some(&self.peers),
+            openings: 2,
+            openings_end: Some(Stamp::from_unix(1_795_263_300)),
             audit: self.audit.as_ref(),
             cycles: 12,
             cycle_seconds: 0.0031,

@@ -49,7 +49,7 @@ pub fn changes(desired: &Table, found: Option<&Table>) -> Vec<Change> {
 }
 
 /// Declared alike, whatever is in them: openings come and go by themselves.
-pub(super) fn same_set(a: &NamedSet, b: &NamedSet) -> bool {
+pub fn same_set(a: &NamedSet, b: &NamedSet) -> bool {
     let flags = |set: &NamedSet| {
         let mut flags = set.flags.clone();
         flags.sort();

@@ -19,7 +19,9 @@ pub fn table(table: &Table) -> String {
         if !set.flags.is_empty() {
             let _ = writeln!(out, "\t\tflags {}", set.flags.join(","));
         }
-        if !set.elements.is_empty() {
+        // What ends by itself would begin anew, and for ever, by loading the text.
+        let lasting = !set.flags.iter().any(|flag| flag == "timeout");
+        if lasting && !set.elements.is_empty() {
             let _ = writeln!(out, "\t\telements = {{ {} }}", list(&set.elements, ", "));
         }
         out.push_str("\t}\n");

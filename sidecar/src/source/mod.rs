@@ -3,6 +3,7 @@
 
 pub mod bpf;
 pub mod files;
+pub mod flows;
 pub mod links;
 pub mod listeners;
 pub mod netlink;

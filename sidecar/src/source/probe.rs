@@ -37,7 +37,8 @@ use crate::terms::{Family, Port, Proto};
 use aya::util::KernelVersion;
 use frame::{Kind, Shape, frame};
 use programs::Programs;
-use route::{Origin, Routes};
+use route::Origin;
+pub(crate) use route::Routes;
 use tables::Tables;
 
 /// What to sweep: every protocol on every address, as it looks through one device.

@@ -89,7 +89,7 @@ impl Routes {
 
     /// The device that a packet from `from` (an address of this host) to `to` leaves by.
     /// `None`: there is no route.
-    fn leaves_by(&mut self, from: IpAddr, to: IpAddr) -> anyhow::Result<Option<u32>> {
+    pub fn leaves_by(&mut self, from: IpAddr, to: IpAddr) -> anyhow::Result<Option<u32>> {
         let (family, bits) = if to.is_ipv4() { (2u8, 32u8) } else { (10, 128) };
         // struct rtmsg: family, bits of destination and source, tos, table, protocol,
         // scope, type, flags.
