@@ -7,6 +7,7 @@ mod counters;
 mod daemon;
 mod direction;
 mod enforce;
+mod glass;
 mod look;
 mod metrics;
 mod netns;

@@ -133,6 +133,14 @@ pub fn confirm(global: &Global) -> anyhow::Result<u8> {
         true => ("confirmed: the rules in force stay\n", "confirmed"),
         false => ("nothing waits for a confirmation\n", "nothing-to-confirm"),
     };
-    global.tell(text, serde_json::json!({ "version": 1, "result": result }))?;
+    let mut said = serde_json::json!({ "version": 1, "result": result });
+    let mut text = text.to_owned();
+    if result == "confirmed" {
+        // Not before: what is rolled back must find its flows as they were.
+        let (line, cut) = super::break_glass::cut_what_is_closed(global);
+        text += &line;
+        said["cut"] = serde_json::json!(cut);
+    }
+    global.tell(&text, said)?;
     Ok(0)
 }

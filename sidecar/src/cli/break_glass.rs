@@ -3,7 +3,6 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use anyhow::Context as _;
 use clap::{Args, Subcommand};
 use ipnet::IpNet;
 
@@ -212,21 +211,29 @@ fn close(global: &Global, which: Which) -> anyhow::Result<u8> {
         return Ok(0);
     }
     let mut text: String = closed.iter().map(|one| format!("closed: {one}\n")).collect();
-    let desired = super::policy::load(global, now).ok().map(|(_, desired)| desired);
-    // Closed it is, whatever comes of this: our rules judge TCP packet by packet.
-    let cut = cut::flows(desired.as_ref()).context("what came in by it could not be cut");
-    match &cut {
-        Ok(cut) if cut.is_nothing() => {}
-        Ok(cut) => text += &format!("cut: {cut}\n"),
-        Err(error) => eprintln!("warning: {error:#}"),
-    }
+    let (line, cut) = cut_what_is_closed(global);
+    text += &line;
     global.tell(
         &text,
         serde_json::json!({
-            "version": 1, "result": "closed", "openings": told(&closed, now), "cut": cut.as_ref().ok(),
+            "version": 1, "result": "closed", "openings": told(&closed, now), "cut": cut,
         }),
     )?;
     Ok(0)
+}
+
+/// After a change that is certain to stay: a line for people, and the same for scripts.
+pub(super) fn cut_what_is_closed(global: &Global) -> (String, Option<Cut>) {
+    let desired = super::policy::load(global, clock::now()).ok().map(|(_, desired)| desired);
+    match cut::flows(desired.as_ref()) {
+        Ok(cut) if cut.is_nothing() => (String::new(), Some(cut)),
+        Ok(cut) => (format!("cut: {cut}\n"), Some(cut)),
+        // Closed it is all the same: our rules judge TCP packet by packet.
+        Err(error) => {
+            eprintln!("warning: what came in before could not be cut: {error:#}");
+            (String::new(), None)
+        }
+    }
 }
 
 fn told(openings: &[Opening], now: Stamp) -> Vec<serde_json::Value> {

@@ -376,7 +376,7 @@ fn beyond_the_bound_the_worst_findings_keep_their_code() {
     findings.push(finding(Code::AuditExposed, Severity::Critical, false));
     let folded = folded_findings(&findings);
     assert_eq!(folded.get(&("audit-exposed".into(), "critical".into())), Some(&1));
-    assert_eq!(folded.get(&("other".into(), "low".into())), Some(&10));
+    assert_eq!(folded.get(&("other".into(), "low".into())), Some(&13));
     assert_eq!(folded.values().sum::<u64>(), 17);
 }
 
