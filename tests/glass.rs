@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use lab::{
     Answer, CONTAINER, HUB_MESH, Lab, Mesh, Need, Node, OUTSIDER, SPOKE_MESH, SPOKE_PUBLIC, SPOKE_PUBLIC_V6,
-    Shape, lacking, wait_until,
+    Shape, Signal, lacking, wait_until,
 };
 use serde_json::Value;
 
@@ -219,6 +219,7 @@ fn a_daemon_tells_of_openings_and_neither_lengthens_nor_revives_them() {
     let lab = plain(false);
     let mut daemon = lab.spoke.daemon(&plain_policy(&lab)).unwrap();
     let _listeners = lab.spoke.listen("sshd", &["tcp/0.0.0.0:2222", "tcp/0.0.0.0:2224"]).unwrap();
+    serve(&lab.spoke, SocketAddr::new(SPOKE_PUBLIC, 2225));
     let near = OUTSIDER.to_string();
     let run = |daemon: &lab::Daemon, words: &[&str]| {
         let outcome = lab.spoke.spokeguard(&daemon.arguments(&[&["break-glass"], words].concat())).unwrap();
@@ -255,17 +256,34 @@ fn a_daemon_tells_of_openings_and_neither_lengthens_nor_revives_them() {
     assert!(timeout == 900 && less + 9 <= left, "{timeout} {less} after {left}");
     assert_eq!(reaches(2222), Answer::Open);
 
-    // Closed early, with what came in by it; and gone with the table.
+    // The end comes while it is alive: told of, and what came in by it is cut.
     let events = Events::mark(&daemon);
-    let mut session = lab.internet.inside(|| Ok(TcpStream::connect((SPOKE_PUBLIC, 2222))?)).unwrap();
-    session.set_read_timeout(Some(LONG)).unwrap();
-    let said = run(&daemon, &["close", "2222"]);
-    assert!(said.contains("closed: tcp/2222"), "{said}");
+    run(&daemon, &["open", "2225", "--for", "10s", "--from", &near]);
+    let mut session = call(&lab.internet, SocketAddr::new(SPOKE_PUBLIC, 2225));
+    assert_eq!(talks(&mut session, LONG), Ok(()));
+
+    // Closed early; opened again, and gone with the table, which nothing brings back.
+    run(&daemon, &["close", "2222"]);
     events.wait(LONG, "told of", is("closed", "tcp/2222"));
-    // The listener of the lab answers a word and closes.
-    let _ = session.read_to_end(&mut Vec::new());
     run(&daemon, &["open", "2222", "--for", "15m", "--from", &near]);
     events.wait(LONG, "opened again", is("opened", "tcp/2222"));
+    let metrics = lab.hub.http_get(SocketAddr::new(SPOKE_MESH, 9984), "/metrics", &[]).unwrap().body;
+    assert!(metrics.contains("spokeguard_break_glass_open 2\n"), "{metrics}");
+
+    events.wait(LONG * 2, "told of", is("expired", "tcp/2225"));
+    assert_eq!(session.read(&mut [0; 8]).map_err(|error| error.kind()), Err(ErrorKind::ConnectionReset));
+    let cut = events.wait(LONG, "told of", |event| event["kind"] == "cut");
+    assert!(cut["found"].as_str().unwrap().contains("198.51.100.7:2225"), "{cut}");
+
+    // Somebody opens it by other means, and comes in before it is put right.
+    daemon.running.signal(Signal::STOP).unwrap();
+    lab.spoke.sh("nft insert rule inet spokeguard input tcp dport 2225 accept").unwrap();
+    let mut slipped = call(&lab.internet, SocketAddr::new(SPOKE_PUBLIC, 2225));
+    assert_eq!(talks(&mut slipped, LONG), Ok(()));
+    daemon.running.signal(Signal::CONT).unwrap();
+    assert_eq!(slipped.read(&mut [0; 8]).map_err(|error| error.kind()), Err(ErrorKind::ConnectionReset));
+    assert_eq!(reaches(2222), Answer::Open, "the repair took nothing from it");
+
     let events = Events::mark(&daemon);
     lab.spoke.sh("nft flush ruleset").unwrap();
     events.wait(LONG, "the table is back", |event| event["kind"] == "repaired");

@@ -10,6 +10,7 @@ use ipnet::IpNet;
 use super::{Format, Global};
 use crate::audit::{Aim, Audit, Ports, Sweep, View, aims, opinion, stranger};
 use crate::desired::Desired;
+use crate::diff::glass::openings_in;
 use crate::observed::{Link, Reading};
 use crate::source::{links, listeners, nft, owners, probe, scan};
 use crate::sys::clock;
@@ -87,6 +88,8 @@ fn local(global: &Global, options: &Options) -> anyhow::Result<Audit> {
         }
     };
     let rules = Reading::from_result(nft::list_ruleset());
+    // What break-glass holds open is an exception of this moment.
+    let desired = desired.map(|desired| desired.with_openings(&openings_in(&rules), started));
     let sockets = Reading::from_result(listeners::read(&mut owners::Owners::new()));
     let interfaces = Reading::from_result(links::read());
     let view = View { desired: desired.as_ref(), rules: &rules, listeners: &sockets, links: &interfaces };

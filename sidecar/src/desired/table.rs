@@ -974,6 +974,43 @@ mod tests {
     }
 
     #[test]
+    fn an_opening_lets_in_whom_it_names_on_every_interface_but_to_no_mesh_address() {
+        let mut table = built(samples::everything());
+        let element = |port: u16, from: &str| {
+            Operand::Concat(vec![Operand::Number(port.into()), Operand::Prefix(samples::net(from))])
+        };
+        let fill = |table: &mut Table, set: &str, element| {
+            let set = table.sets.iter_mut().find(|found| found.name == set).expect("declared");
+            set.elements.push(element);
+        };
+        fill(&mut table, "break-glass-tcp-ipv4", element(3333, "192.0.2.0/24"));
+        fill(&mut table, "break-glass-udp-ipv6", element(53, "2001:db8::/32"));
+        let ruleset = Ruleset { tables: vec![table] };
+        let on = |iifname: &str, from: &str, to: &str, proto, port| {
+            let packet = Packet {
+                iifname: iifname.to_owned(),
+                source: samples::ip(from),
+                destination: samples::ip(to),
+                proto,
+                source_port: samples::port(40000),
+                port: samples::port(port),
+            };
+            evaluate::judge(&ruleset, &packet, &|_| true).verdict
+        };
+        use Proto::{Tcp, Udp};
+        for iifname in ["eth0", "newly0"] {
+            assert_eq!(on(iifname, "192.0.2.9", "198.51.100.7", Tcp, 3333), Verdict::Accept);
+            assert_eq!(on(iifname, "198.51.100.9", "198.51.100.7", Tcp, 3333), Verdict::Drop);
+            assert_eq!(on(iifname, "192.0.2.9", "198.51.100.7", Tcp, 3334), Verdict::Drop);
+            assert_eq!(on(iifname, "192.0.2.9", "198.51.100.7", Udp, 3333), Verdict::Drop);
+            assert_eq!(on(iifname, "192.0.2.9", "10.84.0.16", Tcp, 3333), Verdict::Drop, "weak host");
+            assert_eq!(on(iifname, "2001:db8::9", "2001:db8::7", Udp, 53), Verdict::Accept);
+            assert_eq!(on(iifname, "2001:dba::9", "2001:db8::7", Udp, 53), Verdict::Drop);
+            assert_eq!(on(iifname, "2001:db8::9", "2001:db8::7", Tcp, 3333), Verdict::Drop);
+        }
+    }
+
+    #[test]
     fn with_a_list_of_public_interfaces_the_others_are_left_alone() {
         let on = |iif, port| verdict(samples::hub(), iif, "192.0.2.200", "198.51.100.7", Proto::Tcp, port);
         assert_eq!(on("eth0", 22), Verdict::Drop);

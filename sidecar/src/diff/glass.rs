@@ -2,14 +2,18 @@
 
 use super::{Assessment, Code, Finding, Severity};
 use crate::desired::TABLE;
-use crate::observed::Snapshot;
-use crate::ruleset::TableFamily;
+use crate::observed::{Reading, Snapshot};
 use crate::ruleset::glass::{self, Opening};
+use crate::ruleset::{Ruleset, TableFamily};
 use crate::terms::Stamp;
 
 /// The openings that the last look saw; none where nftables could not be read.
 pub fn openings(snapshot: &Snapshot) -> Vec<Opening> {
-    let table = snapshot.nftables.seen().and_then(|rules| rules.table(TableFamily::Inet, TABLE));
+    openings_in(&snapshot.nftables)
+}
+
+pub fn openings_in(rules: &Reading<Ruleset>) -> Vec<Opening> {
+    let table = rules.seen().and_then(|rules| rules.table(TableFamily::Inet, TABLE));
     table.map(glass::openings).unwrap_or_default()
 }
 
