@@ -112,18 +112,15 @@ pub fn in_force(desired: Option<&Desired>, rules: &Ruleset, links: &[Link]) -> a
         !(first..=last).contains(&at.port()) || listening.iter().any(any)
     };
     let doomed: Vec<_> = streams.into_iter().filter(|stream| serves(stream.local)).collect();
-    let forgotten: Vec<Flow> = (refused.iter())
-        .filter(|flow| !here.contains_key(&(flow.server, flow.client)) || serves(flow.server))
-        .cloned()
-        .collect();
-    cut.examples = (forgotten.iter().take(EXAMPLES_MAX))
-        .map(|flow| format!("{} {} -> {}", flow.proto, flow.from, flow.to))
-        .collect();
+    let (ours, others): (Vec<Flow>, Vec<Flow>) = (refused.iter().cloned())
+        .partition(|flow| flow.proto == Proto::Tcp && here.contains_key(&(flow.server, flow.client)));
     // Sockets first: their resets still belong to a flow then.
     cut.connections = flows::destroy(&doomed)?;
-    let ended: HashSet<(SocketAddr, SocketAddr)> = doomed.iter().map(|s| (s.local, s.remote)).collect();
-    flows::forget(&forgotten)?;
-    cut.flows = forgotten.iter().filter(|flow| !ended.contains(&(flow.server, flow.client))).count();
+    flows::forget(&ours.into_iter().filter(|flow| serves(flow.server)).collect::<Vec<_>>())?;
+    cut.flows = flows::forget(&others)?;
+    let ended = doomed.iter().filter_map(|stream| here.get(&(stream.local, stream.remote)).copied());
+    let text = |flow: &Flow| format!("{} {} -> {}", flow.proto, flow.from, flow.to);
+    cut.examples = ended.chain(&others).take(EXAMPLES_MAX).map(text).collect();
     Ok(cut)
 }
 

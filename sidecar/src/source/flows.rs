@@ -43,6 +43,12 @@ pub(super) const CT_DELETE: u16 = 1 << 8 | 2;
 const NESTED: u16 = 0x8000;
 const CTA_TUPLE_ORIG: u16 = 1;
 const CTA_TUPLE_REPLY: u16 = 2;
+/// CTA_PROTOINFO, CTA_PROTOINFO_TCP and CTA_PROTOINFO_TCP_STATE in it.
+const CTA_PROTOINFO: u16 = 4;
+const PROTOINFO_TCP: u16 = 1;
+const PROTOINFO_TCP_STATE: u16 = 1;
+/// TCP_CONNTRACK_LAST_ACK; TIME_WAIT and CLOSE come after it.
+const OVER_FROM: u8 = 6;
 const CTA_ID: u16 = 12;
 const CTA_ZONE: u16 = 18;
 const CTA_TUPLE_IP: u16 = 1;
@@ -144,25 +150,42 @@ pub fn destroy(streams: &[Stream]) -> anyhow::Result<usize> {
     Ok(gone)
 }
 
-/// One entry; `None` for another protocol, and for one of a zone: its addresses are not this
-/// host's alone.
+/// One entry; `None` for another protocol, for a connection that is over and only remembered,
+/// and for one of a zone: its addresses are not this host's alone.
 fn flow(payload: &[u8]) -> Result<Option<Flow>, NetlinkError> {
     let body = payload.get(4..).ok_or(NetlinkError::Truncated("a flow"))?;
-    let (mut original, mut reply, mut id, mut zone) = (None, None, None, false);
+    let (mut original, mut reply, mut id, mut excluded) = (None, None, None, false);
     for attribute in attributes(body) {
         let (kind, value) = attribute?;
         match kind & NLA_TYPE_MASK {
             CTA_TUPLE_ORIG => original = tuple(value)?,
             CTA_TUPLE_REPLY => reply = tuple(value)?,
             CTA_ID => id = value.first_chunk().copied(),
-            CTA_ZONE => zone = true,
+            CTA_ZONE => excluded = true,
+            CTA_PROTOINFO => excluded |= tcp_state(value)?.is_some_and(|state| state >= OVER_FROM),
             _ => {}
         }
     }
-    let (Some((proto, from, to)), Some((_, server, client)), false) = (original, reply, zone) else {
+    let (Some((proto, from, to)), Some((_, server, client)), false) = (original, reply, excluded) else {
         return Ok(None);
     };
     Ok(Some(Flow { proto, from, to, server, client, id }))
+}
+
+/// Of another protocol it has none.
+fn tcp_state(value: &[u8]) -> Result<Option<u8>, NetlinkError> {
+    for attribute in attributes(value) {
+        let (PROTOINFO_TCP, value) = attribute.map(|(kind, value)| (kind & NLA_TYPE_MASK, value))? else {
+            continue;
+        };
+        for attribute in attributes(value) {
+            let (kind, value) = attribute?;
+            if kind & NLA_TYPE_MASK == PROTOINFO_TCP_STATE {
+                return Ok(value.first().copied());
+            }
+        }
+    }
+    Ok(None)
 }
 
 type Tuple = (Proto, SocketAddr, SocketAddr);
@@ -343,6 +366,16 @@ mod tests {
         let ends = [found.from, found.to, found.server, found.client].map(|end| end.to_string());
         assert_eq!(ends, ["192.0.2.9:40000", "198.51.100.7:8080", "172.17.0.2:80", "192.0.2.9:40000"]);
         assert!(flow(&entry(1)).expect("sound").is_none(), "ICMP has no ports");
+    }
+
+    #[test]
+    fn what_is_over_is_no_flow() {
+        let in_state = |state: u8| {
+            let tcp = nested(PROTOINFO_TCP, &[attribute(PROTOINFO_TCP_STATE, &[state])]);
+            flow(&[entry(6), nested(CTA_PROTOINFO, &[tcp])].concat()).expect("sound").is_some()
+        };
+        // ESTABLISHED, CLOSE_WAIT, LAST_ACK, TIME_WAIT, CLOSE.
+        assert_eq!([3, 5, 6, 7, 8].map(in_state), [true, true, false, false, false]);
     }
 
     #[test]
