@@ -518,7 +518,9 @@ impl Daemon {
             if replay {
                 pass.replay = capture(&desired, &pass).map(|replay| (Arc::clone(&desired), replay));
             }
+            let begun = uptime.elapsed();
             pass.cut = cut.then(|| glass::cut(&desired, &pass.snapshot)).flatten();
+            pass.took += uptime.elapsed() - begun;
             pass
         }))
     }
