@@ -1,6 +1,6 @@
 //! Builds the eBPF object with whatever toolchain is here, so that plain `cargo build`
 //! works, and tells the crate where it is (`SPOKEGUARD_EBPF_OBJECT`) and what it hashes to
-//! (`SPOKEGUARD_EBPF_BUILD`).
+//! (`SPOKEGUARD_EBPF_BUILD`); the same for the other objects.
 //!
 //! The target `bpfel-unknown-none` has no prebuilt `core`, so the compiler must come with
 //! the library's source. On a stable compiler `RUSTC_BOOTSTRAP=1` unlocks `-Z build-std`.
@@ -13,10 +13,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
 
 const TARGET: &str = "bpfel-unknown-none";
-/// The counters, which are pinned, and the audit's programs, which never are.
-const BINARIES: [(&str, &str, &str); 2] = [
+/// The counters and the bind guard, which are pinned, and the audit's programs, which never are.
+const BINARIES: [(&str, &str, &str); 3] = [
     ("spokeguard-ebpf", "spokeguard.bpf.o", "SPOKEGUARD_EBPF_OBJECT"),
     ("spokeguard-probe", "spokeguard-probe.bpf.o", "SPOKEGUARD_PROBE_OBJECT"),
+    ("spokeguard-bind", "spokeguard-bind.bpf.o", "SPOKEGUARD_BIND_OBJECT"),
 ];
 
 /// A compiler that has the source of `core`.
@@ -47,8 +48,10 @@ fn main() {
     for ((_, _, variable), object) in BINARIES.iter().zip(&objects) {
         println!("cargo::rustc-env={variable}={}", object.display());
     }
-    let bytes = fs::read(&objects[0]).unwrap_or_default();
-    println!("cargo::rustc-env=SPOKEGUARD_EBPF_BUILD={}", fnv1a(&bytes));
+    for ((_, _, variable), object) in BINARIES.iter().zip(&objects) {
+        let bytes = fs::read(object).unwrap_or_default();
+        println!("cargo::rustc-env={}={}", variable.replace("_OBJECT", "_BUILD"), fnv1a(&bytes));
+    }
 }
 
 fn build(workspace: &Path) -> Result<Vec<PathBuf>, String> {

@@ -510,7 +510,12 @@ fn without_the_right_to_ebpf_the_counters_are_unproven_and_the_rest_is_known() {
     let seen = Seen::of(&lab.spoke.run(&["sh", "-c", &script]).unwrap());
     let unproven: Vec<String> =
         seen.list().into_iter().filter(|line| line.starts_with("control-unproven")).collect();
-    assert_eq!(unproven, ["control-unproven control counters"], "{:#}", seen.document);
+    assert_eq!(
+        unproven,
+        ["control-unproven control binds", "control-unproven control counters"],
+        "{:#}",
+        seen.document
+    );
     assert_eq!(seen.code, 2);
     let facets: BTreeSet<&str> =
         seen.document["blind"].as_array().unwrap().iter().map(|gap| gap["facet"].as_str().unwrap()).collect();

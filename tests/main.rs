@@ -2,6 +2,7 @@
 
 mod audit_local;
 mod audit_remote;
+mod binds;
 mod cases;
 mod counters;
 mod daemon;

@@ -11,7 +11,7 @@ use lab::{
     wait_until,
 };
 
-use crate::daemon::{LONG, SHORT, plain_policy};
+use crate::daemon::{LONG, SHORT, UNGUARDED, plain_policy};
 
 pub const PORT: u16 = 9984;
 const OPENMETRICS: (&str, &str) = ("Accept", "application/openmetrics-text; version=1.0.0");
@@ -331,7 +331,7 @@ fn metrics_count_every_drop_and_follow_the_verdict() {
     let lab = Lab::plain();
     let sshd = lab.spoke.sshd(22, &["10.84.0.16", "fd84::16"], "").unwrap();
     let _web = lab.spoke.web().unwrap();
-    let _daemon = lab.spoke.daemon(&plain_policy(&lab)).unwrap();
+    let _daemon = lab.spoke.daemon(&(plain_policy(&lab) + UNGUARDED)).unwrap();
     let before = fresh(&lab.hub);
     let syns = 7;
     for (address, family) in [(SPOKE_PUBLIC, "ipv4"), (SPOKE_PUBLIC_V6, "ipv6")] {

@@ -7,6 +7,7 @@
 
 #![no_std]
 
+pub mod bind;
 pub mod sweep;
 
 /// Number of this contract; part of the directory that everything is pinned in.

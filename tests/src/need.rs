@@ -10,6 +10,8 @@ pub enum Need {
     /// A tunnel: wg, and wireguard-go with /dev/net/tun where the kernel has no WireGuard.
     WireGuard,
     Nmap,
+    /// Control groups of version 2, where binds can be guarded.
+    Cgroup2,
     /// Judges XML by its definition.
     Xmllint,
     Sshd,
@@ -54,6 +56,7 @@ pub fn missing(needs: &[Need]) -> Vec<String> {
                     program("wireguard-go", "wireguard-go");
                 }
             }
+            Need::Cgroup2 => {}
             Need::Nmap => program("nmap", "nmap"),
             Need::Xmllint => program("xmllint", "libxml2-utils"),
             Need::Sshd => {
@@ -74,6 +77,9 @@ pub fn missing(needs: &[Need]) -> Vec<String> {
         && !Path::new("/dev/net/tun").exists()
     {
         out.push("/dev/net/tun is missing and the kernel has no WireGuard (modprobe tun)".to_string());
+    }
+    if needs.contains(&Need::Cgroup2) && crate::reaper::cgroup("sg-").is_none() {
+        out.push("control groups of version 2 are not mounted".to_string());
     }
     if needs.contains(&Need::Spokeguard)
         && let Err(error) = crate::spokeguard()

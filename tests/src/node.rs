@@ -27,6 +27,8 @@ pub struct Node {
     /// The namespace's name in `/run/netns`, for `ip -n` and `nsenter --net=`.
     pub netns: String,
     pub(crate) dir: PathBuf,
+    /// The lab's control group, which every command joins; none where the machine has no cgroup2.
+    pub cgroup: Option<PathBuf>,
     keeper: Running,
 }
 
@@ -83,6 +85,10 @@ impl Node {
     /// Starts the keepers of all nodes side by side: a process per node holds its mount namespace.
     pub(crate) fn open_all(prefix: &str, names: &[&str], dir: &Path) -> Result<Vec<Node>> {
         let helper = crate::helper()?;
+        let cgroup = crate::reaper::cgroup(prefix);
+        if let Some(group) = &cgroup {
+            fs::create_dir(group).with_context(|| format!("create {}", group.display()))?;
+        }
         let mut nodes = Vec::new();
         for name in names {
             let netns = format!("{prefix}{name}");
@@ -90,7 +96,13 @@ impl Node {
             command.args(["--mount", "--propagation", "private"]).arg(&helper).args(["keep", &netns]);
             let log = dir.join(format!("{name}-keeper.log"));
             let keeper = Running::start(command, log, format!("keeper of {netns}"))?;
-            nodes.push(Node { name: name.to_string(), netns, dir: dir.to_path_buf(), keeper });
+            nodes.push(Node {
+                name: name.to_string(),
+                netns,
+                dir: dir.to_path_buf(),
+                cgroup: cgroup.clone(),
+                keeper,
+            });
         }
         for node in &mut nodes {
             node.keeper.wait_for(crate::HELD, PATIENCE)?;
@@ -128,6 +140,9 @@ impl Node {
             .arg(self.net_path())
             .arg(format!("/proc/{}/ns/mnt", self.keeper.pid()))
             .args(words);
+        if let Some(group) = &self.cgroup {
+            command.env("SPOKEGUARD_CGROUP", group);
+        }
         command
     }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -40,11 +40,26 @@ pub fn reap(prefix: &str, dir: &Path) {
             eprintln!("lab {prefix}: remove {path}: {error}");
         }
     }
+    if let Some(group) = cgroup(prefix).filter(|group| group.exists())
+        && let Err(error) = fs::remove_dir(&group)
+    {
+        eprintln!("lab {prefix}: remove {}: {error}", group.display());
+    }
     if dir.exists()
         && let Err(error) = fs::remove_dir_all(dir)
     {
         eprintln!("lab {prefix}: remove {}: {error}", dir.display());
     }
+}
+
+/// Where a lab's control group is, or will be: below the root of the unified hierarchy.
+pub(crate) fn cgroup(prefix: &str) -> Option<PathBuf> {
+    let roots = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
+    let root = roots
+        .iter()
+        .map(Path::new)
+        .find(|root| root.join("cgroup.procs").is_file() && root.join("cgroup.controllers").is_file())?;
+    Some(root.join(prefix.trim_end_matches('-')))
 }
 
 /// Labs of programs that are no longer there, whose reaper was killed as well.

@@ -21,7 +21,7 @@ mod release;
 mod run;
 mod status;
 
-pub use run::INTERNAL_LOAD;
+pub use run::{INTERNAL_LOAD, INTERNAL_LOAD_BINDS};
 
 /// Declares, enforces, observes and reports what this host exposes.
 ///
@@ -75,6 +75,9 @@ pub struct Global {
     /// Where eBPF maps and links are pinned [default: /sys/fs/bpf/spokeguard]
     #[arg(long, global = true, value_name = "DIR")]
     pub pin_dir: Option<PathBuf>,
+    /// The control group whose processes the bind guard watches [default: the root, all of them]
+    #[arg(long, global = true, value_name = "DIR", env = "SPOKEGUARD_CGROUP", hide = true)]
+    pub cgroup: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -121,6 +124,9 @@ pub enum Command {
     /// Loads and pins the eBPF programs (run by the daemon itself)
     #[command(name = INTERNAL_LOAD, hide = true)]
     InternalLoad { pin_dir: PathBuf },
+    /// Loads, pins and attaches the bind guard (run by the daemon itself)
+    #[command(name = INTERNAL_LOAD_BINDS, hide = true)]
+    InternalLoadBinds { pin_dir: PathBuf, control_group: PathBuf },
 }
 
 /// The directories of this instance. In a network namespace other than the first one the
@@ -130,6 +136,8 @@ pub struct Places {
     pub state: PathBuf,
     pub run: PathBuf,
     pub pin: PathBuf,
+    /// Of the bind guard; `None`: the root.
+    pub cgroup: Option<PathBuf>,
 }
 
 impl Global {
@@ -147,6 +155,7 @@ impl Global {
             state: place(&self.state_dir, "/var/lib/spokeguard")?,
             run: place(&self.run_dir, "/run/spokeguard")?,
             pin: pin.unwrap_or_else(|| PathBuf::from(bpf::BPFFS).join(bpf::DIRECTORY)),
+            cgroup: self.cgroup.clone(),
         })
     }
 
@@ -216,6 +225,7 @@ pub fn main() -> ExitCode {
         Command::Completions { shell } => completions(&global, shell),
         Command::Man => man(&global),
         Command::InternalLoad { pin_dir } => run::load_bpf(&pin_dir),
+        Command::InternalLoadBinds { pin_dir, control_group } => run::load_binds(&pin_dir, &control_group),
     };
     match result {
         Ok(code) => ExitCode::from(code),

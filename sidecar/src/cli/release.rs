@@ -9,6 +9,7 @@ use crate::daemon::socket;
 use crate::diff::{self, Code};
 use crate::observed::Reading;
 use crate::source::Eyes;
+use crate::source::bpf::bind;
 use crate::sys::clock;
 
 #[derive(Args)]
@@ -16,10 +17,16 @@ pub struct Options {
     /// Only say what it would open
     #[arg(long)]
     dry_run: bool,
+    /// Only put the bind guard aside, until the daemon starts again
+    #[arg(long, conflicts_with = "dry_run")]
+    binds: bool,
 }
 
 pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
     let places = global.places()?;
+    if options.binds {
+        return lift_binds(global, &places.pin);
+    }
     // The lock and not the socket: a daemon that is busy, or has only just begun, is one all the same.
     let lock = if options.dry_run { None } else { Some(socket::Lock::take(&places.run)) };
     let _lock = lock.transpose().context("a daemon would put the rules back (systemctl stop spokeguard)")?;
@@ -43,12 +50,29 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
         // An apply that waits for its confirmation would put the rules before it back later.
         rollback::confirm(&places.run)?;
     }
+    if !options.dry_run {
+        bind::release(&places.pin).context("removal of the bind guard")?;
+    }
     let (text, result) = match options.dry_run {
         true => ("", "dry-run"),
         false if apply::release()? => ("released: table inet spokeguard is gone\n", "released"),
         false => ("there was no table inet spokeguard\n", "nothing-to-release"),
     };
     global.tell(text, serde_json::json!({ "version": 1, "result": result, "opens": opens }))?;
+    Ok(0)
+}
+
+/// The emergency exit of whoever is refused: at once, with or without a daemon.
+fn lift_binds(global: &Global, pins: &std::path::Path) -> anyhow::Result<u8> {
+    let lifted = match bind::Guard::open(pins).context("the bind guard")? {
+        Some(mut guard) => guard.lift(true)?,
+        None => false,
+    };
+    let (text, result) = match lifted {
+        true => ("released: binds are not refused until the daemon starts again\n", "released"),
+        false => ("no bind guard is in force here\n", "nothing-to-release"),
+    };
+    global.tell(text, serde_json::json!({ "version": 1, "result": result }))?;
     Ok(0)
 }
 

@@ -12,6 +12,8 @@ use crate::sys::clock;
 
 /// The hidden verb that the daemon starts itself with; reads its configuration on stdin.
 pub const INTERNAL_LOAD: &str = "internal-load-bpf";
+/// The same for the bind guard; reads nothing.
+pub const INTERNAL_LOAD_BINDS: &str = "internal-load-binds";
 
 pub fn run(global: &Global) -> anyhow::Result<u8> {
     crate::sys::memory::limit_arenas();
@@ -34,6 +36,11 @@ pub fn run(global: &Global) -> anyhow::Result<u8> {
         .build()
         .context("start the event loop")?;
     runtime.block_on(crate::daemon::run(desired, hash, places))?;
+    Ok(0)
+}
+
+pub fn load_binds(pin_dir: &Path, cgroup: &Path) -> anyhow::Result<u8> {
+    bpf::bind::load_and_pin(pin_dir, cgroup)?;
     Ok(0)
 }
 

@@ -42,6 +42,7 @@ pub mod notify;
 pub mod privileges;
 pub mod socket;
 
+mod binds;
 mod glass;
 mod pace;
 mod suspects;
@@ -93,6 +94,8 @@ struct Daemon {
     config: bpf::CounterConfig,
     counters: Option<bpf::Bpf>,
     listens: Option<bpf::ListenEvents>,
+    binds: binds::Keeper,
+    bind_events: Option<bpf::bind::BindEvents>,
     program_log: Option<bpf::ProgramLog>,
     history: history::Stored,
     log: EventLog,
@@ -175,6 +178,8 @@ impl Daemon {
             config,
             counters: None,
             listens: None,
+            binds: binds::Keeper::default(),
+            bind_events: None,
             program_log: None,
             face: http::Face::default(),
             board: socket::Board::default(),
@@ -220,6 +225,10 @@ impl Daemon {
             self.counter_gap = Some(format!("the counters do not run: {error:#}"));
             warn("the counters do not run", error);
         }
+        if let Err(error) = self.binds.start(&self.desired, &self.places) {
+            self.gap_of_binds(Some(format!("the bind guard does not run: {error:#}")));
+        }
+        self.bind_events = self.binds.events();
         // Capabilities belong to threads: this one is the only one yet, and those to come
         // inherit what it has left.
         if let Err(error) = privileges::drop_needless() {
@@ -252,6 +261,7 @@ impl Daemon {
         let mut commits = NftEvents::open().map_err(|error| warn("nftables events", error.into())).ok();
         let mut link_events = links::LinkEvents::open().map_err(|error| warn("link events", error)).ok();
         let mut listens = self.listens.take();
+        let mut bind_events = self.bind_events.take();
         if let Some(log) = self.program_log.take() {
             tokio::spawn(log.forward());
         }
@@ -267,7 +277,7 @@ impl Daemon {
         let mut look: Option<JoinHandle<Pass>> = None;
         let face = self.face.clone();
         let mut greeted = false;
-        let mut deaf_until = Instant::now();
+        let (mut deaf_until, mut deaf_to_binds) = (Instant::now(), Instant::now());
         loop {
             // What was asked for during a look rests after it, too.
             let due = self.due.filter(|_| look.is_none()).map(|due| due.max(self.rest_until));
@@ -319,6 +329,18 @@ impl Daemon {
                         listens = None;
                     }
                 },
+                event = maybe(bind_events.as_mut().map(|events| after(deaf_to_binds, events.next()))) => match event {
+                    Ok(actors) => {
+                        // Anyone may be refused a hundred thousand times a second.
+                        deaf_to_binds = Instant::now() + SETTLE;
+                        self.binds.remember(actors);
+                        self.wake([Facet::Binds], Duration::from_millis(1));
+                    }
+                    Err(error) => {
+                        warn("bind events; looking every 10 s instead", error.into());
+                        bind_events = None;
+                    }
+                },
                 _ = tick.tick() => self.on_tick(),
                 _ = full.tick() => self.wake(Facet::ALL, Duration::ZERO),
                 _ = maybe(watchdog.as_mut().map(tokio::time::Interval::tick)) => notify::alive(),
@@ -334,7 +356,7 @@ impl Daemon {
     }
 
     fn on_tick(&mut self) {
-        self.wake([Facet::Wireguard, Facet::Listeners, Facet::Files], Duration::ZERO);
+        self.wake([Facet::Wireguard, Facet::Listeners, Facet::Files, Facet::Binds], Duration::ZERO);
         // What could not be read may be readable now, and announces that by no event.
         self.wake(self.seen.blind.clone(), Duration::ZERO);
         // Without events, or after one was missed, the generation still tells. A repair
@@ -371,6 +393,9 @@ impl Daemon {
                     && let Err(error) = counters.configure(&self.config)
                 {
                     warn("the counters keep yesterday's services", error);
+                }
+                if let Err(error) = self.binds.configure(&self.desired, None) {
+                    warn("the bind guard keeps yesterday's rules", error);
                 }
                 self.wake(Facet::ALL, Duration::ZERO);
             }
@@ -564,6 +589,7 @@ impl Daemon {
                 self.wake([facet], wait);
             }
         }
+        self.binds.name(&mut assessment.findings);
         for finding in assessment.findings.iter_mut().filter(|finding| finding.by.is_none()) {
             // What stood before in the same words was not caused by whoever came since.
             let suspect = suspects.of(finding.code);
@@ -616,6 +642,7 @@ impl Daemon {
         if links_read || self.counter_gap.is_some() {
             self.count_on(&snapshot);
         }
+        self.keep_binds(&snapshot, links_read);
         self.seen = Seen {
             table: snapshot
                 .nftables
@@ -656,6 +683,39 @@ impl Daemon {
         if gap != self.counter_gap {
             self.counter_gap = gap;
             self.wake([Facet::Counters], Duration::ZERO);
+        }
+    }
+
+    /// The bind guard learns of the interfaces that are there now, and is tried.
+    fn keep_binds(&mut self, snapshot: &Snapshot, links_read: bool) {
+        let mut told = Ok(());
+        if let (true, Reading::Seen(links)) = (links_read, &snapshot.links) {
+            told = self.binds.configure(&self.desired, Some(links));
+        }
+        match told.and_then(|()| self.binds.keep()) {
+            Ok(put_back) => {
+                if put_back {
+                    log::warn!("the bind guard had been taken off, and is back");
+                    self.wake([Facet::Binds], Duration::ZERO);
+                }
+                // Why it could not be loaded stays true until the daemon starts again.
+                if self.binds.runs() {
+                    self.gap_of_binds(None);
+                }
+            }
+            Err(error) => self.gap_of_binds(Some(format!("{error:#}"))),
+        }
+    }
+
+    /// Why binds are not refused as they should be. Told once.
+    fn gap_of_binds(&mut self, gap: Option<String>) {
+        let Some(eyes) = &mut self.eyes else { return };
+        if eyes.binds_gap != gap {
+            if let Some(gap) = &gap {
+                log::warn!("{gap}");
+            }
+            eyes.binds_gap = gap;
+            self.wake([Facet::Binds], Duration::ZERO);
         }
     }
 
@@ -704,6 +764,7 @@ impl Daemon {
             repairs: &self.repairs,
             counters: counters.as_ref(),
             drops: drops.as_ref(),
+            binds: self.binds.tally(),
             peers: self.seen.peers.as_deref(),
             audit: None,
             openings: self.glass.count(),
@@ -739,6 +800,9 @@ impl Daemon {
             && !stands(&[Code::MeshKeepalive, Code::MeshMissing])
         {
             held.insert(Control::Keepalive);
+        }
+        if self.binds.holds() {
+            held.insert(Control::Binds);
         }
         if counters.is_some_and(|counters| !counters.attached.is_empty()) {
             held.insert(Control::Counters);

@@ -2,6 +2,7 @@
 //! by port, and the proof that the operator keeps a way in. Pure.
 
 mod admin;
+pub mod binds;
 mod services;
 mod table;
 

@@ -42,7 +42,7 @@ struct Entry {
 
 impl Code {
     /// In the order of the catalogue: by severity, then as declared.
-    pub const ALL: [Code; 22] = [
+    pub const ALL: [Code; 23] = [
         Code::FirewallMissing,
         Code::ListenerExposed,
         Code::DnatExposed,
@@ -57,6 +57,7 @@ impl Code {
         Code::MeshPeer,
         Code::MeshLeak,
         Code::ControlUnproven,
+        Code::BindRefused,
         Code::ListenerWide,
         Code::SshPassword,
         Code::MeshKeepalive,
@@ -84,7 +85,7 @@ impl Code {
     }
 
     const fn entry(self) -> Entry {
-        use Facet::{Files, Links, Listeners, Nftables, Sshd, Wireguard};
+        use Facet::{Binds, Files, Links, Listeners, Nftables, Sshd, Wireguard};
         match self {
             Code::FirewallMissing => Entry {
                 name: "firewall-missing",
@@ -350,11 +351,32 @@ impl Code {
                 meaning: "A control that the policy asks for could not be seen working: we lack a right, a\n\
                           program or a kernel feature.",
                 why: "A control that silently does nothing is worse than none, because people rely on it.\n\
-                      The verdict is \"unknown\" for as long as this stands.",
+                      The verdict is \"unknown\" for as long as this stands (\"drift\" for the bind guard,\n\
+                      behind which the firewall holds).",
                 remedy: "`found` says what was missing. Give the unit the capability, install the program,\n\
                          or switch the control off in [enforce] so that the policy does not promise it.",
                 example: "  control firewall\n  wanted  our table in force\n  \
                           found   could not be seen: needs CAP_NET_ADMIN: run as root",
+            },
+            Code::BindRefused => Entry {
+                name: "bind-refused",
+                severity: Severity::High,
+                facets: &[Binds],
+                meaning: "A process wanted to listen on an address that the policy does not let the port have,\n\
+                          and the kernel said no (EPERM). High for sshd's port, else medium; low where mode\n\
+                          is audit, which lets it be and says what it would refuse. Goes an hour after the\n\
+                          last try. Ports that the policy names are held to their addresses, TCP and UDP.\n\
+                          Of others, TCP is refused on wildcard and public addresses, but for what clients\n\
+                          bind as well: the kernel's own range of ports, 20, and 600 to 1023.",
+                why: "The service did not start, or not where it wanted to.",
+                remedy: "Bind the process named in `by` to the mesh or loopback, or declare the port. sshd:\n\
+                         set ListenAddress, or [ssh] rebind = true, which moves it to the mesh address.\n\
+                         In an emergency `spokeguard release --binds` puts the guard aside until the daemon\n\
+                         starts again. For good: [enforce] binds = false. Without our program: stop the\n\
+                         daemon, then remove the folder binds1 below /sys/fs/bpf/spokeguard.",
+                example: "  tcp/0.0.0.0:5432\n  wanted  on loopback or the mesh: the policy names no such port\n  \
+                          found   refused 3 times, last 12 s ago\n  \
+                          by      postgres (pid 812, postgresql.service)",
             },
             Code::AuditExposed => Entry {
                 name: "audit-exposed",
@@ -429,8 +451,8 @@ mod tests {
         assert!(Code::ALL.windows(2).all(|pair| pair[0].severity() <= pair[1].severity()));
         names.sort_unstable();
         names.dedup();
-        // AuditExposed is the last variant declared.
-        assert_eq!(names.len(), Code::AuditExposed as usize + 1);
+        // BindRefused is the last variant declared.
+        assert_eq!(names.len(), Code::BindRefused as usize + 1);
         for code in Code::ALL {
             // The name in JSON, the name in text and the name that is parsed are one.
             let json = serde_json::to_value(code).expect("a code");

@@ -16,6 +16,7 @@ use crate::observed::{Facet, Snapshot};
 use crate::policy::MeshKind;
 use crate::terms::{Actor, Stamp, printable};
 
+mod binds;
 pub mod catalogue;
 mod exceptions;
 mod files;
@@ -51,6 +52,7 @@ pub fn assess(desired: &Desired, snapshot: &Snapshot, now: Stamp) -> Assessment 
     exceptions::compare(declared, &mut out);
     glass::compare(&openings, now, &mut out);
     files::compare(desired, snapshot, &mut out);
+    binds::compare(desired, snapshot, now, &mut out);
     unproven(desired, snapshot, &mut out);
     out.settle();
     out
@@ -65,6 +67,9 @@ pub fn needed(desired: &Desired) -> Vec<Facet> {
             Facet::Nftables | Facet::Listeners | Facet::Links | Facet::Sshd | Facet::Counters => true,
             Facet::Wireguard => policy.mesh.kind == MeshKind::Wireguard,
             Facet::Files => !policy.files.is_empty(),
+            // A second layer, not on every host to be had: its absence is a finding, and what
+            // it would hold is looked at by other means.
+            Facet::Binds => false,
         })
         .collect()
 }
@@ -122,6 +127,7 @@ fn unproven(desired: &Desired, snapshot: &Snapshot, out: &mut Assessment) {
         && policy.mesh.kind == MeshKind::Wireguard
         && policy.mesh.keepalive.is_some();
     let controls = [
+        (Facet::Binds, "binds", policy.enforce.binds, "the bind guard in force"),
         (Facet::Nftables, "firewall", policy.enforce.firewall, "our table in force"),
         (Facet::Counters, "counters", true, "packets counted by policy service"),
         (Facet::Wireguard, "keepalive", keepalive, "the keepalive of the tunnel seen and kept"),
@@ -135,11 +141,16 @@ fn unproven(desired: &Desired, snapshot: &Snapshot, out: &mut Assessment) {
             Facet::Counters => {
                 "Give spokeguard CAP_BPF, CAP_NET_ADMIN and a bpffs; the rest works without it."
             }
+            Facet::Binds => {
+                "Mount cgroup2 and give spokeguard CAP_BPF and CAP_NET_ADMIN, or set [enforce] binds = false; \
+                 the firewall holds without it."
+            }
             _ => "Give spokeguard root or CAP_NET_ADMIN in the network namespace of the tunnel.",
         };
+        let severity = if facet == Facet::Binds { Severity::Low } else { Severity::High };
         out.add(Finding::new(
             Code::ControlUnproven,
-            Severity::High,
+            severity,
             format!("control {control}"),
             wanted,
             format!("could not be seen: {}", gap.reason),
@@ -174,6 +185,7 @@ pub enum Code {
     FileMode,
     ControlUnproven,
     AuditExposed,
+    BindRefused,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -79,6 +79,7 @@ impl Stage {
                 })),
                 files: Reading::Seen(Vec::new()),
                 counters: Reading::Seen(Counters::default()),
+                binds: Reading::Seen(Binds::default()),
             },
             foreign: Vec::new(),
             ours: Some,
@@ -140,6 +141,7 @@ impl Stage {
             Facet::Sshd => self.snapshot.sshd = Reading::blind(reason),
             Facet::Files => self.snapshot.files = Reading::blind(reason),
             Facet::Counters => self.snapshot.counters = Reading::blind(reason),
+            Facet::Binds => self.snapshot.binds = Reading::blind(reason),
         }
         self
     }

@@ -8,22 +8,23 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::desired::{Desired, Service};
-use crate::observed::{Amount, AttemptKey, CountedProto, Direction, Facet, TrafficKey};
+use crate::observed::{Amount, AttemptKey, CountedProto, Direction, TrafficKey};
 use crate::policy::{MeshKind, Role};
 use crate::repair::ActionKind;
 use crate::terms::{Family, Proto, PublicKey, Scope};
 
-use super::{Control, RepairOutcome};
+use super::{Control, RepairOutcome, TOLD};
 
 /// The contract's bound on all samples of one exposition together.
 pub const SERIES_MAX: usize = 150;
 /// Pairs of code and severity that are told apart; see `folded_findings`.
-pub(super) const FINDINGS_MAX: usize = 9;
+pub(super) const FINDINGS_MAX: usize = 8;
 /// `audit_exposed_ports` for two families and two protocols, and `audit_age_seconds`.
 const AUDIT: usize = 5;
 /// Series without labels, and the two info metrics: build, policy, start time, verdict,
-/// accepted findings, cycle seconds, cycles, resident and BPF memory, refused connections.
-const SINGLE: usize = 10;
+/// accepted findings, refused binds, cycle seconds, cycles, resident and BPF memory, refused
+/// connections.
+const SINGLE: usize = 11;
 /// What is open, until when, and what came in by it.
 const BREAK_GLASS: usize = 3;
 /// As many as there are reasons to drop, on two families each.
@@ -133,7 +134,7 @@ impl Layout {
     /// The most series that an exposition of this layout can have.
     pub fn series_max(&self) -> usize {
         SINGLE
-            + Facet::ALL.len() * 2
+            + TOLD.len() * 2
             + Control::ALL.len()
             + ActionKind::ALL.len() * RepairOutcome::ALL.len()
             + FINDINGS_MAX

@@ -18,7 +18,7 @@ use prometheus_client::registry::{Registry, Unit};
 use serde::Serialize;
 
 use crate::diff::Finding;
-use crate::observed::{Amount, Counters, Facet, Peer};
+use crate::observed::{Amount, BindTally, Counters, Facet, Peer};
 use crate::policy::{Mode, Role};
 use crate::repair::{ActionKind, Ended};
 use crate::report::Verdict;
@@ -51,6 +51,8 @@ pub struct State<'a> {
     pub counters: Option<&'a Counters>,
     /// The named counters of our table as it is; `None`: blind, or there is no table.
     pub drops: Option<&'a BTreeMap<String, Amount>>,
+    /// `None`: blind, or no bind guard.
+    pub binds: Option<BindTally>,
     /// `None`: blind, or no WireGuard here.
     pub peers: Option<&'a [Peer]>,
     pub audit: Option<&'a Audit>,
@@ -63,6 +65,17 @@ pub struct State<'a> {
     pub resident_bytes: Option<u64>,
     pub http_rejects: u64,
 }
+
+/// The facets that have series. Of the bind guard `control_enforced` and `refused_binds` tell all.
+const TOLD: [Facet; 7] = [
+    Facet::Nftables,
+    Facet::Listeners,
+    Facet::Links,
+    Facet::Wireguard,
+    Facet::Sshd,
+    Facet::Files,
+    Facet::Counters,
+];
 
 /// What we promise to hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -172,6 +185,7 @@ impl Exposition {
         out.work(state);
         out.traffic(state, layout);
         out.break_glass(state);
+        out.binds(state);
         out.wireguard(state, layout);
         out.audit(state);
         out.own(state);
@@ -224,7 +238,7 @@ impl Exposition {
             "blind",
             None,
             "1 where a facet of the host could not be read, so that nothing is claimed about it",
-            Facet::ALL.map(|f| labelled("facet", f.name(), u64::from(state.blind.contains(&f)))),
+            TOLD.map(|f| labelled("facet", f.name(), u64::from(state.blind.contains(&f)))),
         );
         self.gauge(
             "control_enforced",
@@ -238,7 +252,7 @@ impl Exposition {
         self.counter(
             "drift_events",
             "Times that a difference from the policy appeared",
-            Facet::ALL.map(|f| labelled("facet", f.name(), state.drift.get(&f).copied().unwrap_or(0))),
+            TOLD.map(|f| labelled("facet", f.name(), state.drift.get(&f).copied().unwrap_or(0))),
         );
         let pairs = ActionKind::ALL.into_iter().flat_map(|a| RepairOutcome::ALL.map(|o| (a, o)));
         self.counter(
@@ -342,6 +356,16 @@ impl Exposition {
                 .iter()
                 .filter_map(counted)
                 .map(|(family, amount)| labelled("family", family.name(), amount.packets)),
+        );
+    }
+
+    fn binds(&mut self, state: &State<'_>) {
+        let refused = state.binds.map(|n| (Vec::new(), Value::Whole(n.refused.saturating_add(n.audited))));
+        self.counter(
+            "refused_binds",
+            "Sockets refused an address that the policy does not let them have, or that would have been where \
+             policy_info says mode=audit",
+            refused,
         );
     }
 

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::desired::{Desired, Service};
 use crate::diff::{Code, Severity};
-use crate::observed::{AttemptKey, CountedProto, Direction, TrafficKey};
+use crate::observed::{AttemptKey, BindTally, CountedProto, Direction, TrafficKey};
 use crate::policy::*;
 use crate::ruleset::{Table, TableFamily};
 use crate::terms::{Port, Scope};
@@ -180,6 +180,7 @@ impl World {
             repairs: &self.repairs,
             counters: Some(&self.counters),
             drops: Some(&self.drops),
+            binds: Some(BindTally { refused: 4, audited: 0, moved: 1 }),
             peers: Some(&self.peers),
             openings: 2,
             openings_end: Some(Stamp::from_unix(1_795_263_300)),
@@ -376,7 +377,7 @@ fn beyond_the_bound_the_worst_findings_keep_their_code() {
     findings.push(finding(Code::AuditExposed, Severity::Critical, false));
     let folded = folded_findings(&findings);
     assert_eq!(folded.get(&("audit-exposed".into(), "critical".into())), Some(&1));
-    assert_eq!(folded.get(&("other".into(), "low".into())), Some(&13));
+    assert_eq!(folded.get(&("other".into(), "low".into())), Some(&14));
     assert_eq!(folded.values().sum::<u64>(), 17);
 }
 

@@ -29,10 +29,12 @@ pub enum Facet {
     Files,
     /// The eBPF counters.
     Counters,
+    /// The bind guard.
+    Binds,
 }
 
 impl Facet {
-    pub const ALL: [Facet; 7] = [
+    pub const ALL: [Facet; 8] = [
         Facet::Nftables,
         Facet::Listeners,
         Facet::Links,
@@ -40,6 +42,7 @@ impl Facet {
         Facet::Sshd,
         Facet::Files,
         Facet::Counters,
+        Facet::Binds,
     ];
 
     pub const fn name(self) -> &'static str {
@@ -51,6 +54,7 @@ impl Facet {
             Facet::Sshd => "sshd",
             Facet::Files => "files",
             Facet::Counters => "counters",
+            Facet::Binds => "binds",
         }
     }
 }
@@ -129,12 +133,13 @@ pub struct Snapshot {
     pub sshd: Reading<Option<Sshd>>,
     pub files: Reading<Vec<FileMode>>,
     pub counters: Reading<Counters>,
+    pub binds: Reading<Binds>,
 }
 
 impl Snapshot {
     /// The gap of a facet, if it is blind.
     pub fn gap(&self, facet: Facet) -> Option<&Gap> {
-        let Self { at: _, nftables, listeners, links, wireguard, sshd, files, counters } = self;
+        let Self { at: _, nftables, listeners, links, wireguard, sshd, files, counters, binds } = self;
         match facet {
             Facet::Nftables => nftables.gap(),
             Facet::Listeners => listeners.gap(),
@@ -143,6 +148,7 @@ impl Snapshot {
             Facet::Sshd => sshd.gap(),
             Facet::Files => files.gap(),
             Facet::Counters => counters.gap(),
+            Facet::Binds => binds.gap(),
         }
     }
 }
@@ -277,6 +283,48 @@ pub struct Counters {
     pub attempts: BTreeMap<AttemptKey, u64>,
     /// Bytes of kernel memory that our maps and programs hold.
     pub memory_bytes: u64,
+}
+
+/// The bind guard, and what it refused.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Binds {
+    /// `false`: no guard is loaded (no daemon has run here yet); the rest is empty.
+    pub loaded: bool,
+    /// Both programs are on a control group.
+    pub attached: bool,
+    /// Put aside by `spokeguard release --binds`.
+    pub lifted: bool,
+    /// At most 256; of who tried before that, only the tally tells.
+    pub refusals: Vec<RefusedBind>,
+    pub tally: BindTally,
+    /// Bytes of kernel memory that the maps and programs hold.
+    pub memory_bytes: u64,
+}
+
+/// A process that wanted to listen where it may not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RefusedBind {
+    pub proto: Proto,
+    pub address: IpAddr,
+    pub port: Port,
+    /// It was let be, since mode is audit.
+    pub audited: bool,
+    /// The last one that tried.
+    pub by: Actor,
+    pub uid: u32,
+    pub count: u64,
+    pub first: Stamp,
+    pub last: Stamp,
+}
+
+/// Binds since the guard was first loaded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BindTally {
+    pub refused: u64,
+    /// Would have been refused or moved: mode was audit.
+    pub audited: u64,
+    /// Of sshd, from a wildcard to another address.
+    pub moved: u64,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

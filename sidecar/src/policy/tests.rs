@@ -195,14 +195,7 @@ fn the_documented_example_is_read_key_by_key() {
     let keys: Vec<&str> = loaded.notes.iter().map(|n| n.key.as_str()).collect();
     assert_eq!(
         keys,
-        [
-            "ssh.rebind",
-            "enforce.binds",
-            "enforce.confirm_within",
-            "heartbeat.kuma_url_file",
-            "heartbeat.ntfy_url_file",
-            "heartbeat.every"
-        ]
+        ["enforce.confirm_within", "heartbeat.kuma_url_file", "heartbeat.ntfy_url_file", "heartbeat.every"]
     );
 }
 

@@ -141,7 +141,12 @@ mod tests {
         assert_eq!(of(drift()), (Verdict::Drift, 1));
         for facet in Facet::ALL {
             // No [[file]] in this policy: nobody asks.
-            let expected = if facet == Facet::Files { (Verdict::Ok, 0) } else { (Verdict::Unknown, 2) };
+            let expected = match facet {
+                Facet::Files => (Verdict::Ok, 0),
+                // A finding, and no reason to doubt the rest.
+                Facet::Binds => (Verdict::Drift, 1),
+                _ => (Verdict::Unknown, 2),
+            };
             assert_eq!(of(Stage::spoke().blind(facet)), expected, "{facet}");
         }
         for mask in 1..1 << Facet::ALL.len() {
@@ -149,7 +154,7 @@ mod tests {
                 (0..).zip(Facet::ALL).filter(|(i, _)| mask >> i & 1 == 1).map(|(_, facet)| facet).collect();
             let (verdict, code) = of(blind.iter().fold(drift(), |stage, facet| stage.blind(*facet)));
             let expected = match blind.as_slice() {
-                [Facet::Files] => (Verdict::Drift, 1),
+                [Facet::Files] | [Facet::Binds] | [Facet::Files, Facet::Binds] => (Verdict::Drift, 1),
                 _ => (Verdict::Unknown, 2),
             };
             assert_eq!((verdict, code), expected, "{blind:?}");

@@ -6,6 +6,7 @@
 //! ([`spawn_loader`]), because the loader's memory would stay with the daemon.
 
 mod attach;
+pub mod bind;
 mod clsact;
 mod config;
 mod events;
@@ -285,6 +286,11 @@ pub fn load_from_stdin(pin_dir: &Path) -> anyhow::Result<Omitted> {
 
 /// Runs this program again with `args`, which must lead to [`load_from_stdin`], and waits.
 pub fn spawn_loader<S: AsRef<OsStr>>(args: &[S], config: &CounterConfig) -> anyhow::Result<()> {
+    run_loader(args, &serde_json::to_vec(config).context("encode of the configuration")?)
+}
+
+/// The same with any input.
+pub fn run_loader<S: AsRef<OsStr>>(args: &[S], input: &[u8]) -> anyhow::Result<()> {
     let mut child = Command::new("/proc/self/exe")
         .args(args)
         .stdin(Stdio::piped())
@@ -292,9 +298,8 @@ pub fn spawn_loader<S: AsRef<OsStr>>(args: &[S], config: &CounterConfig) -> anyh
         .stderr(Stdio::piped())
         .spawn()
         .context("start of the eBPF loader")?;
-    let json = serde_json::to_vec(config).context("encode of the configuration")?;
     if let Some(mut stdin) = child.stdin.take()
-        && let Err(error) = stdin.write_all(&json)
+        && let Err(error) = stdin.write_all(input)
         && error.kind() != io::ErrorKind::BrokenPipe
     {
         let _ = child.kill();

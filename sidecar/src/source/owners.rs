@@ -199,6 +199,11 @@ pub fn unit_of(pid: u32) -> Option<String> {
     unit_in(&open(proc, number(pid, &mut [0; 11])).ok()?)
 }
 
+/// The systemd unit of a control group by its path below the root.
+pub fn unit_in_cgroup(path: &str) -> Option<String> {
+    decode_unit(&format!("0::{path}\n"))
+}
+
 /// The kernel's TASK_COMM_LEN, with room for what /proc escapes (a newline as `\n`).
 const COMM: usize = 64;
 

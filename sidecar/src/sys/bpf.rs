@@ -109,6 +109,60 @@ pub fn tcx_link(link: BorrowedFd<'_>) -> io::Result<TcxLink> {
     Ok(TcxLink { program_id: info.program_id, index: info.index })
 }
 
+/// A link to a control group as the kernel describes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CgroupLink {
+    pub program_id: u32,
+    /// The inode of the control group; 0 when it is gone and only the pin keeps the link.
+    pub cgroup: u64,
+}
+
+/// Where a link to a control group is attached and what runs there.
+pub fn cgroup_link(link: BorrowedFd<'_>) -> io::Result<CgroupLink> {
+    const BPF_LINK_TYPE_CGROUP: u32 = 3;
+    #[repr(C)]
+    struct InfoByFd {
+        bpf_fd: u32,
+        info_len: u32,
+        info: u64,
+    }
+    /// The head of `struct bpf_link_info`, up to the end of its cgroup part.
+    #[repr(C)]
+    #[derive(Default)]
+    struct LinkInfo {
+        kind: u32,
+        id: u32,
+        program_id: u32,
+        _hole: u32,
+        cgroup: u64,
+        attach_type: u32,
+        _end: u32,
+    }
+    let mut info = LinkInfo::default();
+    let attr = InfoByFd {
+        bpf_fd: link.as_raw_fd() as u32,
+        info_len: size_of::<LinkInfo>() as u32,
+        info: (&raw mut info) as u64,
+    };
+    // SAFETY: the kernel reads `attr` and writes at most `info_len` bytes to `info`,
+    // which is that long; both outlive the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            BPF_OBJ_GET_INFO_BY_FD,
+            &raw const attr,
+            size_of::<InfoByFd>() as libc::c_uint,
+        )
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if info.kind != BPF_LINK_TYPE_CGROUP {
+        return Err(io::Error::other("not a link to a control group"));
+    }
+    Ok(CgroupLink { program_id: info.program_id, cgroup: info.cgroup })
+}
+
 /// Kernel memory that a map or program holds, as /proc tells it.
 pub fn memory_bytes(object: impl AsFd) -> io::Result<u64> {
     let text = fs::read_to_string(format!("/proc/self/fdinfo/{}", object.as_fd().as_raw_fd()))?;

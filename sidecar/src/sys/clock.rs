@@ -8,6 +8,13 @@ pub fn now() -> Stamp {
     Stamp(jiff::Timestamp::now())
 }
 
+/// How long ago the machine started, time asleep included (CLOCK_BOOTTIME): the clock that
+/// eBPF programs write down.
+pub fn since_boot() -> Duration {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    Duration::new(u64::try_from(now.tv_sec).unwrap_or(0), u32::try_from(now.tv_nsec).unwrap_or(0))
+}
+
 /// A clock that starts at 0 and is never set back.
 #[derive(Clone, Copy, Debug)]
 pub struct Uptime(Instant);

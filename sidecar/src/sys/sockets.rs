@@ -31,6 +31,28 @@ pub fn listen_freebind(address: SocketAddr, backlog: u32) -> io::Result<TcpListe
     Ok(TcpListener::from(socket))
 }
 
+/// Binds a TCP socket of this mark and lets go of it again: whether it may be. The mark needs
+/// CAP_NET_ADMIN.
+pub fn try_bind(address: SocketAddr, mark: u32) -> io::Result<()> {
+    use std::os::fd::AsRawFd as _;
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, Some(ipproto::TCP))?;
+    // SAFETY: the kernel reads the four bytes of `mark`, which outlives the call.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_MARK,
+            (&raw const mark).cast(),
+            size_of::<u32>() as libc::socklen_t,
+        )
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(bind(&socket, &address)?)
+}
+
 /// A nonblocking descriptor that the tokio runtime watches. Unlike `AsyncFd` it never hands
 /// the descriptor out to be replaced, so using it needs no unsafe code.
 pub struct Readable(AsyncFd<OwnedFd>);

@@ -23,10 +23,11 @@ fn main() -> ExitCode {
         ["keep", netns] => keep(netns),
         ["reap", prefix, dir] => reap(prefix, Path::new(dir)),
         ["listen", name, what @ ..] => listen(name, what),
+        ["bind", words @ ..] => try_binds(words),
         ["sweep", interface, address, run_dir] => sweep(interface, address, Path::new(run_dir)),
         _ => Err(anyhow::anyhow!(
             "usage: enter NET MNT COMMAND.. | keep NETNS | reap PREFIX DIR | listen NAME WHAT.. |\n\
-             sweep INTERFACE ADDRESS DIR"
+             sweep INTERFACE ADDRESS DIR | bind WHAT.."
         )),
     };
     match done {
@@ -41,6 +42,12 @@ fn main() -> ExitCode {
 /// Joins a node and becomes the command. Returns only when that failed.
 fn enter(net: &str, mounts: &str, program: &str, rest: &[OsString]) -> Result<()> {
     let folder = std::env::current_dir().context("read the current folder")?;
+    // Before the mounts change: the path is the machine's. What the product guards by control group is
+    // the lab's own, and nothing of the machine's.
+    if let Some(group) = std::env::var_os("SPOKEGUARD_CGROUP") {
+        let members = Path::new(&group).join("cgroup.procs");
+        std::fs::write(&members, "0").with_context(|| format!("join {}", members.display()))?;
+    }
     join(net, LinkNameSpaceType::Network)?;
     join(mounts, LinkNameSpaceType::Mount)?;
     // Joining a mount namespace goes to its root.
@@ -107,6 +114,29 @@ fn sweep(interface: &str, address: &str, run_dir: &Path) -> Result<()> {
             println!("{}", lab::SWEEPING);
         }
     })?;
+    Ok(())
+}
+
+/// Tries each bind and says what came of it, in a line each: the address that the socket then has, or the
+/// error's number. `tcp/ADDRESS`, `udp/ADDRESS`; with `/dual` behind it an IPv6 socket takes IPv4 as well.
+fn try_binds(words: &[&str]) -> Result<()> {
+    use rustix::net::{AddressFamily, SocketType, bind, getsockname, socket, sockopt};
+    for word in words {
+        let mut parts = word.split('/');
+        let (kind, address) = (parts.next().unwrap_or(""), parts.next().unwrap_or(""));
+        let address: SocketAddr = address.parse().with_context(|| format!("read {word}"))?;
+        let kind = if kind == "udp" { SocketType::DGRAM } else { SocketType::STREAM };
+        let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+        let socket = socket(family, kind, None)?;
+        if address.is_ipv6() {
+            sockopt::set_ipv6_v6only(&socket, parts.next() != Some("dual"))?;
+        }
+        let said = match bind(&socket, &address) {
+            Ok(()) => SocketAddr::try_from(getsockname(&socket)?)?.to_string(),
+            Err(error) => format!("errno {}", error.raw_os_error()),
+        };
+        println!("{said}");
+    }
     Ok(())
 }
 

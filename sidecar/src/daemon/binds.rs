@@ -1,0 +1,181 @@
+//! The bind guard as the daemon keeps it: loaded at start, told of every change of policy and
+//! interfaces, put back where somebody took it off, and tried: a bind that must be refused is
+//! refused.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use tokio::time::Instant;
+
+use crate::cli::{INTERNAL_LOAD_BINDS, Places};
+use crate::desired::Desired;
+use crate::desired::binds::{BindRules, Surroundings};
+use crate::diff::{Code, Finding};
+use crate::observed::{BindTally, Link};
+use crate::policy::Mode;
+use crate::source::bpf::bind::{self, BindEvents, Guard};
+use crate::source::bpf::run_loader;
+use crate::sys::sockets::try_bind;
+use crate::terms::{Actor, Proto};
+
+/// Whoever takes the guard off again and again is answered this often.
+const RELOAD: Duration = Duration::from_secs(5);
+/// Refused processes whose unit is remembered.
+const UNITS_MAX: usize = 256;
+
+#[derive(Default)]
+pub(super) struct Keeper {
+    pins: PathBuf,
+    cgroup: Option<PathBuf>,
+    guard: Option<Guard>,
+    rules: Option<BindRules>,
+    around: Surroundings,
+    /// On the sockets of our own trials; a number that nobody else knows.
+    mark: u32,
+    loaded: Option<Instant>,
+    /// The last trial went as it must.
+    proven: bool,
+    /// A process that is refused often ends at once: its unit is asked when it is announced.
+    units: BTreeMap<(u32, String), String>,
+}
+
+impl Keeper {
+    /// Takes the guard away where the policy wants none. An error: the guard does not run.
+    pub fn start(&mut self, desired: &Desired, places: &Places) -> anyhow::Result<()> {
+        (self.pins, self.cgroup) = (places.pin.clone(), places.cgroup.clone());
+        if !desired.policy.enforce.binds {
+            if bind::release(&self.pins)? {
+                log::info!("[enforce] binds = false: the bind guard was taken away");
+            }
+            return Ok(());
+        }
+        let mut mark = [0; 4];
+        rustix::rand::getrandom(&mut mark, rustix::rand::GetRandomFlags::empty())
+            .context("a random number")?;
+        // 0 would be every socket's.
+        self.mark = u32::from_ne_bytes(mark) | 1;
+        self.load()?;
+        self.configure(desired, None)?;
+        if let Some(guard) = &mut self.guard
+            && guard.lift(false)?
+        {
+            log::info!("the bind guard had been put aside, and is in force again");
+        }
+        Ok(())
+    }
+
+    /// The loader child attaches; this process only opens what it pinned.
+    fn load(&mut self) -> anyhow::Result<()> {
+        self.loaded = Some(Instant::now());
+        let cgroup = bind::cgroup(self.cgroup.as_deref())?;
+        let verb = [INTERNAL_LOAD_BINDS.as_ref(), self.pins.as_os_str(), cgroup.as_os_str()];
+        run_loader(&verb, b"")?;
+        self.guard = Some(Guard::open(&self.pins)?.context("the loader pinned no bind guard")?);
+        Ok(())
+    }
+
+    pub fn events(&self) -> Option<BindEvents> {
+        self.guard.as_ref()?;
+        BindEvents::open(&self.pins).map_err(|error| super::warn("bind events", error)).ok()
+    }
+
+    /// Tells the guard what the policy says, and where strangers come in. `links`: `None`
+    /// where they have not been read yet.
+    pub fn configure(&mut self, desired: &Desired, links: Option<&[Link]>) -> anyhow::Result<()> {
+        let Some(guard) = &mut self.guard else { return Ok(()) };
+        let policy = &desired.policy;
+        let mesh = links.unwrap_or_default().iter().filter(|link| link.name == policy.mesh.interface);
+        let found: Vec<IpAddr> = mesh
+            .flat_map(|link| link.addresses.iter().map(|net| net.addr()))
+            .filter(|address| desired.in_mesh(*address))
+            .collect();
+        let rules = BindRules::new(desired, &found);
+        self.around = bind::surroundings(policy, links)?;
+        guard.configure(&rules, &self.around, self.mark, links.is_some())?;
+        self.rules = Some(rules);
+        Ok(())
+    }
+
+    /// Whether there is a guard to keep: the policy asks for it, and it could be loaded.
+    pub fn runs(&self) -> bool {
+        self.guard.is_some()
+    }
+
+    /// After a look: puts the guard back where its programs were taken off, and tries it.
+    /// An error is why it does not hold. `true`: it was put back.
+    pub fn keep(&mut self) -> anyhow::Result<bool> {
+        self.proven = false;
+        let Some(guard) = &self.guard else { return Ok(false) };
+        if guard.is_lifted()? {
+            return Ok(false);
+        }
+        let due = self.loaded.is_none_or(|at| at.elapsed() >= RELOAD);
+        let gone = !guard.attached();
+        if gone && due {
+            let rules = self.rules.clone();
+            self.load()?;
+            // Its maps may be new ones, in which nothing is written yet.
+            if let (Some(guard), Some(rules)) = (&mut self.guard, rules) {
+                guard.configure(&rules, &self.around, self.mark, true)?;
+            }
+        }
+        self.prove()?;
+        Ok(gone && due)
+    }
+
+    /// Only where the guard enforces; in audit mode nothing is refused.
+    fn prove(&mut self) -> anyhow::Result<()> {
+        let Some(rules) = self.rules.as_ref().filter(|rules| rules.mode == Some(Mode::Enforce)) else {
+            return Ok(());
+        };
+        let Some(refused) = trial(rules, &self.around) else { return Ok(()) };
+        match try_bind(refused, self.mark) {
+            Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => self.proven = true,
+            Err(error) => return Err(error).context("trial of the bind guard"),
+            Ok(()) => anyhow::bail!(
+                "a bind of tcp/{refused} by the daemon itself was not refused: is it outside the guarded \
+                 control group?"
+            ),
+        }
+        Ok(())
+    }
+
+    /// Whether binds are refused right now, proven by trial.
+    pub fn holds(&self) -> bool {
+        self.proven
+    }
+
+    pub fn tally(&self) -> Option<BindTally> {
+        self.guard.as_ref()?.tally().ok()
+    }
+
+    /// Who was refused, while it may still be asked.
+    pub fn remember(&mut self, actors: Vec<Actor>) {
+        for Actor { pid, process, unit } in actors {
+            if self.units.len() >= UNITS_MAX {
+                self.units.clear();
+            }
+            if let Some(unit) = unit {
+                self.units.insert((pid, process), unit);
+            }
+        }
+    }
+
+    /// Fills in the units of those that have ended meanwhile.
+    pub fn name(&self, findings: &mut [Finding]) {
+        for finding in findings.iter_mut().filter(|finding| finding.code == Code::BindRefused) {
+            if let Some(actor) = finding.by.as_mut().filter(|actor| actor.unit.is_none()) {
+                actor.unit = self.units.get(&(actor.pid, actor.process.clone())).cloned();
+            }
+        }
+    }
+}
+
+/// A bind that these rules refuse: of a port that needs no right of its own.
+fn trial(rules: &BindRules, around: &Surroundings) -> Option<SocketAddr> {
+    let mut wide = (1024..=u16::MAX).map(|port| SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)));
+    wide.find(|at| rules.refuses(around, Proto::Tcp, *at, false))
+}
