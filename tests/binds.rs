@@ -18,11 +18,15 @@ use crate::daemon::{Events, LONG, SHORT, findings, plain_policy, status};
 const REFUSED: &str = "errno 1";
 const NEEDS: [Need; 3] = [Need::Lab, Need::Cgroup2, Need::Spokeguard];
 
+fn helper() -> String {
+    let me = std::env::current_exe().unwrap();
+    let mut beside = me.ancestors().skip(1).take(2).map(|dir| dir.join("sg-lab-helper"));
+    beside.find(|path| path.is_file()).unwrap().display().to_string()
+}
+
 /// Tries these binds in one process, one after the other; what each came to.
 fn try_binds(node: &Node, what: &[String]) -> Vec<String> {
-    let helper = std::env::current_exe().unwrap();
-    let helper = helper.ancestors().skip(1).take(2).map(|dir| dir.join("sg-lab-helper"));
-    let helper = helper.into_iter().find(|path| path.is_file()).unwrap().display().to_string();
+    let helper = helper();
     let words: Vec<&str> = [&*helper, "bind"].into_iter().chain(what.iter().map(String::as_str)).collect();
     let said: Vec<String> = node.ok(&words).unwrap().lines().map(str::to_owned).collect();
     assert_eq!(said.len(), what.len(), "{said:?}");
@@ -166,6 +170,16 @@ fn binds_are_refused_by_port_and_address_and_whoever_tried_is_named() {
     events.wait(LONG, "the refusal in the event log", |event| {
         event["code"] == "bind-refused" && event["subject"] == "tcp/[::]:5433"
     });
+
+    // The unit, although the process has ended by now: it is asked while it may be.
+    let unit = spoke.cgroup.as_ref().unwrap().join("redis.service");
+    fs::create_dir(&unit).unwrap();
+    let mut redis = spoke.command(&[&*helper(), "listen", "redis", "tcp/0.0.0.0:6379"]);
+    redis.env("SPOKEGUARD_CGROUP", &unit);
+    spoke.start(redis, "redis in a unit").unwrap().wait(LONG).unwrap();
+    count += 1;
+    let by = &finding_of(spoke, &daemon, "tcp/0.0.0.0:6379")["by"];
+    assert_eq!((by["process"].as_str(), by["unit"].as_str()), (Some("redis"), Some("redis.service")));
 
     // A burst costs a bounded number of findings, and is counted to the last one.
     let burst: Vec<String> = (0..1000).map(|n| format!("tcp/0.0.0.0:{}", 2000 + n)).collect();

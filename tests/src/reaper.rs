@@ -41,7 +41,7 @@ pub fn reap(prefix: &str, dir: &Path) {
         }
     }
     if let Some(group) = cgroup(prefix).filter(|group| group.exists())
-        && let Err(error) = fs::remove_dir(&group)
+        && let Err(error) = remove_cgroup(&group)
     {
         eprintln!("lab {prefix}: remove {}: {error}", group.display());
     }
@@ -50,6 +50,14 @@ pub fn reap(prefix: &str, dir: &Path) {
     {
         eprintln!("lab {prefix}: remove {}: {error}", dir.display());
     }
+}
+
+/// With the groups that a test made in it.
+fn remove_cgroup(group: &Path) -> std::io::Result<()> {
+    for inner in fs::read_dir(group)?.flatten().filter(|entry| entry.path().is_dir()) {
+        fs::remove_dir(inner.path())?;
+    }
+    fs::remove_dir(group)
 }
 
 /// Where a lab's control group is, or will be: below the root of the unified hierarchy.

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use super::sight::{Reach, Sight, Way, is_link_local, told};
 use super::{Assessment, Code, Finding, Severity, listed};
 use crate::observed::{Facet, Listener, Snapshot};
-use crate::policy::{Bind, MeshKind};
+use crate::policy::{Bind, MeshKind, Mode};
 use crate::terms::{Port, Proto, Scope};
 
 pub(super) fn compare(sight: &Sight, snapshot: &Snapshot, out: &mut Assessment) {
@@ -212,10 +212,15 @@ fn report(sight: &Sight, listener: &Listener, place: Option<Place>, out: &mut As
         (Some(place), None) => format!("{} addresses only, and there are none now", listed(&place.names, 3)),
         (Some(place), Some(allowed)) => format!("{} only: {allowed}", listed(&place.names, 3)),
     };
+    let guard = &sight.policy.enforce;
+    let refused = guard.binds && guard.mode == Mode::Enforce && !sight.policy.ssh.rebind;
     let next = match (&allowed, ssh) {
         (Some(allowed), true) => {
+            // It listens since before the guard, or the guard is not there.
+            let later = if refused { "; as it is, the bind guard refuses its next start" } else { "" };
             format!(
-                "Set `ListenAddress` of sshd (or ListenStream of ssh.socket) to {allowed} and restart it."
+                "Set `ListenAddress` of sshd (or ListenStream of ssh.socket) to {allowed} and restart \
+                 it{later}."
             )
         }
         (Some(allowed), false) => format!("Bind {who} to {allowed}, or to a loopback address."),
