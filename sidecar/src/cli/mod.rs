@@ -126,7 +126,7 @@ pub enum Command {
     InternalLoad { pin_dir: PathBuf },
     /// Loads, pins and attaches the bind guard (run by the daemon itself)
     #[command(name = INTERNAL_LOAD_BINDS, hide = true)]
-    InternalLoadBinds { pin_dir: PathBuf, control_group: PathBuf },
+    InternalLoadBinds { pin_dir: PathBuf, control_group: Option<PathBuf> },
 }
 
 /// The directories of this instance. In a network namespace other than the first one the
@@ -225,7 +225,9 @@ pub fn main() -> ExitCode {
         Command::Completions { shell } => completions(&global, shell),
         Command::Man => man(&global),
         Command::InternalLoad { pin_dir } => run::load_bpf(&pin_dir),
-        Command::InternalLoadBinds { pin_dir, control_group } => run::load_binds(&pin_dir, &control_group),
+        Command::InternalLoadBinds { pin_dir, control_group } => {
+            run::load_binds(&pin_dir, control_group.as_deref())
+        }
     };
     match result {
         Ok(code) => ExitCode::from(code),

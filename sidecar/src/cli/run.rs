@@ -39,7 +39,7 @@ pub fn run(global: &Global) -> anyhow::Result<u8> {
     Ok(0)
 }
 
-pub fn load_binds(pin_dir: &Path, cgroup: &Path) -> anyhow::Result<u8> {
+pub fn load_binds(pin_dir: &Path, cgroup: Option<&Path>) -> anyhow::Result<u8> {
     bpf::bind::load_and_pin(pin_dir, cgroup)?;
     Ok(0)
 }

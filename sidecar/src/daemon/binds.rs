@@ -71,8 +71,9 @@ impl Keeper {
     fn load(&mut self) -> anyhow::Result<()> {
         self.loaded = Some(Instant::now());
         let cgroup = bind::cgroup(self.cgroup.as_deref())?;
-        let verb = [INTERNAL_LOAD_BINDS.as_ref(), self.pins.as_os_str(), cgroup.as_os_str()];
-        run_loader(&verb, b"")?;
+        let verb = [Some(INTERNAL_LOAD_BINDS.as_ref()), Some(self.pins.as_os_str())];
+        let verb = verb.into_iter().chain([cgroup.as_ref().map(|path| path.as_os_str())]);
+        run_loader(&verb.flatten().collect::<Vec<_>>(), b"")?;
         self.guard = Some(Guard::open(&self.pins)?.context("the loader pinned no bind guard")?);
         Ok(())
     }

@@ -212,9 +212,10 @@ impl Guard {
     }
 }
 
-/// Loads the programs, pins them and puts them on this control group. What stands already
-/// stays; on a fresh one nothing is refused before [`Guard::configure`].
-pub fn load_and_pin(pin_dir: &Path, cgroup: &Path) -> anyhow::Result<()> {
+/// Loads the programs, pins them and puts them on this control group, or on the root of the
+/// hierarchy. What stands already stays; on a fresh one nothing is refused before
+/// [`Guard::configure`].
+pub fn load_and_pin(pin_dir: &Path, cgroup: Option<&Path>) -> anyhow::Result<()> {
     // Without the right to mount, loading merely needs more memory.
     if let Err(error) = sys::bpf::hide_kernel_btf() {
         log::debug!("the kernel's BTF will be parsed: {error}");
@@ -228,8 +229,13 @@ pub fn load_and_pin(pin_dir: &Path, cgroup: &Path) -> anyhow::Result<()> {
     let mut object = EbpfLoader::new();
     let mut object =
         object.default_map_pin_directory(maps_dir).load(OBJECT).context("load of the eBPF object")?;
-    let directory = File::open(cgroup).with_context(|| format!("open of {}", cgroup.display()))?;
-    let id = directory.metadata().with_context(|| format!("look at {}", cgroup.display()))?.ino();
+    let shown = cgroup.map_or_else(|| "the root control group".into(), Path::to_string_lossy);
+    let directory = match cgroup {
+        Some(path) => File::open(path),
+        None => unmounted_root(),
+    };
+    let directory = directory.with_context(|| format!("open of {shown}"))?;
+    let id = directory.metadata().with_context(|| format!("look at {shown}"))?.ino();
     for name in programs::ALL {
         let pin = programs_dir.join(name);
         let there = link(&root, name).filter(|link| link.cgroup == id);
@@ -245,7 +251,7 @@ pub fn load_and_pin(pin_dir: &Path, cgroup: &Path) -> anyhow::Result<()> {
         // both judge, and both say the same.
         let attached = program
             .attach(&directory, CgroupAttachMode::Single)
-            .with_context(|| format!("attach {name} to {}", cgroup.display()))?;
+            .with_context(|| format!("attach {name} to {shown}"))?;
         let attached: FdLink = program.take_link(attached)?.try_into()?;
         pin_over(&links_dir.join(name), |pin| attached.pin(pin).map(drop).map_err(Into::into))?;
         pin_over(&pin, |pin| Ok(program.pin(pin)?))?;
@@ -277,23 +283,37 @@ pub fn release(pin_dir: &Path) -> anyhow::Result<bool> {
 }
 
 /// The control group that the guard is put on: the given one, or the root of the unified
-/// hierarchy as far as we see it.
-pub fn cgroup(given: Option<&Path>) -> anyhow::Result<PathBuf> {
+/// hierarchy as far as we see it. `None`: it is mounted nowhere that we see, which is no
+/// reason to be without it.
+///
+/// # Errors
+/// The given one is none of version 2.
+pub fn cgroup(given: Option<&Path>) -> anyhow::Result<Option<PathBuf>> {
     const CGROUP2_MAGIC: u64 = 0x6367_7270;
     let unified = |path: &Path| {
         rustix::fs::statfs(path).is_ok_and(|stat| stat.f_type as u64 & 0xffff_ffff == CGROUP2_MAGIC)
     };
     match given {
-        Some(path) if unified(path) => Ok(path.to_path_buf()),
+        Some(path) if unified(path) => Ok(Some(path.to_path_buf())),
         Some(path) => bail!("{} is no control group of version 2", path.display()),
         // `ip netns exec` mounts a /sys of its own, without control groups.
-        None => ["", "/proc/1/root"]
+        None => Ok(["", "/proc/1/root"]
             .iter()
             .flat_map(|root| ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].map(|path| format!("{root}{path}")))
             .map(PathBuf::from)
-            .find(|path| unified(path))
-            .context("no control groups of version 2 are mounted here"),
+            .find(|path| unified(path))),
     }
+}
+
+/// The hierarchy's root without a mount point: there is one hierarchy of version 2 in a
+/// kernel, wherever it is mounted. Linux 5.2, CAP_SYS_ADMIN.
+fn unmounted_root() -> io::Result<File> {
+    use rustix::fs::{Mode, OFlags, openat};
+    use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen};
+    let context = fsopen(c"cgroup2", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_create(context.as_fd())?;
+    let mount = fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
+    Ok(openat(mount, c".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?.into())
 }
 
 /// What this host looks like to the guard. `links`: `None` where they were not read yet.
@@ -418,7 +438,7 @@ fn who(pid: u32, process: &str, cgroup: u64) -> Actor {
 /// Where the control group of this inode is, below the root. Looks at a bounded number.
 fn cgroup_path(inode: u64) -> Option<String> {
     const GROUPS_MAX: usize = 4096;
-    let root = cgroup(None).ok()?;
+    let root = cgroup(None).ok()??;
     let mut waiting = vec![root.clone()];
     for _ in 0..GROUPS_MAX {
         let group = waiting.pop()?;
