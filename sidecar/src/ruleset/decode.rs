@@ -13,7 +13,7 @@ use serde_json::{Map, Value};
 
 use super::{
     Base, Chain, Hook, Match, NamedSet, Nat, Op, Operand, Rule, Ruleset, Statement, Table, TableFamily, Term,
-    Timed, VerdictMap,
+    Timed, VerdictMap, xt,
 };
 use crate::observed::Amount;
 
@@ -37,7 +37,12 @@ pub enum DecodeError {
 
 /// Reads what `nft -j list ruleset` (or `list table`) prints.
 pub fn ruleset(json: impl io::Read) -> Result<Ruleset, DecodeError> {
-    let mut building = Building::default();
+    ruleset_with(json, xt::Parts::default())
+}
+
+/// The same, with what the kernel says of the parts that nft does not print.
+pub fn ruleset_with(json: impl io::Read, xt: xt::Parts) -> Result<Ruleset, DecodeError> {
+    let mut building = Building { xt, ..Building::default() };
     let mut reader = serde_json::Deserializer::from_reader(io::BufReader::new(json));
     let read = Document(&mut building).deserialize(&mut reader).and_then(|()| reader.end());
     // The bound is noticed inside the visitor, whose errors are JSON errors.
@@ -51,6 +56,7 @@ pub fn ruleset(json: impl io::Read) -> Result<Ruleset, DecodeError> {
 #[derive(Default)]
 struct Building {
     ruleset: Ruleset,
+    xt: xt::Parts,
     tables: HashMap<(TableFamily, String), usize>,
     chains: HashMap<(usize, String), usize>,
     /// Tables whose flags could not be read.
@@ -127,7 +133,10 @@ impl Building {
                     return Err("rules");
                 }
                 let at = self.table(family, text("table"));
-                let rule = rule(body);
+                let handle = body.get("handle").and_then(Value::as_u64);
+                let parts =
+                    handle.and_then(|handle| self.xt.take(family, text("table"), text("chain"), handle));
+                let rule = rule(body, family, parts.as_deref());
                 self.chain(at, text("chain")).rules.push(rule);
             }
             "counter" => {
@@ -410,10 +419,21 @@ fn strings(value: Option<&Value>) -> Vec<String> {
     }
 }
 
-fn rule(body: &Value) -> Rule {
+fn rule(body: &Value, family: TableFamily, parts: Option<&[xt::Part]>) -> Rule {
     let mut statements = vec![];
     match body.get("expr") {
-        Some(Value::Array(list)) => statements.extend(list.iter().map(statement)),
+        Some(Value::Array(list)) => match parts.filter(|parts| xt::fit(list, parts)) {
+            Some(parts) => {
+                let mut parts = parts.iter();
+                for json in list {
+                    match json.get("xt").and_then(|_| parts.next()) {
+                        Some(part) => statements.extend(xt::statements(part, family)),
+                        None => statements.push(statement(json)),
+                    }
+                }
+            }
+            None => statements.extend(list.iter().map(statement)),
+        },
         None | Some(Value::Null) => {}
         Some(other) => statements.push(Statement::Unknown(other.to_string())),
     }
@@ -461,7 +481,7 @@ pub(super) fn statement(json: &Value) -> Statement {
         "set" if body.get("stmt").is_none() => Statement::Neutral(json.to_string()),
         "set" | "map" => Statement::Maybe(json.to_string()),
         "mangle" => mangle(json, body),
-        "xt" => xt(json, body),
+        "xt" => xt::unread(json),
         _ => unknown(),
     }
 }
@@ -520,27 +540,6 @@ fn mangle(json: &Value, body: &Value) -> Statement {
     let harmless = matches!(meta, Some("mark" | "priority" | "nftrace" | "secmark" | "rtclassid"))
         || key.is_some_and(|k| k.get("ct").is_some() || k.get("tcp option").is_some());
     if harmless { Statement::Neutral(json.to_string()) } else { Statement::Unknown(json.to_string()) }
-}
-
-/// Expressions of iptables-nft that nft has no words for. Their parameters are not in the
-/// JSON, so only the targets whose name alone says enough are understood.
-fn xt(json: &Value, body: &Value) -> Statement {
-    let text = |key: &str| body.get(key).and_then(Value::as_str).unwrap_or_default();
-    let target = || Operand::Unknown(json.to_string());
-    match (text("type"), text("name")) {
-        ("match", "comment") => Statement::Neutral(json.to_string()),
-        ("match", _) => Statement::Maybe(json.to_string()),
-        (
-            "target",
-            "LOG" | "NFLOG" | "MASQUERADE" | "SNAT" | "MARK" | "CONNMARK" | "TCPMSS" | "CHECKSUM"
-            | "CLASSIFY" | "DSCP" | "TOS" | "TTL" | "HL" | "TRACE" | "CONNSECMARK" | "SECMARK" | "AUDIT"
-            | "SET",
-        ) => Statement::Neutral(json.to_string()),
-        ("target", "REJECT") => Statement::Reject { tcp_reset: false },
-        ("target", "DNAT") => Statement::Dnat(Nat { address: Some(target()), port: None }),
-        ("target", "REDIRECT") => Statement::Redirect { port: Some(target()) },
-        _ => Statement::Unknown(json.to_string()),
-    }
 }
 
 pub(super) fn term(json: &Value) -> Term {

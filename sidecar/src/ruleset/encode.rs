@@ -253,6 +253,8 @@ fn statement<'a>(statement: &Statement) -> stmt::Statement<'a> {
     let target = |chain: &String| stmt::JumpTarget { target: Cow::Owned(chain.clone()) };
     match statement {
         Statement::Match(m) => stmt::Statement::Match(comparison(m)),
+        // Only rules of others have it, and those are not written.
+        Statement::Either(_) => stmt::Statement::XT(None),
         Statement::CounterRef(name) => {
             stmt::Statement::Counter(stmt::Counter::Named(Cow::Owned(name.clone())))
         }

@@ -19,7 +19,7 @@ use serde_json::Value;
 use super::decode::unclear_flags;
 use super::{
     Base, Chain, Hook, Judgement, Match, NamedSet, Nat, Op, Operand, Packet, Place, Published, Rewritten,
-    Rule, Ruleset, Statement, Table, TableFamily, Term, Verdict, VerdictMap, normal, render,
+    Rule, Ruleset, Statement, Table, TableFamily, Term, Verdict, VerdictMap, normal, render, xt,
 };
 use crate::terms::{Family, Port, Proto};
 
@@ -464,7 +464,19 @@ impl<'a> Walk<'a> {
                 Statement::Match(m) => {
                     let truth = self.comparison(table, site, way, m);
                     if truth == Maybe {
-                        self.doubt(&format!("`{}`", render_match(m)));
+                        self.doubt(&format!("`{}`", rendered(statement)));
+                    }
+                    taken = taken.and(truth);
+                    if taken == No {
+                        return After::NEXT;
+                    }
+                    continue;
+                }
+                Statement::Either(list) => {
+                    let truths = list.iter().map(|m| self.comparison(table, site, way, m));
+                    let truth = truths.fold(No, Truth::or);
+                    if truth == Maybe {
+                        self.doubt(&format!("`{}`", rendered(statement)));
                     }
                     taken = taken.and(truth);
                     if taken == No {
@@ -488,13 +500,7 @@ impl<'a> Walk<'a> {
                         Some(Lookup::Missing) => continue,
                         Some(Lookup::Found(verdict)) => verdict,
                         None => {
-                            self.doubt(&format!(
-                                "`{}`",
-                                render::rule(&Rule {
-                                    statements: vec![statement.clone()],
-                                    ..Rule::default()
-                                })
-                            ));
+                            self.doubt(&format!("`{}`", rendered(statement)));
                             &Statement::Unknown(String::new())
                         }
                     }
@@ -527,7 +533,7 @@ impl<'a> Walk<'a> {
                 Statement::Dnat(Nat { address, port }) if site.nat => {
                     let place = self.place(table, chain, rule);
                     if ends.rewrites.len() < WAYS_MAX {
-                        ends.rewrites.push((dnat(address, port), place));
+                        ends.rewrites.push((dnat(address, port, way), place));
                     } else {
                         self.overrun = true;
                     }
@@ -775,6 +781,8 @@ impl<'a> Walk<'a> {
             ("ip" | "ip6", "saddr") => Seen::address(*source),
             ("ip" | "ip6", "daddr") => way.destination.map_or(Seen::Unclear, Seen::address),
             ("ip", "version") => Seen::number(4),
+            // It may say that it must not be fragmented.
+            ("ip", "frag-off") => Seen::Values(vec![Exact::Bits { value: 0, known: 0xbfff }]),
             ("ip6", "version") => Seen::number(6),
             ("ip", "protocol") | ("ip6", "nexthdr") => Seen::number(proto.number().into()),
             ("tcp", _) if *proto != Proto::Tcp => Seen::Break,
@@ -830,6 +838,10 @@ impl<'a> Walk<'a> {
             ("proto-src", Some("reply")) => way.port.map_or(Seen::Unclear, |p| Seen::number(p.into())),
             ("saddr" | "ip saddr" | "ip6 saddr", Some("original")) => Seen::address(*source),
             ("daddr" | "ip daddr" | "ip6 daddr", Some("original")) => Seen::address(*destination),
+            ("saddr" | "ip saddr" | "ip6 saddr", Some("reply")) => {
+                way.destination.map_or(Seen::Unclear, Seen::address)
+            }
+            ("daddr" | "ip daddr" | "ip6 daddr", Some("reply")) => Seen::address(*source),
             _ => Seen::Unclear,
         }
     }
@@ -840,6 +852,9 @@ impl<'a> Walk<'a> {
             // The reverse path is taken to exist; see the head of this module.
             return match result {
                 "oif" => Seen::text("exists"),
+                "type" if !(self.is_local)(self.packet.source) && !is_group(self.packet.source) => {
+                    Seen::text("unicast")
+                }
                 _ => Seen::Unclear,
             };
         }
@@ -977,18 +992,22 @@ fn is_group(address: IpAddr) -> bool {
     address.is_multicast() || matches!(address, IpAddr::V4(a) if a.is_broadcast())
 }
 
-fn render_match(m: &Match) -> String {
-    render::rule(&Rule { statements: vec![Statement::Match(m.clone())], ..Rule::default() })
+fn rendered(statement: &Statement) -> String {
+    render::rule(&Rule { statements: vec![statement.clone()], ..Rule::default() })
 }
 
 fn foreign(json: &str) -> String {
-    crate::terms::printable(json, 120)
+    let named = serde_json::from_str(json).ok().and_then(|value| xt::named(&value));
+    named.unwrap_or_else(|| crate::terms::printable(json, 120))
 }
 
 /// Whether `decode` could not read the flags of the table.
 fn unclear(table: &Table) -> bool {
     table.chains.iter().any(|c| c.rules.first() == Some(&unclear_flags()))
 }
+
+const XT_MASQUERADE: &str = r#"{"xt":{"name":"MASQUERADE""#;
+const XT_SNAT: &str = r#"{"xt":{"name":"SNAT""#;
 
 /// A NAT chain alone does not turn connection tracking on; rules that use it do.
 fn turns_tracking_on(table: &Table, family: Family) -> bool {
@@ -1004,10 +1023,12 @@ fn turns_tracking_on(table: &Table, family: Family) -> bool {
     let mut statements = table.chains.iter().flat_map(|c| &c.rules).flat_map(|r| &r.statements);
     fits && statements.any(|s| match s {
         Statement::Match(m) => uses(&m.left),
+        Statement::Either(list) => list.iter().any(|m| uses(&m.left)),
         Statement::Vmap { key, .. } => uses(key),
         Statement::Dnat(_) | Statement::Redirect { .. } => true,
         Statement::Neutral(json) => {
-            ["{\"snat\"", "{\"masquerade\"", "{\"ct "].iter().any(|p| json.starts_with(p))
+            let known = ["{\"snat\"", "{\"masquerade\"", "{\"ct ", XT_MASQUERADE, XT_SNAT];
+            known.iter().any(|start| json.starts_with(start))
         }
         _ => false,
     })
@@ -1062,21 +1083,32 @@ fn neutral(json: &str, way: &mut Way, site: Site, certain: bool) {
         }
     }
     if let Some(xt) = value.get("xt") {
-        match xt.get("name").and_then(Value::as_str) {
-            Some("MARK") => way.mark = None,
+        let number = |key: &str| xt.get(key).and_then(Value::as_u64);
+        // Only connections that are tracked have a mark.
+        let (mark, ct_mark) = (way.mark, way.ct_mark.filter(|_| site.conntrack == Yes));
+        let result = |to: Option<u64>, from: Option<u64>| {
+            Some(to? & number("keep")? ^ from? & number("take")? ^ number("flip")?)
+        };
+        let zero_where_unused = |from| if number("take") == Some(0) { Some(0) } else { from };
+        match (xt.get("to").and_then(Value::as_str), xt.get("name").and_then(Value::as_str)) {
+            (Some("meta"), _) => set(&mut way.mark, result(mark, zero_where_unused(ct_mark))),
+            (Some("ct"), _) => set(&mut way.ct_mark, result(ct_mark, zero_where_unused(mark))),
+            (_, Some("MARK" | "HMARK")) => way.mark = None,
             // It saves, restores or sets either.
-            Some("CONNMARK") => (way.mark, way.ct_mark) = (None, None),
+            (_, Some("CONNMARK")) => (way.mark, way.ct_mark) = (None, None),
             _ => {}
         }
     }
 }
 
-fn dnat(address: &Option<Operand>, port: &Option<Operand>) -> Rewrite {
+fn dnat(address: &Option<Operand>, port: &Option<Operand>, way: &Way) -> Rewrite {
     let unclear_map = matches!(address, Some(Operand::Unknown(_)));
     Rewrite {
         address: Some(match address {
             Some(Operand::Address(a)) => Target::Known(*a),
-            _ => Target::Unclear,
+            // `dnat to :8080` changes the port alone.
+            None => way.destination.map_or(Target::Unclear, Target::Known),
+            Some(_) => Target::Unclear,
         }),
         port: match port {
             // A map, or a target of xtables, may hold a port as well.
@@ -1364,8 +1396,8 @@ mod tests {
             ],
             expect![[r#"
                 tcp/9 from 203.0.113.9: Drop by raw/PREROUTING/2
-                tcp/22 from 203.0.113.9: Unknown("{\"xt\":{\"name\":\"conntrack\",\"type\":\"match\"}}") by filter/ufw-before-input/12
-                tcp/8080 from 203.0.113.9: Unknown("{\"xt\":{\"name\":\"addrtype\",\"type\":\"match\"}}") by filter/ufw-before-input/12
+                tcp/22 from 203.0.113.9: Unknown("iptables' `-m conntrack`") by filter/ufw-before-input/12
+                tcp/8080 from 203.0.113.9: Unknown("iptables' `-m addrtype`") by filter/ufw-before-input/12
                 tcp/22 from 2001:db8:9::9: Accept
             "#]],
         );

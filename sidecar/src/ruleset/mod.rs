@@ -12,6 +12,7 @@ pub mod evaluate;
 pub mod glass;
 pub mod normal;
 pub mod render;
+pub mod xt;
 
 #[cfg(test)]
 mod live;
@@ -106,6 +107,8 @@ pub struct Rule {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Statement {
     Match(Match),
+    /// Holds if one of these does, and never if there is none: some matches of xtables.
+    Either(Vec<Match>),
     /// `counter name "x"`.
     CounterRef(String),
     /// An anonymous counter; the amounts are never compared.

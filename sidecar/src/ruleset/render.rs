@@ -86,6 +86,11 @@ pub fn family(family: TableFamily) -> &'static str {
 fn statement(statement: &Statement) -> String {
     match statement {
         Statement::Match(m) => comparison(m),
+        // nft has no words for it.
+        Statement::Either(list) if list.is_empty() => "<never>".into(),
+        Statement::Either(list) => {
+            format!("<{}>", list.iter().map(comparison).collect::<Vec<_>>().join(" or "))
+        }
         Statement::CounterRef(name) => format!("counter name {}", quoted(name)),
         Statement::Counter(_) => "counter".into(),
         Statement::Accept => "accept".into(),

@@ -10,6 +10,7 @@ pub mod netlink;
 pub mod nft;
 pub mod nft_counters;
 pub mod nft_events;
+pub mod nft_xt;
 pub mod owners;
 pub mod probe;
 pub mod scan;

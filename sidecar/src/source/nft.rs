@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use super::{nft_events, nft_xt};
 use crate::desired::TABLE;
+use crate::ruleset::xt::Parts;
 use crate::ruleset::{Ruleset, Table, TableFamily, decode};
 use crate::terms::printable;
 
@@ -40,14 +42,30 @@ pub enum NftError {
     Run { operation: String, source: io::Error },
 }
 
-/// Every table of this network namespace.
+/// Times that we list again because somebody changed the rules meanwhile.
+const TRIES: u8 = 3;
+
+/// Every table of this network namespace, with what nft does not print of them.
 pub fn list_ruleset() -> anyhow::Result<Ruleset> {
-    list(&["-j", "list", "ruleset"])
+    let args = ["-j", "list", "ruleset"];
+    // The numbers of rules that were there before and after mean the same rules; else what
+    // is in them stays unknown.
+    let mut tries = 0..TRIES;
+    let generation = || nft_events::NftQueries::open()?.generation();
+    while let (Some(_), Ok(before)) = (tries.next(), generation()) {
+        let Ok(parts) = nft_xt::read() else { break };
+        let some = !parts.is_empty();
+        let ruleset = list(&args, parts)?;
+        if !some || generation().is_ok_and(|after| after == before) {
+            return Ok(ruleset);
+        }
+    }
+    list(&args, Parts::default())
 }
 
 /// Our own table; `None` if there is none.
 pub fn list_table() -> anyhow::Result<Option<Table>> {
-    match list(&["-j", "list", "table", "inet", TABLE]) {
+    match list(&["-j", "list", "table", "inet", TABLE], Parts::default()) {
         Ok(ruleset) => {
             Ok(ruleset.tables.into_iter().find(|t| t.family == TableFamily::Inet && t.name == TABLE))
         }
@@ -110,12 +128,12 @@ pub fn committed(pid: u32) -> bool {
     COMMITTERS.lock().unwrap_or_else(PoisonError::into_inner).contains(&pid)
 }
 
-fn list(args: &[&str]) -> anyhow::Result<Ruleset> {
-    decoded(Running::start(&program()?, args, Stdio::null(), Stdio::piped(), DEADLINE)?)
+fn list(args: &[&str], parts: Parts) -> anyhow::Result<Ruleset> {
+    decoded(Running::start(&program()?, args, Stdio::null(), Stdio::piped(), DEADLINE)?, parts)
 }
 
-fn decoded(mut nft: Running) -> anyhow::Result<Ruleset> {
-    let decoded = decode::ruleset(&mut nft);
+fn decoded(mut nft: Running, parts: Parts) -> anyhow::Result<Ruleset> {
+    let decoded = decode::ruleset_with(&mut nft, parts);
     if decoded.is_err() && !nft.ended {
         // Half a listing read: it would wait for ever to write the rest.
         nft.stop();
@@ -376,7 +394,8 @@ mod tests {
     #[track_caller]
     fn refused(script: &str, deadline: Duration) -> String {
         let start = Instant::now();
-        let error = decoded(running(script, deadline)).expect_err("was taken for a listing");
+        let error =
+            decoded(running(script, deadline), Parts::default()).expect_err("was taken for a listing");
         assert!(start.elapsed() < Duration::from_secs(20), "took {:?}", start.elapsed());
         format!("{error:#}")
     }
@@ -384,7 +403,8 @@ mod tests {
     #[test]
     fn a_listing_is_taken_only_whole_and_from_an_nft_that_succeeds() {
         let table = r#"{"nftables":[{"table":{"family":"inet","name":"x","handle":1}}]}"#;
-        let listed = decoded(running(&format!("echo '{table}'; echo note >&2"), LONG)).expect("a listing");
+        let listed = decoded(running(&format!("echo '{table}'; echo note >&2"), LONG), Parts::default())
+            .expect("a listing");
         assert_eq!(listed.tables.len(), 1);
         assert!(
             refused(&format!("echo '{table}'; echo 'Error: Bad' >&2; exit 1"), LONG).contains("Error: Bad")
