@@ -15,6 +15,8 @@ pub enum Need {
     /// Judges XML by its definition.
     Xmllint,
     Sshd,
+    /// iptables-nft, and ufw on top of it.
+    Iptables,
     Prometheus,
     /// The product's own program.
     Spokeguard,
@@ -63,6 +65,10 @@ pub fn missing(needs: &[Need]) -> Vec<String> {
                 program("sshd", "openssh-server");
                 program("ssh", "openssh-client");
                 program("ssh-keygen", "openssh-client");
+            }
+            Need::Iptables => {
+                program("iptables-nft-restore", "iptables");
+                program("ufw", "ufw");
             }
             Need::Prometheus => program("prometheus", "prometheus"),
             Need::Spokeguard => {}

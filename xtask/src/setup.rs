@@ -21,6 +21,8 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("xmllint", "libxml2-utils"),
     ("sshd", "openssh-server"),
     ("ssh", "openssh-client"),
+    ("iptables-nft-restore", "iptables"),
+    ("ufw", "ufw"),
     ("wg", "wireguard-tools"),
     ("wireguard-go", "wireguard-go"),
     ("prometheus", "prometheus"),

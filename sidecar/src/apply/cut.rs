@@ -16,7 +16,7 @@ use serde::Serialize;
 
 use crate::desired::{Desired, TABLE};
 use crate::observed::Link;
-use crate::ruleset::{Chain, Hook, Packet, Ruleset, Table, TableFamily, Verdict, judge};
+use crate::ruleset::{Chain, Evaluator, Hook, Host, Packet, Ruleset, Table, TableFamily, Verdict};
 use crate::source::flows::{self, Flow};
 use crate::source::probe::Routes;
 use crate::source::{links, nft};
@@ -75,12 +75,13 @@ pub fn in_force(desired: Option<&Desired>, rules: &Ruleset, links: &[Link]) -> a
     if candidates.is_empty() || rules.table(TableFamily::Inet, TABLE).is_none() {
         return Ok(Cut::default());
     }
-    let is_local = |address| is_own(address);
+    let is_local = |address: IpAddr| is_own(address);
+    let rules = essential(rules);
     let mut court = Court {
         desired,
-        rules: essential(rules),
+        evaluator: Evaluator::new(&rules),
         links,
-        is_local: &is_local,
+        host: &is_local,
         routes: Routes::open()?,
         ways: HashMap::new(),
         answers: HashMap::new(),
@@ -153,9 +154,9 @@ type Question = (String, IpAddr, SocketAddr, Proto);
 
 struct Court<'a> {
     desired: Option<&'a Desired>,
-    rules: Ruleset,
+    evaluator: Evaluator<'a>,
     links: &'a [Link],
-    is_local: &'a dyn Fn(IpAddr) -> bool,
+    host: &'a dyn Host,
     routes: Routes,
     ways: HashMap<(IpAddr, IpAddr), Vec<String>>,
     answers: HashMap<Question, bool>,
@@ -188,7 +189,7 @@ impl Court<'_> {
                         source_port,
                         port,
                     };
-                    let judgement = judge(&self.rules, &packet, self.is_local);
+                    let judgement = self.evaluator.judge(&packet, self.host);
                     let ours = |place: &crate::ruleset::Place| {
                         place.family == TableFamily::Inet && place.table == TABLE
                     };

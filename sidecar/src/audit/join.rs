@@ -12,8 +12,7 @@ use ipnet::IpNet;
 use crate::desired::{COMMENT_PREFIX, Desired, Service, TABLE};
 use crate::observed::{Link, Listener, Reading, Snapshot};
 use crate::report::Verdict;
-use crate::ruleset::evaluate::judge;
-use crate::ruleset::{Judgement, Packet, Place, Ruleset, TableFamily, Verdict as Says};
+use crate::ruleset::{Evaluator, Host, Judgement, Packet, Place, Ruleset, TableFamily, Verdict as Says};
 use crate::terms::{Family, Port, Proto, Scope, Stamp, printable};
 
 /// Up to this many ports of one state are listed one by one; nmap does the same.
@@ -357,6 +356,7 @@ impl Way<'_> {
 /// Where the packets of one sweep come in.
 struct Site<'a> {
     view: &'a View<'a>,
+    evaluator: Option<Evaluator<'a>>,
     interface: &'a str,
     address: IpAddr,
     source: IpAddr,
@@ -383,7 +383,8 @@ impl<'a> Site<'a> {
         }
         let named = view.named().into_iter().filter(|net| Family::of_net(net) == Family::of(address));
         let named = named.take(NAMED_MAX).collect();
-        Self { view, interface, address, source, proto, sockets, named }
+        let evaluator = view.rules.seen().map(Evaluator::new);
+        Self { view, evaluator, interface, address, source, proto, sockets, named }
     }
 
     fn judge(&self, port: Port, source: IpAddr) -> Option<Judgement> {
@@ -395,7 +396,7 @@ impl<'a> Site<'a> {
             source_port: SOURCE_PORT,
             port,
         };
-        Some(judge(self.view.rules.seen()?, &packet, &|address| self.view.is_local(address)))
+        Some(self.evaluator.as_ref()?.judge(&packet, self.view))
     }
 
     /// Who takes a packet for this address and port. The kernel prefers a socket bound to
@@ -541,6 +542,16 @@ fn unreachable(proto: Proto, address: IpAddr, icmp_type: u8, code: u8) -> (State
     match (proto, word) {
         (Proto::Udp, "port-unreach") => (State::Closed, word),
         _ => (State::Filtered, word),
+    }
+}
+
+impl Host for View<'_> {
+    fn is_local(&self, address: IpAddr) -> bool {
+        self.is_local(address)
+    }
+
+    fn way_out(&self, address: IpAddr) -> Option<&str> {
+        Link::towards(self.links.seen()?, address).map(|link| link.name.as_str())
     }
 }
 

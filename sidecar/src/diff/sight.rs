@@ -11,8 +11,7 @@ use super::listed;
 use crate::desired::{Desired, TABLE};
 use crate::observed::{Link, Listener, Reading, Snapshot};
 use crate::policy::{Mode, Policy};
-use crate::ruleset::evaluate::judge;
-use crate::ruleset::{Judgement, Packet, Place, Ruleset, TableFamily, Verdict};
+use crate::ruleset::{Evaluator, Host, Judgement, Packet, Place, Ruleset, TableFamily, Verdict};
 use crate::terms::{Family, IfacePattern, Port, Proto, Scope, Stamp};
 
 /// The readings side by side, and the packets that were judged already.
@@ -21,6 +20,7 @@ pub(super) struct Sight<'a> {
     pub policy: &'a Policy,
     pub now: Stamp,
     rules: &'a Reading<Ruleset>,
+    evaluator: Option<Evaluator<'a>>,
     links: &'a Reading<Vec<Link>>,
     /// Public interfaces that have an address. Without one an interface is a bridge port or
     /// idle, and never the `iifname` of a packet for this host.
@@ -86,6 +86,7 @@ impl<'a> Sight<'a> {
             policy,
             now,
             rules: &snapshot.nftables,
+            evaluator: snapshot.nftables.seen().map(Evaluator::new),
             links: &snapshot.links,
             doors,
             local,
@@ -213,14 +214,14 @@ impl<'a> Sight<'a> {
         port: Port,
     ) -> Option<Judgement> {
         const SOURCE_PORT: Port = Port::new(50_123).unwrap();
-        let rules = self.rules.seen()?;
+        let evaluator = self.evaluator.as_ref()?;
         let question = (link.index, source, destination, proto, port);
         if let Some(known) = self.judged.borrow().get(&question) {
             return Some(known.clone());
         }
         let packet =
             Packet { iifname: link.name.clone(), source, destination, proto, source_port: SOURCE_PORT, port };
-        let judgement = judge(rules, &packet, &|address| self.is_local(address));
+        let judgement = evaluator.judge(&packet, self);
         let mut judged = self.judged.borrow_mut();
         if judged.len() < JUDGED_MAX {
             judged.insert(question, judgement.clone());
@@ -286,6 +287,16 @@ impl<'a> Sight<'a> {
             (Some(_), _) if self.policy.enforce.mode == Mode::Audit => "; mode is audit: nothing is dropped",
             _ => "",
         }
+    }
+}
+
+impl Host for Sight<'_> {
+    fn is_local(&self, address: IpAddr) -> bool {
+        self.is_local(address)
+    }
+
+    fn way_out(&self, address: IpAddr) -> Option<&str> {
+        Link::towards(self.all_links(), address).map(|link| link.name.as_str())
     }
 }
 

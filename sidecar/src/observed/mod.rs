@@ -224,6 +224,22 @@ pub struct Link {
     pub addresses: Vec<IpNet>,
 }
 
+impl Link {
+    /// The link by which packets to this address leave: the one with the narrowest network
+    /// that holds it. `None` where no link's network does, so that routes decide that are
+    /// not read here, or where two links have the same.
+    pub fn towards(links: &[Link], address: IpAddr) -> Option<&Link> {
+        let usable = links.iter().filter(|link| link.up && link.master.is_none() && !link.loopback);
+        let holding = usable.flat_map(|link| link.addresses.iter().map(move |net| (net, link)));
+        let holding =
+            holding.filter(|(net, _)| net.contains(&address) && net.prefix_len() < net.max_prefix_len());
+        let narrowest = holding.clone().map(|(net, _)| net.prefix_len()).max()?;
+        let mut found = holding.filter(|(net, _)| net.prefix_len() == narrowest).map(|(_, link)| link);
+        let first = found.next()?;
+        found.all(|other| other.index == first.index).then_some(first)
+    }
+}
+
 /// A WireGuard device, from the kernel or from a userspace implementation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Device {

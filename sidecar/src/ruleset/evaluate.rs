@@ -9,9 +9,10 @@
 //! fragments or extension headers that matter, has no mark before a rule sets one (tc
 //! programs could), and is a plain SYN where it is TCP.
 
-use std::cell::Cell;
-use std::collections::{HashMap, HashSet};
+use std::cell::{Cell, OnceCell, RefCell};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
+use std::rc::Rc;
 
 use ipnet::IpNet;
 use serde_json::Value;
@@ -31,16 +32,165 @@ const DEPTH_MAX: usize = 16;
 const STEPS_MAX: usize = 400_000;
 /// Ways that the NAT chains may have left the packet.
 const WAYS_MAX: usize = 16;
+/// Shorter chains are read whole.
+const SIEVE_FROM: usize = 8;
+/// A rule for more ports than this is looked at for each of them.
+const PORTS_MAX: usize = 64;
 const PRIORITY_CONNTRACK: i32 = -200;
 /// All NAT chains of a hook run together here, whatever their own priorities, which only
 /// order them among themselves.
 const PRIORITY_DSTNAT: i32 = -100;
 
-/// The verdict over all tables. `is_local` knows the addresses of this host.
-pub fn judge(ruleset: &Ruleset, packet: &Packet, is_local: &dyn Fn(IpAddr) -> bool) -> Judgement {
-    let mut walk = Walk::new(ruleset, packet, is_local);
-    walk.whole_way();
-    walk.judgement()
+/// What rules ask of a host and do not hold themselves.
+pub trait Host {
+    /// Whether this is an address of the host.
+    fn is_local(&self, address: IpAddr) -> bool;
+
+    /// The interface by which packets to this address leave; `None` where that is not sure.
+    fn way_out(&self, address: IpAddr) -> Option<&str>;
+}
+
+/// A host of which only the addresses are known.
+impl<F: Fn(IpAddr) -> bool> Host for F {
+    fn is_local(&self, address: IpAddr) -> bool {
+        self(address)
+    }
+
+    fn way_out(&self, _: IpAddr) -> Option<&str> {
+        None
+    }
+}
+
+/// The verdict over all tables, for one packet. For many, an [`Evaluator`] is much quicker.
+pub fn judge(ruleset: &Ruleset, packet: &Packet, host: &dyn Host) -> Judgement {
+    Evaluator::new(ruleset).judge(packet, host)
+}
+
+/// A rule set made ready for many packets.
+pub struct Evaluator<'a> {
+    tables: Vec<Index<'a>>,
+    /// Whether a rule turns connection tracking on, for IPv4 and for IPv6. Without it NAT
+    /// chains see no packets; something outside nftables may have turned it on as well.
+    tracking: [bool; 2],
+    /// Base chains in the order in which packets meet them.
+    hooks: HashMap<(Hook, Family), Vec<BaseChain<'a>>>,
+    /// Rules that packets of one kind can match at all.
+    kinds: RefCell<HashMap<Kind, Rc<Candidates>>>,
+}
+
+/// Kinds of packets that are remembered: links, strangers and protocols make some dozen.
+const KINDS_MAX: usize = 64;
+
+impl<'a> Evaluator<'a> {
+    pub fn new(ruleset: &'a Ruleset) -> Self {
+        let tables = ruleset.tables.iter().filter(|t| !t.dormant || unclear(t));
+        let tables: Vec<Index> = tables.map(Index::new).collect();
+        let tracking = Family::ALL.map(|family| ruleset.tables.iter().any(|t| turns_tracking_on(t, family)));
+        let mut hooks: HashMap<(Hook, Family), Vec<BaseChain>> = HashMap::new();
+        for (table, index) in tables.iter().enumerate() {
+            for (chain, base) in
+                index.table.chains.iter().enumerate().filter_map(|(n, c)| Some((n, c.base.as_ref()?)))
+            {
+                for family in Family::ALL.into_iter().filter(|f| sees(index.table.family, base.hook, *f)) {
+                    hooks.entry((base.hook, family)).or_default().push(BaseChain { table, chain, base });
+                }
+            }
+        }
+        for chains in hooks.values_mut() {
+            chains.sort_by_key(|c| c.base.priority);
+        }
+        Self { tables, tracking, hooks, kinds: RefCell::default() }
+    }
+
+    pub fn judge(&self, packet: &Packet, host: &dyn Host) -> Judgement {
+        let mut walk = Walk {
+            rules: self,
+            kind: self.kind(packet),
+            packet,
+            host,
+            steps: Cell::new(0),
+            doubt: None,
+            overrun: false,
+            drop: None,
+            reject: None,
+            accepted: false,
+            rewritten: vec![],
+        };
+        walk.whole_way();
+        walk.judgement()
+    }
+
+    fn kind(&self, packet: &Packet) -> Rc<Candidates> {
+        let kind = Kind {
+            iifname: packet.iifname.clone(),
+            source: packet.source,
+            source_port: packet.source_port,
+            proto: packet.proto,
+            family: packet.family(),
+        };
+        let mut kinds = self.kinds.borrow_mut();
+        if kinds.len() >= KINDS_MAX && !kinds.contains_key(&kind) {
+            kinds.clear();
+        }
+        let chains = |index: &Index| index.table.chains.iter().map(|_| OnceCell::new()).collect();
+        kinds.entry(kind).or_insert_with(|| Rc::new(self.tables.iter().map(chains).collect())).clone()
+    }
+}
+
+/// Whether packets of a family meet the chains of a table at a hook.
+fn sees(table: TableFamily, hook: Hook, family: Family) -> bool {
+    match (table, hook) {
+        (TableFamily::Netdev, _) => hook == Hook::Ingress,
+        (TableFamily::Inet, _) => true,
+        (TableFamily::Ip | TableFamily::Ip6, Hook::Ingress) => false,
+        (TableFamily::Ip, _) => family == Family::Ipv4,
+        (TableFamily::Ip6, _) => family == Family::Ipv6,
+        (TableFamily::Arp | TableFamily::Bridge, _) => false,
+    }
+}
+
+#[derive(Clone, Copy)]
+struct BaseChain<'a> {
+    table: usize,
+    /// Its number in the table.
+    chain: usize,
+    base: &'a Base,
+}
+
+/// What packets have in common that differ in destination and port only.
+#[derive(PartialEq, Eq, Hash)]
+struct Kind {
+    iifname: String,
+    source: IpAddr,
+    source_port: Port,
+    proto: Proto,
+    family: Family,
+}
+
+/// By table and chain; made when a packet first gets there.
+type Candidates = Vec<Vec<OnceCell<Sieve>>>;
+
+/// The rules of a chain that a kind of packets can match, by their numbers in it.
+struct Sieve {
+    any_port: Vec<u32>,
+    by_port: HashMap<u16, Vec<u32>>,
+}
+
+impl Sieve {
+    fn rules(&self, port: u16) -> impl Iterator<Item = usize> {
+        let (mut any, mut own) =
+            (self.any_port.as_slice(), self.by_port.get(&port).map(Vec::as_slice).unwrap_or_default());
+        std::iter::from_fn(move || {
+            let list = match (any.first(), own.first()) {
+                (Some(a), Some(b)) if b < a => &mut own,
+                (Some(_), _) => &mut any,
+                (None, _) => &mut own,
+            };
+            let (first, rest) = list.split_first()?;
+            *list = rest;
+            Some(*first as usize)
+        })
+    }
 }
 
 /// Every DNAT and redirect that a packet from outside can reach, with its ports. A rule
@@ -153,12 +303,10 @@ struct Left {
 }
 
 struct Walk<'a> {
+    rules: &'a Evaluator<'a>,
+    kind: Rc<Candidates>,
     packet: &'a Packet,
-    is_local: &'a dyn Fn(IpAddr) -> bool,
-    tables: Vec<Index<'a>>,
-    /// Whether a rule turns connection tracking on. Without it NAT chains see no packets;
-    /// something outside nftables may have turned it on as well.
-    tracking: bool,
+    host: &'a dyn Host,
     steps: Cell<usize>,
     /// Why something was not clear; the first reason is the one reported.
     doubt: Option<String>,
@@ -171,38 +319,27 @@ struct Walk<'a> {
 }
 
 struct Index<'a> {
-    table: &'a Table,
     /// Dormant, or maybe so.
-    chains: HashMap<&'a str, &'a Chain>,
+    table: &'a Table,
+    /// Numbers of chains in the table.
+    chains: HashMap<&'a str, usize>,
     sets: HashMap<&'a str, &'a NamedSet>,
     /// Sets that rules add to: what is not in them may be by the time it is looked up.
     written: HashSet<String>,
 }
 
-impl<'a> Walk<'a> {
-    fn new(ruleset: &'a Ruleset, packet: &'a Packet, is_local: &'a dyn Fn(IpAddr) -> bool) -> Self {
-        let tables = ruleset.tables.iter().filter(|t| !t.dormant || unclear(t));
-        let tables = tables.map(|table| Index {
+impl<'a> Index<'a> {
+    fn new(table: &'a Table) -> Self {
+        Self {
             table,
-            chains: table.chains.iter().map(|c| (c.name.as_str(), c)).collect(),
+            chains: table.chains.iter().enumerate().map(|(at, c)| (c.name.as_str(), at)).collect(),
             sets: table.sets.iter().map(|s| (s.name.as_str(), s)).collect(),
             written: written_sets(table),
-        });
-        Self {
-            packet,
-            is_local,
-            tables: tables.collect(),
-            tracking: ruleset.tables.iter().any(|t| turns_tracking_on(t, packet.family())),
-            steps: Cell::new(0),
-            doubt: None,
-            overrun: false,
-            drop: None,
-            reject: None,
-            accepted: false,
-            rewritten: vec![],
         }
     }
+}
 
+impl<'a> Walk<'a> {
     fn judgement(self) -> Judgement {
         let same = self.rewritten.windows(2).all(|w| w[0] == w[1]);
         let rewritten = if same { self.rewritten.into_iter().next().flatten() } else { None };
@@ -234,8 +371,8 @@ impl<'a> Walk<'a> {
         let ingress = self.base_chains(Hook::Ingress);
         let Some(mut way) = self.hook(&ingress, start) else { return };
         let prerouting = self.base_chains(Hook::Prerouting);
-        let is_nat = |c: &(usize, &Chain, &Base)| c.2.kind == "nat";
-        let before = |c: &(usize, &Chain, &Base)| !is_nat(c) && c.2.priority < PRIORITY_DSTNAT;
+        let is_nat = |c: &BaseChain| c.base.kind == "nat";
+        let before = |c: &BaseChain| !is_nat(c) && c.base.priority < PRIORITY_DSTNAT;
         let (early, rest): (Vec<_>, Vec<_>) = prerouting.into_iter().partition(before);
         let (nat, late): (Vec<_>, Vec<_>) = rest.into_iter().partition(is_nat);
         way = match self.hook(&early, way) {
@@ -246,7 +383,7 @@ impl<'a> Walk<'a> {
             let Some(way) = self.hook(&late, way) else { continue };
             let local = match way.destination {
                 _ if way.here => Yes,
-                Some(address) => Truth::of(address_is_here(address, self.is_local)),
+                Some(address) => Truth::of(address_is_here(address, self.host)),
                 None => {
                     self.doubt("where a DNAT sends the packet");
                     Maybe
@@ -260,7 +397,7 @@ impl<'a> Walk<'a> {
                 let chains = self.base_chains(Hook::Forward);
                 let mut way = way;
                 // Sent on although it was for this host: then its destination did change.
-                if way.rewritten.is_some() && address_is_here(self.packet.destination, self.is_local) {
+                if way.rewritten.is_some() && address_is_here(self.packet.destination, self.host) {
                     way.dnat = Some(true);
                 }
                 self.last(&chains, way);
@@ -268,7 +405,7 @@ impl<'a> Walk<'a> {
         }
     }
 
-    fn last(&mut self, chains: &[(usize, &'a Chain, &'a Base)], way: Way) {
+    fn last(&mut self, chains: &[BaseChain<'a>], way: Way) {
         self.rewritten.push(way.rewritten.clone());
         if self.hook(chains, way).is_some() {
             self.accepted = true;
@@ -276,38 +413,19 @@ impl<'a> Walk<'a> {
     }
 
     /// The base chains that see this packet at a hook, in the order of their priorities.
-    fn base_chains(&self, hook: Hook) -> Vec<(usize, &'a Chain, &'a Base)> {
-        let mut out = vec![];
-        for (at, index) in self.tables.iter().enumerate() {
-            let fits = match (index.table.family, hook) {
-                (TableFamily::Netdev, _) => hook == Hook::Ingress,
-                (TableFamily::Inet, _) => true,
-                (TableFamily::Ip, Hook::Ingress) | (TableFamily::Ip6, Hook::Ingress) => false,
-                (TableFamily::Ip, _) => self.packet.family() == Family::Ipv4,
-                (TableFamily::Ip6, _) => self.packet.family() == Family::Ipv6,
-                (TableFamily::Arp | TableFamily::Bridge, _) => false,
-            };
-            if !fits {
-                continue;
-            }
-            for chain in &index.table.chains {
-                let Some(base) = &chain.base else { continue };
-                let device = base.devices.is_empty() || base.devices.contains(&self.packet.iifname);
-                if base.hook == hook && device {
-                    out.push((at, chain, base));
-                }
-            }
-        }
-        out.sort_by_key(|(_, _, base)| base.priority);
-        out
+    fn base_chains(&self, hook: Hook) -> Vec<BaseChain<'a>> {
+        let chains = self.rules.hooks.get(&(hook, self.packet.family())).into_iter().flatten();
+        let device =
+            |c: &&BaseChain| c.base.devices.is_empty() || c.base.devices.contains(&self.packet.iifname);
+        chains.filter(device).copied().collect()
     }
 
     /// Runs the packet through the chains of a hook. `None`: it surely went no further.
-    fn hook(&mut self, chains: &[(usize, &'a Chain, &'a Base)], mut way: Way) -> Option<Way> {
-        for (table, chain, base) in chains {
-            let ends = self.base_chain(*table, chain, base, &mut way);
+    fn hook(&mut self, chains: &[BaseChain<'a>], mut way: Way) -> Option<Way> {
+        for chain in chains {
+            let ends = self.base_chain(*chain, &mut way);
             // nft 1.0.6 does not print the device of an ingress chain. It may be another's.
-            let elsewhere = base.hook == Hook::Ingress && base.devices.is_empty();
+            let elsewhere = chain.base.hook == Hook::Ingress && chain.base.devices.is_empty();
             if elsewhere && (ends.drop.is_some() || ends.reject.is_some()) {
                 self.doubt("the device of an ingress chain, which this nft does not print");
             }
@@ -322,17 +440,18 @@ impl<'a> Walk<'a> {
     }
 
     /// The NAT chains of prerouting: the first that rewrites ends them all.
-    fn nat(&mut self, chains: &[(usize, &'a Chain, &'a Base)], way: Way) -> Vec<Way> {
+    fn nat(&mut self, chains: &[BaseChain<'a>], way: Way) -> Vec<Way> {
         let mut ways = vec![];
         // NAT does not touch what connection tracking was told to leave alone.
         if way.tracked == Some(false) {
             return vec![way];
         }
         let mut unchanged = Some(way);
-        for (table, chain, base) in chains {
+        let tracking = self.rules.tracking[usize::from(self.packet.family() == Family::Ipv6)];
+        for chain in chains {
             let Some(mut way) = unchanged.take() else { break };
-            let mut ends = self.base_chain(*table, chain, base, &mut way);
-            if !self.tracking {
+            let mut ends = self.base_chain(*chain, &mut way);
+            if !tracking {
                 self.doubt("whether anything turned connection tracking on, which NAT chains need");
                 ends.accept = true;
             }
@@ -381,7 +500,7 @@ impl<'a> Walk<'a> {
         Way { destination: address, here, port, dnat, rewritten, ..way.clone() }
     }
 
-    fn base_chain(&mut self, table: usize, chain: &'a Chain, base: &Base, way: &mut Way) -> Ends {
+    fn base_chain(&mut self, BaseChain { table, chain, base }: BaseChain<'a>, way: &mut Way) -> Ends {
         let nat = base.kind == "nat";
         let site = Site {
             hook: base.hook,
@@ -391,7 +510,7 @@ impl<'a> Walk<'a> {
                 Hook::Prerouting if base.priority == PRIORITY_CONNTRACK => Maybe,
                 _ => Yes,
             },
-            netdev: self.tables[table].table.family == TableFamily::Netdev,
+            netdev: self.is_netdev(table),
             nat,
         };
         let mut ends = Ends::default();
@@ -399,6 +518,7 @@ impl<'a> Walk<'a> {
         let left = self.chain(table, chain, site, way, &mut ends, true, 0);
         if left.pass {
             if base.drops {
+                let chain = &self.rules.tables[table].table.chains[chain];
                 let place = self.place(table, chain, &Rule::default());
                 ends.drop.get_or_insert(place);
             } else {
@@ -420,21 +540,28 @@ impl<'a> Walk<'a> {
     fn chain(
         &mut self,
         table: usize,
-        chain: &'a Chain,
+        number: usize,
         site: Site,
         way: &mut Way,
         ends: &mut Ends,
         mut sure: bool,
         depth: usize,
     ) -> Left {
+        let chain = &self.rules.tables[table].table.chains[number];
+        let kind = self.kind.clone();
+        let sieve = (chain.rules.len() >= SIEVE_FROM)
+            .then(|| kind[table][number].get_or_init(|| self.sieve(table, chain, way)));
         let mut left = Left { pass: false, ended: false };
-        for rule in &chain.rules {
+        let candidates = sieve.zip(way.port).map(|(sieve, port)| sieve.rules(port));
+        let mut all = if candidates.is_some() { 0..0 } else { 0..chain.rules.len() };
+        let mut candidates = candidates.into_iter().flatten();
+        while let Some(at) = candidates.next().or_else(|| all.next()) {
             self.steps.set(self.steps.get() + 1);
             if self.steps.get() > STEPS_MAX || depth > DEPTH_MAX {
                 self.overrun = true;
                 return Left { pass: true, ended: true };
             }
-            let after = self.rule(table, chain, rule, site, way, ends, sure, depth);
+            let after = self.rule(table, chain, &chain.rules[at], site, way, ends, sure, depth);
             left.pass |= after.returned;
             left.ended |= after.ended;
             if !after.goes_on {
@@ -444,6 +571,48 @@ impl<'a> Walk<'a> {
         }
         left.pass = true;
         left
+    }
+
+    /// Leaves out the rules that no packet of this kind gets through, wherever it goes.
+    fn sieve(&self, table: usize, chain: &Chain, way: &Way) -> Sieve {
+        let mut sieve = Sieve { any_port: vec![], by_port: HashMap::new() };
+        // What is asked of here does not depend on where, or on what happened before.
+        let site = Site { hook: Hook::Input, conntrack: Maybe, netdev: self.is_netdev(table), nat: false };
+        let steps = self.steps.get();
+        'rules: for (at, rule) in (0..).zip(&chain.rules) {
+            let mut ports = None;
+            for statement in &rule.statements {
+                match statement {
+                    Statement::Match(m) if is_of_kind(&m.left) => {
+                        if self.comparison(table, site, way, m) == No {
+                            continue 'rules;
+                        }
+                    }
+                    Statement::Match(Match { left, op: Op::Eq, right }) if is_port(left) => {
+                        ports = ports.or_else(|| few_ports(left, right));
+                    }
+                    Statement::Match(_)
+                    | Statement::Either(_)
+                    | Statement::Maybe(_)
+                    | Statement::Counter(_)
+                    | Statement::CounterRef(_) => {}
+                    // Beyond this a rule may have done something.
+                    _ => break,
+                }
+            }
+            match ports {
+                None => sieve.any_port.push(at),
+                Some(ports) => {
+                    ports.into_iter().for_each(|port| sieve.by_port.entry(port).or_default().push(at))
+                }
+            }
+        }
+        self.steps.set(steps);
+        sieve
+    }
+
+    fn is_netdev(&self, table: usize) -> bool {
+        self.rules.tables[table].table.family == TableFamily::Netdev
     }
 
     #[allow(clippy::too_many_arguments)]
@@ -459,6 +628,7 @@ impl<'a> Walk<'a> {
         depth: usize,
     ) -> After {
         let mut taken = Yes;
+        let sure_so_far = self.doubt.is_none();
         for statement in &rule.statements {
             let decided = match statement {
                 Statement::Match(m) => {
@@ -468,6 +638,10 @@ impl<'a> Walk<'a> {
                     }
                     taken = taken.and(truth);
                     if taken == No {
+                        // Whatever else it asks for.
+                        if sure_so_far {
+                            self.doubt = None;
+                        }
                         return After::NEXT;
                     }
                     continue;
@@ -480,6 +654,10 @@ impl<'a> Walk<'a> {
                     }
                     taken = taken.and(truth);
                     if taken == No {
+                        // Whatever else it asks for.
+                        if sure_so_far {
+                            self.doubt = None;
+                        }
                         return After::NEXT;
                     }
                     continue;
@@ -551,7 +729,7 @@ impl<'a> Walk<'a> {
                 }
                 Statement::Return => After { goes_on: !certain, returned: true, ended: false },
                 Statement::Jump(name) | Statement::Goto(name) => {
-                    let Some(target) = self.tables[table].chains.get(name.as_str()).copied() else {
+                    let Some(target) = self.rules.tables[table].chains.get(name.as_str()).copied() else {
                         self.doubt(&format!("the chain {name:?}, which is not in the listing"));
                         ends.accept = true;
                         let place = self.place(table, chain, rule);
@@ -584,7 +762,7 @@ impl<'a> Walk<'a> {
     }
 
     fn place(&self, table: usize, chain: &Chain, rule: &Rule) -> Place {
-        let table = self.tables[table].table;
+        let table = self.rules.tables[table].table;
         Place {
             family: table.family,
             table: table.name.clone(),
@@ -629,7 +807,7 @@ impl<'a> Walk<'a> {
                 }
             }
             VerdictMap::Named(name) => {
-                let index = self.tables.get(table)?;
+                let index = self.rules.tables.get(table)?;
                 let set = index.sets.get(name.as_str())?;
                 if set.verdicts.len() != set.elements.len() {
                     return None;
@@ -655,7 +833,7 @@ impl<'a> Walk<'a> {
         let within = |right: &Operand| self.contains(&m.left, &values, right);
         match (m.op, &m.right) {
             (Op::Eq | Op::Ne, Operand::Named(name)) => {
-                let index = &self.tables[table];
+                let index = &self.rules.tables[table];
                 let Some(set) = index.sets.get(name.as_str()) else { return Maybe };
                 self.steps.set(self.steps.get() + set.elements.len() / 16);
                 let mut found = No;
@@ -760,6 +938,10 @@ impl<'a> Walk<'a> {
             // There is no output device before routing, and none for what stays here: the
             // name is empty then.
             "oifname" | "oif" if site.hook != Hook::Forward => Seen::text(""),
+            "oifname" | "oif" => {
+                let interface = way.destination.and_then(|address| self.host.way_out(address));
+                interface.map_or(Seen::Unclear, Seen::text)
+            }
             "l4proto" => Seen::number(self.packet.proto.number().into()),
             "nfproto" if site.netdev => Seen::Unclear,
             "nfproto" => Seen::number(if v4 { 2 } else { 10 }),
@@ -852,7 +1034,7 @@ impl<'a> Walk<'a> {
             // The reverse path is taken to exist; see the head of this module.
             return match result {
                 "oif" => Seen::text("exists"),
-                "type" if !(self.is_local)(self.packet.source) && !is_group(self.packet.source) => {
+                "type" if !self.host.is_local(self.packet.source) && !is_group(self.packet.source) => {
                     Seen::text("unicast")
                 }
                 _ => Seen::Unclear,
@@ -862,7 +1044,7 @@ impl<'a> Walk<'a> {
             return Seen::text("local");
         }
         let (Some(address), "type") = (way.destination, result) else { return Seen::Unclear };
-        let local = (self.is_local)(address);
+        let local = self.host.is_local(address);
         match (is_group(address), local) {
             (true, _) => match address {
                 IpAddr::V4(a) if a.is_broadcast() => Seen::text("broadcast"),
@@ -973,6 +1155,37 @@ fn is_interface(term: &Term) -> bool {
     matches!(term, Term::Meta(key) if key.starts_with("iif") || key.starts_with("oif"))
 }
 
+/// What all packets of a kind have in common.
+fn is_of_kind(term: &Term) -> bool {
+    match term {
+        Term::Meta(key) => matches!(key.as_str(), "iifname" | "iif" | "l4proto" | "nfproto" | "protocol"),
+        Term::Payload { field, .. } => !matches!(field.as_str(), "dport" | "daddr"),
+        Term::And { term, .. } => is_of_kind(term),
+        Term::Concat(terms) => terms.iter().all(is_of_kind),
+        Term::Ct { .. } | Term::Fib { .. } | Term::Unknown(_) => false,
+    }
+}
+
+fn is_port(term: &Term) -> bool {
+    matches!(term, Term::Payload { protocol, field } if matches!(protocol.as_str(), "tcp" | "udp" | "th") && field == "dport")
+}
+
+/// The ports, where they are few and all are known.
+fn few_ports(term: &Term, right: &Operand) -> Option<BTreeSet<u16>> {
+    let ranges = match right {
+        Operand::Number(_) | Operand::Range(..) | Operand::Set(_) => port_ranges(term, right)?,
+        _ => return None,
+    };
+    let mut ports = BTreeSet::new();
+    for (first, last) in ranges {
+        if usize::from(last - first) + ports.len() >= PORTS_MAX {
+            return None;
+        }
+        ports.extend(first..=last);
+    }
+    Some(ports)
+}
+
 /// The bits that an operand stands for.
 fn mask(term: &Term, operand: &Operand) -> Option<u128> {
     match operand {
@@ -984,8 +1197,8 @@ fn mask(term: &Term, operand: &Operand) -> Option<u128> {
 }
 
 /// Multicast and broadcast go to the input hook, though no interface has the address.
-fn address_is_here(address: IpAddr, is_local: &dyn Fn(IpAddr) -> bool) -> bool {
-    is_group(address) || is_local(address)
+fn address_is_here(address: IpAddr, host: &dyn Host) -> bool {
+    is_group(address) || host.is_local(address)
 }
 
 fn is_group(address: IpAddr) -> bool {
@@ -1536,6 +1749,78 @@ mod tests {
         assert_eq!(published(&load("nixos-fw")), []);
     }
 
+    /// Rules about ports, sources, interfaces and things that nobody knows.
+    fn rule_of_a_long_chain() -> impl Strategy<Value = Rule> {
+        let port = |n: u64| Operand::Number(n);
+        let ports = prop_oneof![
+            (20u64..26).prop_map(port),
+            (20u64..26).prop_map(move |n| Operand::Set(vec![port(n), port(443)])),
+            (20u64..26).prop_map(move |n| Operand::Range(Box::new(port(n)), Box::new(port(n + 2)))),
+            Just(Operand::Range(Box::new(port(1)), Box::new(port(1000)))),
+        ];
+        let sources = proptest::sample::select(vec!["203.0.113.0/24", "198.51.100.0/24", "2001:db8::/32"]);
+        let payload =
+            |protocol: &str, field: &str| Term::Payload { protocol: protocol.into(), field: field.into() };
+        let op = prop_oneof![4 => Just(Op::Eq), 1 => Just(Op::Ne)];
+        let asked = prop_oneof![
+            6 => (proptest::sample::select(vec!["tcp", "udp", "th"]), op.clone(), ports)
+                .prop_map(move |(p, op, right)| Match { left: payload(p, "dport"), op, right }),
+            2 => (sources, op.clone()).prop_map(move |(net, op)| {
+                let net: IpNet = net.parse().expect("a prefix");
+                let protocol = if net.addr().is_ipv4() { "ip" } else { "ip6" };
+                Match { left: payload(protocol, "saddr"), op, right: Operand::Prefix(net) }
+            }),
+            1 => (proptest::sample::select(vec!["eth0", "eth*", "wg0"]), op.clone()).prop_map(|(name, op)| {
+                Match { left: Term::Meta("iifname".into()), op, right: Operand::Text(name.into()) }
+            }),
+            1 => (0u64..2).prop_map(|n| Match { left: Term::Meta("mark".into()), op: Op::Eq, right: Operand::Number(n) }),
+        ]
+        .prop_map(Statement::Match);
+        let effect = prop_oneof![
+            3 => Just(Statement::Counter(crate::observed::Amount::default())),
+            1 => Just(Statement::Maybe(r#"{"limit":{}}"#.into())),
+            1 => Just(Statement::Neutral(r#"{"mangle":{"key":{"meta":{"key":"mark"}},"value":1}}"#.into())),
+        ];
+        let last = prop_oneof![
+            3 => Just(Statement::Accept),
+            3 => Just(Statement::Drop),
+            1 => Just(Statement::Reject { tcp_reset: true }),
+            4 => Just(Statement::Counter(crate::observed::Amount::default())),
+        ];
+        let middle = proptest::collection::vec(prop_oneof![3 => asked.clone(), 1 => effect], 0..3);
+        (asked, middle, last).prop_map(|(first, middle, last)| Rule {
+            statements: [vec![first], middle, vec![last]].concat(),
+            ..Rule::default()
+        })
+    }
+
+    /// The same rules in chains so short that each is looked at.
+    fn in_pieces(rules: &[Rule], length: usize) -> Ruleset {
+        let pieces = rules.chunks(length).enumerate();
+        let name = |n: usize| format!("piece{n}");
+        let jump = |n: usize| Rule { statements: vec![Statement::Jump(name(n))], ..Rule::default() };
+        let chain = |name: String, base: Option<Base>, rules: Vec<Rule>| Chain { name, base, rules };
+        let base = |priority| Base {
+            kind: "filter".into(),
+            hook: Hook::Input,
+            priority,
+            drops: false,
+            devices: vec![],
+        };
+        let table = |at: i32, chains: Vec<Chain>| Table {
+            family: TableFamily::Inet,
+            name: format!("t{at}"),
+            dormant: false,
+            chains,
+            counters: Default::default(),
+            sets: vec![],
+        };
+        let mut chains: Vec<Chain> =
+            pieces.clone().map(|(n, rules)| chain(name(n), None, rules.to_vec())).collect();
+        chains.push(chain("in".into(), Some(base(0)), pieces.map(|(n, _)| jump(n)).collect()));
+        Ruleset { tables: vec![table(0, chains)] }
+    }
+
     /// JSON that looks like nft's often enough to get deep into the decoder.
     fn json() -> impl Strategy<Value = Value> {
         let words = [
@@ -1664,6 +1949,22 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn rules_that_are_passed_over_would_not_have_matched(
+            rules in proptest::collection::vec(rule_of_a_long_chain(), SIEVE_FROM..7 * SIEVE_FROM),
+        ) {
+            let (whole, pieces) = (in_pieces(&rules, rules.len()), in_pieces(&rules, SIEVE_FROM - 1));
+            let evaluator = Evaluator::new(&whole);
+            for source in ["203.0.113.9", "198.51.100.9", "2001:db8:9::9"] {
+                for to in ["tcp/21", "udp/21", "tcp/443", "tcp/24", "tcp/999", "udp/2000"] {
+                    let packet = packet(&format!("{to} from {source}"));
+                    let (sieved, looked_at) = (evaluator.judge(&packet, &here), judge(&pieces, &packet, &here));
+                    prop_assert_eq!(sieved.verdict, looked_at.verdict, "{} from {}", to, source);
+                    prop_assert_eq!(sieved.by.is_some(), looked_at.by.is_some());
+                }
+            }
+        }
+
         #[test]
         fn nothing_panics_and_every_packet_gets_an_answer(text in listing(), port in 1u16.., tcp: bool, v4: bool) {
             let ruleset = decode::ruleset(text.as_bytes()).expect("a listing");

@@ -19,7 +19,7 @@ mod live;
 
 pub use compare::{changes, plan_text};
 pub use decode::DecodeError;
-pub use evaluate::{judge, published};
+pub use evaluate::{Evaluator, Host, judge, published};
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
