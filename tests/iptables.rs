@@ -267,4 +267,19 @@ fn hosts_of_iptables_are_told_as_nmap_sees_them() {
     assert_eq!(outcome.code, Some(2), "{document:#}");
     let text = document["blind"].to_string();
     assert!(text.contains("iptables' `-m string`") && text.contains("80"), "{text}");
+
+    // Rules that nftables knows nothing of: a policy is read, a rule is a doubt. Newer kernels may lack them.
+    host.load("", "");
+    if lab.spoke.run(&["ip6tables-legacy", "-S"]).unwrap().code != Some(0) {
+        eprintln!("skipped: this kernel has no iptables-legacy");
+        return;
+    }
+    lab.spoke.sh("iptables-legacy -P INPUT DROP; iptables-legacy -P INPUT ACCEPT; ip6tables-legacy -P FORWARD DROP").unwrap();
+    host.is_told_as_it_is("tables of iptables-legacy without rules");
+    lab.spoke.sh("ip6tables-legacy -A INPUT -p tcp --dport 80 -j DROP").unwrap();
+    let (outcome, document) = host.check();
+    assert_eq!(outcome.code, Some(2), "{document:#}");
+    let text = document["blind"].to_string();
+    assert!(text.contains("iptables-legacy in filter INPUT") && text.contains("ipv6"), "{text}");
+    assert!(!text.contains("ipv4"), "{text}");
 }

@@ -4,6 +4,7 @@
 pub mod bpf;
 pub mod files;
 pub mod flows;
+pub mod legacy;
 pub mod links;
 pub mod listeners;
 pub mod netlink;

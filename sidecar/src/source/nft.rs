@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::{nft_events, nft_xt};
+use super::{legacy, nft_events, nft_xt};
 use crate::desired::TABLE;
 use crate::ruleset::xt::Parts;
 use crate::ruleset::{Ruleset, Table, TableFamily, decode};
@@ -45,8 +45,15 @@ pub enum NftError {
 /// Times that we list again because somebody changed the rules meanwhile.
 const TRIES: u8 = 3;
 
-/// Every table of this network namespace, with what nft does not print of them.
+/// Every table of this network namespace, with what nft does not print of them; tables of
+/// iptables-legacy among them.
 pub fn list_ruleset() -> anyhow::Result<Ruleset> {
+    let mut ruleset = list_nftables()?;
+    ruleset.tables.extend(legacy::read());
+    Ok(ruleset)
+}
+
+fn list_nftables() -> anyhow::Result<Ruleset> {
     let args = ["-j", "list", "ruleset"];
     // The numbers of rules that were there before and after mean the same rules; else what
     // is in them stays unknown.

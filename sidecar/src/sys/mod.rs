@@ -8,3 +8,4 @@ pub mod memory;
 pub mod netns;
 pub mod probe;
 pub mod sockets;
+pub mod xtables;
