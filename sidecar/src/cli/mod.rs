@@ -21,7 +21,7 @@ mod release;
 mod run;
 mod status;
 
-pub use run::{INTERNAL_LOAD, INTERNAL_LOAD_BINDS};
+pub use run::{INTERNAL_HTTP, INTERNAL_LOAD, INTERNAL_LOAD_BINDS};
 
 /// Declares, enforces, observes and reports what this host exposes.
 ///
@@ -127,6 +127,9 @@ pub enum Command {
     /// Loads, pins and attaches the bind guard (run by the daemon itself)
     #[command(name = INTERNAL_LOAD_BINDS, hide = true)]
     InternalLoadBinds { pin_dir: PathBuf, control_group: Option<PathBuf> },
+    /// Serves the metrics (run by the daemon itself)
+    #[command(name = INTERNAL_HTTP, hide = true)]
+    InternalHttp,
 }
 
 /// The directories of this instance. In a network namespace other than the first one the
@@ -228,6 +231,7 @@ pub fn main() -> ExitCode {
         Command::InternalLoadBinds { pin_dir, control_group } => {
             run::load_binds(&pin_dir, control_group.as_deref())
         }
+        Command::InternalHttp => run::serve_http(),
     };
     match result {
         Ok(code) => ExitCode::from(code),

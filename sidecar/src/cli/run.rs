@@ -1,4 +1,4 @@
-//! `run`: the daemon; and the child that loads the eBPF programs for it.
+//! `run`: the daemon; and the children that load its eBPF programs and serve its metrics.
 
 use std::path::Path;
 
@@ -14,6 +14,9 @@ use crate::sys::clock;
 pub const INTERNAL_LOAD: &str = "internal-load-bpf";
 /// The same for the bind guard; reads nothing.
 pub const INTERNAL_LOAD_BINDS: &str = "internal-load-binds";
+
+/// The same for the metrics server, which is given a socket as stdin.
+pub const INTERNAL_HTTP: &str = "internal-http";
 
 pub fn run(global: &Global) -> anyhow::Result<u8> {
     crate::sys::memory::limit_arenas();
@@ -41,6 +44,11 @@ pub fn run(global: &Global) -> anyhow::Result<u8> {
 
 pub fn load_binds(pin_dir: &Path, cgroup: Option<&Path>) -> anyhow::Result<u8> {
     bpf::bind::load_and_pin(pin_dir, cgroup)?;
+    Ok(0)
+}
+
+pub fn serve_http() -> anyhow::Result<u8> {
+    crate::daemon::server::run()?;
     Ok(0)
 }
 

@@ -1,7 +1,8 @@
-//! `/metrics` and `/healthz` for the hub, on the mesh addresses only.
+//! `/metrics` and `/healthz` for the hub, on the mesh addresses only. Runs in a process of
+//! its own ([`super::server`]).
 //!
-//! Serves the text that the loop leaves in a [`Face`]. A scrape rings for a fresh one, at
-//! most every 250 ms, and takes the last one if the loop has no time; so a client can make
+//! Serves the text that the daemon leaves in a [`Face`]. A scrape rings for a fresh one, at
+//! most every 250 ms, and takes the last one if the daemon has no time; so a client can make
 //! this module busy and nothing else. Each connection is
 //! for one request and has a deadline; when there are too many, the oldest goes, so that
 //! clients that sit on theirs can't keep the hub's next scrape out.
@@ -152,36 +153,26 @@ impl Server {
         Self { face, clients: clients.into(), listening: BTreeMap::new() }
     }
 
-    /// Listens on exactly these addresses. What fails is returned and tried again at the
-    /// next call; the others work all the same. Must be called inside a tokio runtime.
-    pub fn listen_on(&mut self, wanted: &[SocketAddr]) -> Vec<(SocketAddr, io::Error)> {
-        self.listening.retain(|address, task| {
-            let keep = wanted.contains(address) && !task.is_finished();
-            if !keep {
-                task.abort();
-            }
-            keep
-        });
-        let mut failed = Vec::new();
-        for address in wanted {
-            if self.listening.contains_key(address) {
-                continue;
-            }
-            match listen_at(*address).and_then(|listener| self.serve(listener)) {
-                Ok(task) => drop(self.listening.insert(*address, task)),
-                Err(error) => failed.push((*address, error)),
-            }
-        }
-        failed
+    /// Serves these clients on the listeners to come.
+    pub fn set_clients(&mut self, clients: Vec<IpNet>) {
+        self.clients = clients.into();
     }
 
-    pub fn listening(&self) -> impl Iterator<Item = SocketAddr> {
-        self.listening.keys().copied()
-    }
-
-    fn serve(&self, listener: TcpListener) -> io::Result<JoinHandle<()>> {
+    /// Answers at this listener, in place of an older one for the same address. Must be
+    /// called inside a tokio runtime.
+    pub fn serve(&mut self, address: SocketAddr, listener: TcpListener) -> io::Result<()> {
         let listener = tokio::net::TcpListener::from_std(listener)?;
-        Ok(tokio::spawn(accept(listener, self.face.clone(), Arc::clone(&self.clients))))
+        let task = tokio::spawn(accept(listener, self.face.clone(), Arc::clone(&self.clients)));
+        if let Some(older) = self.listening.insert(address, task) {
+            older.abort();
+        }
+        Ok(())
+    }
+
+    pub fn close(&mut self, address: SocketAddr) {
+        if let Some(task) = self.listening.remove(&address) {
+            task.abort();
+        }
     }
 }
 
@@ -194,7 +185,7 @@ impl Drop for Server {
 }
 
 /// Never on a wildcard address: the public would be one firewall mistake away.
-fn listen_at(address: SocketAddr) -> io::Result<TcpListener> {
+pub fn listen_at(address: SocketAddr) -> io::Result<TcpListener> {
     if address.ip().is_unspecified() {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "refuse to listen on every address"));
     }
@@ -333,12 +324,11 @@ mod tests {
                 let runtime =
                     tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
                 runtime.block_on(async move {
-                    let server = Server::new(inner, clients);
+                    let mut server = Server::new(inner, clients);
                     let listener = listen_at(wanted).expect("listen");
                     tell.send(listener.local_addr().expect("an address")).expect("tell");
-                    let task = server.serve(listener).expect("serve");
+                    server.serve(wanted, listener).expect("serve");
                     let _ = stopped.await;
-                    task.abort();
                 });
             });
             let address = told.recv().expect("the server starts");
@@ -530,35 +520,6 @@ mod tests {
         let reply = served.send(&format!("GET /metrics HTTP/1.1\r\n{many}\r\n"));
         assert!(reply.starts_with("HTTP/1.1 431"), "{reply}");
         assert!(served.get("/metrics", "*/*").starts_with("HTTP/1.1 200"));
-    }
-
-    #[tokio::test]
-    async fn listeners_follow_the_addresses_and_failures_are_told() {
-        let mut server = Server::new(Face::default(), Vec::new());
-        // Documentation addresses: nobody has them, and freebind does not mind.
-        let absent: SocketAddr = "192.0.2.7:39984".parse().expect("an address");
-        let absent6: SocketAddr = "[2001:db8::7]:39984".parse().expect("an address");
-        let wildcards = ["0.0.0.0:39984", "[::]:39984"].map(|text| text.parse().expect("an address"));
-        let taken = TcpListener::bind("127.0.0.1:0").expect("bind");
-        let busy = taken.local_addr().expect("an address");
-        let mut wanted = vec![absent, absent6, busy];
-        wanted.extend(wildcards);
-        let failed = server.listen_on(&wanted);
-        let kinds: Vec<_> = failed.iter().map(|(address, error)| (*address, error.kind())).collect();
-        assert_eq!(
-            kinds,
-            [
-                (busy, io::ErrorKind::AddrInUse),
-                (wildcards[0], io::ErrorKind::InvalidInput),
-                (wildcards[1], io::ErrorKind::InvalidInput)
-            ]
-        );
-        assert_eq!(server.listening().collect::<Vec<_>>(), [absent, absent6]);
-        // The port becomes free: the next call has it, and lets go of what is not wanted.
-        drop(taken);
-        assert!(server.listen_on(&[busy]).is_empty());
-        assert_eq!(server.listening().collect::<Vec<_>>(), [busy]);
-        assert!(server.listen_on(&[busy]).is_empty());
     }
 
     struct Killed(Child);

@@ -35,20 +35,25 @@ use crate::sys::memory;
 use crate::terms::{Port, Proto, Scope, Stamp};
 
 pub mod eventlog;
+pub mod front;
 pub mod history;
 pub mod http;
 pub mod logging;
 pub mod notify;
 pub mod privileges;
+pub mod server;
 pub mod socket;
 
 mod binds;
 mod glass;
 mod pace;
+mod seccomp;
 mod suspects;
 
 use eventlog::{Event, EventKind, EventLog};
+use front::{Call, Front};
 use pace::Pace;
+use privileges::Privileges;
 use suspects::Suspects;
 
 /// What has no events of its own is read this often.
@@ -103,7 +108,8 @@ struct Daemon {
     /// cost more than everything else that a quiet cycle does.
     recent: VecDeque<Event>,
     layout: metrics::Layout,
-    face: http::Face,
+    front: Front,
+    privileges: Privileges,
     board: socket::Board,
     uptime: Uptime,
     started: Stamp,
@@ -169,6 +175,8 @@ impl Daemon {
             history: history::read(&places.state),
             recent: VecDeque::new(),
             seen: Seen::default(),
+            front: Front::new(hub_of(&desired)),
+            privileges: Privileges::default(),
             desired: Arc::new(desired),
             policy_hash,
             places,
@@ -181,7 +189,6 @@ impl Daemon {
             binds: binds::Keeper::default(),
             bind_events: None,
             program_log: None,
-            face: http::Face::default(),
             board: socket::Board::default(),
             uptime: Uptime::start(),
             started: clock::now(),
@@ -229,11 +236,11 @@ impl Daemon {
             self.gap_of_binds(Some(format!("the bind guard does not run: {error:#}")));
         }
         self.bind_events = self.binds.events();
-        // Capabilities belong to threads: this one is the only one yet, and those to come
-        // inherit what it has left.
-        if let Err(error) = privileges::drop_needless() {
-            warn("capabilities could not be dropped", error);
+        self.privileges = privileges::confine_daemon();
+        for gap in &self.privileges.gaps {
+            log::warn!("privileges: {gap}");
         }
+        self.front.start();
         self.recent = self.log.tail(EVENTS_SHOWN).into();
         self.note(EventKind::Started, None, None);
         self.wake(Facet::ALL, Duration::ZERO);
@@ -265,7 +272,6 @@ impl Daemon {
         if let Some(log) = self.program_log.take() {
             tokio::spawn(log.forward());
         }
-        let mut server = http::Server::new(self.face.clone(), hub_of(&self.desired));
         let status = socket::StatusSocket::bind(&self.places.run, lock)?;
         tokio::spawn(status.serve(self.board.clone()));
         let mut tick = tokio::time::interval_at(Instant::now() + TICK, TICK);
@@ -275,7 +281,6 @@ impl Daemon {
         let mut terminate = signal(SignalKind::terminate()).context("wait for SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("wait for SIGINT")?;
         let mut look: Option<JoinHandle<Pass>> = None;
-        let face = self.face.clone();
         let mut greeted = false;
         let (mut deaf_until, mut deaf_to_binds) = (Instant::now(), Instant::now());
         loop {
@@ -299,13 +304,20 @@ impl Daemon {
                         self.on_commits(event, &mut commits);
                     }
                     self.finish(pass.context("a look at the host")?);
-                    self.listen(&mut server);
+                    self.listen();
                     if !greeted {
                         greeted = true;
                         notify::ready();
                     }
                 }
-                () = face.wanted() => self.show(),
+                call = self.front.next() => match call {
+                    Call::Text => self.show(),
+                    Call::Listen => {
+                        self.listen();
+                        self.show();
+                    }
+                    Call::Confined => self.tell_of_server(),
+                },
                 () = sleep_until(due) => look = self.begin(),
                 () = sleep_until(self.glass.ends()) => {
                     self.glass.ended();
@@ -655,7 +667,7 @@ impl Daemon {
         notify::status(&headline(&report));
         self.snapshot = Some(snapshot);
         self.report = Some(report);
-        self.face.set_health(http::Beat { at: std::time::Instant::now(), period: TICK });
+        self.front.beat(TICK);
         self.post();
         // Large listings come and go; a quiet look leaves nothing to give back.
         if rules_read {
@@ -720,7 +732,7 @@ impl Daemon {
     }
 
     /// The metrics server on every mesh address, present or not.
-    fn listen(&self, server: &mut http::Server) {
+    fn listen(&mut self) {
         let policy = &self.desired.policy;
         let mut addresses: Vec<IpAddr> = policy.mesh.address.clone();
         if let (true, Some(Reading::Seen(links))) =
@@ -733,7 +745,7 @@ impl Daemon {
         }
         let wanted: Vec<SocketAddr> =
             addresses.iter().map(|address| SocketAddr::new(*address, policy.metrics.port.get())).collect();
-        for (address, error) in server.listen_on(&wanted) {
+        for (address, error) in self.front.listen_on(&wanted) {
             log::warn!("metrics on {address}: {error}");
         }
     }
@@ -771,10 +783,24 @@ impl Daemon {
             openings_end: self.glass.last_end(),
             cycles: self.cycles,
             cycle_seconds: self.cycle_took.as_secs_f64(),
-            resident_bytes: memory::resident_bytes().ok(),
-            http_rejects: self.face.rejects(),
+            resident_bytes: self.resident_bytes(),
+            http_rejects: self.front.rejects(),
         };
-        self.face.set(metrics::render(&state, &self.layout));
+        self.front.set(metrics::render(&state, &self.layout));
+    }
+
+    /// Ours and the server's, what they share twice.
+    fn resident_bytes(&self) -> Option<u64> {
+        let servers = self.front.pid().and_then(|pid| memory::resident_bytes_of(pid).ok());
+        Some(memory::resident_bytes().ok()?.saturating_add(servers.unwrap_or_default()))
+    }
+
+    /// What holds the metrics server in, and what does not.
+    fn tell_of_server(&mut self) {
+        for gap in self.front.confinement().iter().flat_map(|confinement| &confinement.gaps) {
+            log::warn!("metrics server: {gap}");
+        }
+        self.post();
     }
 
     /// The controls that were seen to hold at the last look. Reading back is all the proof
@@ -810,6 +836,9 @@ impl Daemon {
         if !self.repair_fails && !blind(Facet::Nftables) && self.queries.is_some() {
             held.insert(Control::Repair);
         }
+        if self.privileges.with(self.front.confinement().cloned()).proven {
+            held.insert(Control::Privileges);
+        }
         held
     }
 
@@ -828,6 +857,7 @@ impl Daemon {
             last_cycle_seconds: self.cycle_took.as_secs_f64(),
             repairs: self.repairs.iter().filter_map(done).sum(),
             events: self.recent.iter().cloned().collect(),
+            privileges: self.privileges.with(self.front.confinement().cloned()),
         };
         if let Err(error) = self.board.set(&socket::Status { report, daemon }) {
             log::warn!("status: {error}");

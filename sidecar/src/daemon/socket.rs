@@ -20,6 +20,7 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::sync::Semaphore;
 
 use super::eventlog::Event;
+use super::privileges::Privileges;
 use crate::policy;
 use crate::report::Report;
 use crate::terms::{Stamp, printable};
@@ -55,6 +56,7 @@ pub struct Daemon {
     pub repairs: u64,
     /// The last events, oldest first.
     pub events: Vec<Event>,
+    pub privileges: Privileges,
 }
 
 /// Where the loop leaves the answer. Cheap to clone; every clone is the same board.
@@ -276,6 +278,7 @@ mod tests {
             last_cycle_seconds: 0.25,
             repairs: 2,
             events: Vec::new(),
+            privileges: Privileges::default(),
         };
         Status { report, daemon }
     }

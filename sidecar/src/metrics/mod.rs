@@ -85,11 +85,18 @@ pub enum Control {
     Counters,
     Repair,
     Binds,
+    Privileges,
 }
 
 impl Control {
-    pub const ALL: [Control; 5] =
-        [Control::Firewall, Control::Keepalive, Control::Counters, Control::Repair, Control::Binds];
+    pub const ALL: [Control; 6] = [
+        Control::Firewall,
+        Control::Keepalive,
+        Control::Counters,
+        Control::Repair,
+        Control::Binds,
+        Control::Privileges,
+    ];
 
     pub const fn name(self) -> &'static str {
         match self {
@@ -98,6 +105,7 @@ impl Control {
             Control::Counters => "counters",
             Control::Repair => "repair",
             Control::Binds => "binds",
+            Control::Privileges => "privileges",
         }
     }
 }

@@ -8,14 +8,23 @@ pub fn resident_bytes() -> io::Result<u64> {
     rollup("Rss:")
 }
 
+/// The same of another process of ours.
+pub fn resident_bytes_of(pid: u32) -> io::Result<u64> {
+    rollup_of(&pid.to_string(), "Rss:")
+}
+
 /// Bytes of it that no file backs: the heap, stacks and written data.
 pub fn anonymous_bytes() -> io::Result<u64> {
     rollup("Anonymous:")
 }
 
 fn rollup(field: &str) -> io::Result<u64> {
+    rollup_of("self", field)
+}
+
+fn rollup_of(process: &str, field: &str) -> io::Result<u64> {
     // Not statm: since Linux 6.2 its numbers may be off by megabytes on large machines.
-    let text = std::fs::read_to_string("/proc/self/smaps_rollup")?;
+    let text = std::fs::read_to_string(format!("/proc/{process}/smaps_rollup"))?;
     rollup_field(&text, field).ok_or_else(|| io::Error::other(format!("smaps_rollup has no {field}")))
 }
 
@@ -38,18 +47,33 @@ pub fn trim() {
 /// policy, parsing arguments. They stay in the page cache, and what is needed again comes
 /// back page by page. Says how many bytes it let go of.
 pub fn drop_start_up_code() -> io::Result<u64> {
-    let text = std::fs::read_to_string("/proc/self/smaps")?;
-    let mut dropped = 0;
-    for range in clean_mappings(&text) {
-        let (start, length) = (range.start as *mut libc::c_void, range.len());
-        // SAFETY: the range is one mapping of this process as the kernel just listed it; it
-        // is backed by a file, nothing may write to it and no page of it was ever written,
-        // so that what is dropped reads the same when it is next touched.
-        if unsafe { libc::madvise(start, length, libc::MADV_DONTNEED) } == 0 {
-            dropped += length as u64;
-        }
+    Ok(OwnCode::find()?.let_go())
+}
+
+/// Where this process's code and constants are mapped: for one that can read no file any more
+/// when it has started up.
+pub struct OwnCode(Vec<std::ops::Range<usize>>);
+
+impl OwnCode {
+    pub fn find() -> io::Result<Self> {
+        Ok(Self(clean_mappings(&std::fs::read_to_string("/proc/self/smaps")?)))
     }
-    Ok(dropped)
+
+    /// See [`drop_start_up_code`].
+    pub fn let_go(&self) -> u64 {
+        let mut dropped = 0;
+        for range in &self.0 {
+            let (start, length) = (range.start as *mut libc::c_void, range.len());
+            // SAFETY: the range is one mapping of this process as the kernel listed it; it is
+            // backed by a file, nothing may write to it and no page of it was ever written, so
+            // that what is dropped reads the same when it is next touched. Nothing here maps
+            // files but the loader of the program and its libraries, which stay.
+            if unsafe { libc::madvise(start, length, libc::MADV_DONTNEED) } == 0 {
+                dropped += length as u64;
+            }
+        }
+        dropped
+    }
 }
 
 /// The mappings of files that are read or run only, private, and without a page of our own:

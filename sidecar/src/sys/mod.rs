@@ -1,8 +1,10 @@
 //! All unsafe code, in small blocks that each say why they hold. Everything above calls
 //! safe functions.
 
+pub mod attempt;
 pub mod bpf;
 pub mod clock;
+pub mod descriptors;
 pub mod filter;
 pub mod memory;
 pub mod netns;
