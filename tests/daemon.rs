@@ -1,6 +1,5 @@
 //! The daemon: what it repairs, whom it names, and what it survives.
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
@@ -826,43 +825,6 @@ fn daemon_with_a_wrong_policy_changes_nothing() {
     let missing = lab.spoke.spokeguard(&["run", "--policy", "/no/such/policy.toml"]).unwrap();
     assert_eq!(missing.code, Some(2));
     assert!(missing.stderr.contains("/no/such/policy.toml"), "{}", missing.all());
-}
-
-#[test]
-fn daemon_keeps_few_capabilities_in_every_thread() {
-    if lacking(&[Need::Lab, Need::Spokeguard]) {
-        return;
-    }
-    let lab = Lab::plain();
-    let daemon = lab.spoke.daemon(&lab.policy()).unwrap();
-    // net_bind_service dac_read_search... by number: 2, 10, 12, 19, 38, 39.
-    let kept: u64 = [2, 10, 12, 19, 38, 39].iter().map(|bit| 1u64 << bit).sum();
-    let mut threads = BTreeSet::new();
-    for _ in 0..3 {
-        // A look is under way on the worker thread from time to time; that one counts as well.
-        nft(&lab.spoke, &["delete table inet spokeguard"]);
-        wait_until(LONG, "a repair and a look", || {
-            for task in fs::read_dir(format!("/proc/{}/task", daemon.running.pid())).unwrap().flatten() {
-                let Ok(text) = fs::read_to_string(task.path().join("status")) else { continue };
-                let field = |name: &str| {
-                    text.lines()
-                        .find_map(|line| line.strip_prefix(name)?.strip_prefix(":\t"))
-                        .unwrap()
-                        .to_owned()
-                };
-                for set in ["CapEff", "CapPrm", "CapBnd"] {
-                    let has = u64::from_str_radix(&field(set), 16).unwrap();
-                    assert_eq!(has & !kept, 0, "{set} of thread {:?}: {has:#x}", task.file_name());
-                    assert_eq!(has, kept, "{set}: all that is needed is there");
-                }
-                assert_eq!((field("CapInh"), field("CapAmb")), ("0".repeat(16), "0".repeat(16)));
-                assert_eq!(field("NoNewPrivs"), "1");
-                threads.insert(task.file_name());
-            }
-            (threads.len() >= 2).then_some(())
-        })
-        .unwrap();
-    }
 }
 
 #[test]

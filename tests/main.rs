@@ -13,3 +13,4 @@ mod iptables;
 mod look;
 mod metrics;
 mod netns;
+mod privileges;

@@ -355,7 +355,7 @@ impl Drop for Reaper {
 }
 
 /// The helper program stands beside the test, demo or bench program, or one folder up from a test.
-fn helper() -> Result<PathBuf> {
+pub fn helper() -> Result<PathBuf> {
     let me = std::env::current_exe().context("find this program")?;
     let folders = me.ancestors().skip(1).take(2);
     folders.map(|folder| folder.join("sg-lab-helper")).find(|path| path.is_file()).with_context(|| {
