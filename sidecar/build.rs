@@ -13,11 +13,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
 
 const TARGET: &str = "bpfel-unknown-none";
-/// The counters and the bind guard, which are pinned, and the audit's programs, which never are.
-const BINARIES: [(&str, &str, &str); 3] = [
+/// The counters and the two guards, which are pinned, and the audit's programs, which never are.
+const BINARIES: [(&str, &str, &str); 4] = [
     ("spokeguard-ebpf", "spokeguard.bpf.o", "SPOKEGUARD_EBPF_OBJECT"),
     ("spokeguard-probe", "spokeguard-probe.bpf.o", "SPOKEGUARD_PROBE_OBJECT"),
     ("spokeguard-bind", "spokeguard-bind.bpf.o", "SPOKEGUARD_BIND_OBJECT"),
+    ("spokeguard-guard", "spokeguard-guard.bpf.o", "SPOKEGUARD_GUARD_OBJECT"),
 ];
 
 /// A compiler that has the source of `core`.

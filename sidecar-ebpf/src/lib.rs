@@ -8,6 +8,7 @@
 #![no_std]
 
 pub mod bind;
+pub mod gate;
 pub mod sweep;
 
 /// Number of this contract; part of the directory that everything is pinned in.

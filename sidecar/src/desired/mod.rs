@@ -3,6 +3,7 @@
 
 mod admin;
 pub mod binds;
+pub mod guard;
 mod services;
 mod table;
 
@@ -15,6 +16,7 @@ use crate::ruleset::{Table, glass};
 use crate::terms::{Port, Proto, Scope, Stamp};
 
 pub use admin::{NoAdminPath, admin_path};
+pub use guard::GuardRules;
 pub use table::DropReason;
 
 pub const TABLE: &str = "spokeguard";
@@ -32,6 +34,8 @@ pub struct Desired {
     pub today: jiff::civil::Date,
     /// Our table; `None` where `[enforce] firewall = false`.
     pub table: Option<Table>,
+    /// The same for new connections, below every table; `None` where `table` is.
+    pub guard: Option<GuardRules>,
     /// `None` only where the policy says `allow_no_admin_path = true`.
     pub admin: Option<AdminPath>,
     /// Every port that the policy speaks of, in a stable order. The index is the class
@@ -48,8 +52,9 @@ impl Desired {
             Err(nobody) => return Err(nobody),
         };
         let table = policy.enforce.firewall.then(|| table::table(&policy, today));
+        let guard = policy.enforce.firewall.then(|| GuardRules::new(&policy, today));
         let services = services::services(&policy, today);
-        Ok(Self { policy, today, table, admin, services })
+        Ok(Self { policy, today, table, guard, admin, services })
     }
 
     /// The services that a packet to this port, arriving in this scope, may be meant for.

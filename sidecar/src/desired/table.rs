@@ -13,6 +13,7 @@
 //! as "0x50 [invalid type]"), addresses are merged into ranges as an interval set does,
 //! and no chain is called by a keyword of nft's.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -158,12 +159,22 @@ pub(super) fn tunnel_sources(policy: &Policy) -> Option<Option<Vec<IpNet>>> {
     }
 }
 
+/// The openings of TCP ports to who comes through a public interface, as in the chain
+/// `allowed-public`.
+pub(super) fn stranger_openings(policy: &Policy, today: jiff::civil::Date) -> Vec<Opening<'_>> {
+    let build = Build { policy, today };
+    let all = [build.anyone_openings(), build.ssh_openings("public"), build.exception_openings("public")];
+    let all = all.into_iter().flatten().map(|(_, opening)| opening);
+    all.filter(|opening| opening.proto == Proto::Tcp).collect()
+}
+
+#[derive(Clone, Copy)]
 struct Build<'a> {
     policy: &'a Policy,
     today: jiff::civil::Date,
 }
 
-impl Build<'_> {
+impl<'a> Build<'a> {
     fn input(&self, locals: &[String]) -> Vec<Rule> {
         let Policy { mesh, ssh, metrics, public, .. } = self.policy;
         let mut rules = vec![accept("loopback", [iifname("lo")])];
@@ -174,7 +185,7 @@ impl Build<'_> {
         let failsafe = Opening {
             proto: Proto::Tcp,
             ports: &[ssh.port, metrics.port],
-            from: Some(&hub),
+            from: Some(Cow::Borrowed(&hub)),
             to: None,
             iifname: Some(&mesh.interface),
         };
@@ -248,16 +259,21 @@ impl Build<'_> {
 
     /// What `[public]` opens is open to anyone, by whatever way they come.
     fn allowed_anyone(&self) -> Vec<Rule> {
-        let Policy { public, mesh, .. } = self.policy;
-        let mut rules = Vec::new();
-        for proto in Proto::ALL {
-            rules.extend(Opening::new(proto, public.ports(proto), None).rules(&format!("public-{proto}")));
-        }
-        if let (Some(port), Some(from)) = (mesh.listen_port, tunnel_sources(self.policy)) {
-            rules.extend(Opening::new(Proto::Udp, &[port], from.as_deref()).rules("tunnel"));
-        }
+        let mut rules = opened(self.anyone_openings());
         rules.extend(break_glass());
         rules
+    }
+
+    fn anyone_openings(self) -> Vec<(String, Opening<'a>)> {
+        let Policy { public, mesh, .. } = self.policy;
+        let mut openings = Proto::ALL
+            .map(|proto| (format!("public-{proto}"), Opening::new(proto, public.ports(proto), None)))
+            .to_vec();
+        if let (Some(port), Some(from)) = (&mesh.listen_port, tunnel_sources(self.policy)) {
+            let tunnel = Opening::new(Proto::Udp, std::slice::from_ref(port), None);
+            openings.push(("tunnel".into(), Opening { from: from.map(Cow::Owned), ..tunnel }));
+        }
+        openings
     }
 
     fn allowed_local(&self, local: &crate::policy::Local) -> Vec<Rule> {
@@ -351,31 +367,38 @@ impl Build<'_> {
     }
 
     fn open_ssh(&self, scope: &str) -> Vec<Rule> {
+        opened(self.ssh_openings(scope))
+    }
+
+    fn ssh_openings(self, scope: &str) -> Vec<(String, Opening<'a>)> {
         let ssh = &self.policy.ssh;
         let from = ssh.from.prefixes(&self.policy.mesh);
-        open_binds(self.policy)
-            .into_iter()
-            .flat_map(|to| {
-                Opening { to: Some(to), ..Opening::tcp(&[ssh.port], Some(&from)) }
-                    .rules(&format!("{scope}-ssh-{to}"))
-            })
-            .collect()
+        let at = |to: IpAddr| Opening {
+            to: Some(to),
+            from: Some(Cow::Owned(from.clone())),
+            ..Opening::tcp(std::slice::from_ref(&ssh.port), None)
+        };
+        open_binds(self.policy).into_iter().map(|to| (format!("{scope}-ssh-{to}"), at(to))).collect()
     }
 
     fn exceptions(&self, scope: &str) -> Vec<Rule> {
+        opened(self.exception_openings(scope))
+    }
+
+    fn exception_openings(self, scope: &str) -> Vec<(String, Opening<'a>)> {
         (self.policy.exceptions.iter().filter(|exception| exception.holds_on(self.today)))
             .flat_map(|exception| Proto::ALL.map(|proto| (exception, proto)))
-            .flat_map(|(exception, proto)| {
-                Opening::new(proto, exception.ports(proto), Some(&exception.from))
-                    .rules(&format!("{scope}-exception-{}-{proto}", exception.name))
+            .map(|(exception, proto)| {
+                let id = format!("{scope}-exception-{}-{proto}", exception.name);
+                (id, Opening::new(proto, exception.ports(proto), Some(&exception.from)))
             })
             .collect()
     }
 
-    fn local_patterns<'a>(
-        &'a self,
-        names: &'a [String],
-    ) -> impl Iterator<Item = (&'a IfacePattern, &'a String)> {
+    fn local_patterns<'b>(
+        &'b self,
+        names: &'b [String],
+    ) -> impl Iterator<Item = (&'b IfacePattern, &'b String)> {
         (self.policy.locals.iter().zip(names))
             .flat_map(|(local, name)| local.interfaces.iter().map(move |pattern| (pattern, name)))
     }
@@ -412,19 +435,20 @@ impl Build<'_> {
 
 /// Ports that become reachable: by the original port for flows that conntrack knows, by
 /// the packet's own port for the others, which no NAT has rewritten.
-struct Opening<'a> {
+#[derive(Clone)]
+pub(super) struct Opening<'a> {
     proto: Proto,
-    ports: &'a [Port],
+    pub(super) ports: &'a [Port],
     /// `None`: anyone.
-    from: Option<&'a [IpNet]>,
+    pub(super) from: Option<Cow<'a, [IpNet]>>,
     /// One address of this host only. Unspecified: any of its family.
-    to: Option<IpAddr>,
+    pub(super) to: Option<IpAddr>,
     iifname: Option<&'a str>,
 }
 
 impl<'a> Opening<'a> {
     fn new(proto: Proto, ports: &'a [Port], from: Option<&'a [IpNet]>) -> Self {
-        Self { proto, ports, from, to: None, iifname: None }
+        Self { proto, ports, from: from.map(Cow::Borrowed), to: None, iifname: None }
     }
 
     fn tcp(ports: &'a [Port], from: Option<&'a [IpNet]>) -> Self {
@@ -469,7 +493,7 @@ impl<'a> Opening<'a> {
     /// The sources by family: `(None, None)` is anyone, `(Some(family), None)` is anyone
     /// of one family.
     fn sources(&self) -> Vec<(Option<Family>, Option<Operand>)> {
-        let all = match self.from {
+        let all = match &self.from {
             None => Family::ALL.map(|family| (family, None)).to_vec(),
             Some(from) => by_family(from),
         };
@@ -482,6 +506,11 @@ impl<'a> Opening<'a> {
             None => all.into_iter().map(|(family, from)| (Some(family), from)).collect(),
         }
     }
+}
+
+/// As rules that accept, each by its id.
+fn opened(openings: Vec<(String, Opening<'_>)>) -> Vec<Rule> {
+    openings.iter().flat_map(|(id, opening)| opening.rules(id)).collect()
 }
 
 /// Prefixes as the right side of a match, for each family that has any. `None`: all of

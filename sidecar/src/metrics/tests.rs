@@ -97,7 +97,14 @@ fn desired(
         counters: drops(rules, 0),
         sets: Vec::new(),
     };
-    Desired { policy, today: jiff::civil::date(2026, 1, 1), table: Some(table), admin: None, services }
+    Desired {
+        policy,
+        today: jiff::civil::date(2026, 1, 1),
+        table: Some(table),
+        guard: None,
+        admin: None,
+        services,
+    }
 }
 
 fn spoke() -> Desired {

@@ -10,6 +10,7 @@ pub mod bind;
 mod clsact;
 mod config;
 mod events;
+pub mod guard;
 mod pins;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -98,7 +99,7 @@ impl Bpf {
             classes,
             sources: LpmTrie::try_from(Map::LpmTrie(map(&root, maps::SOURCES)?))?,
             rows: PerCpuArray::try_from(Map::PerCpuArray(map(&root, maps::ROWS)?))?,
-            attachments: Attachments { root, hook: Hook::of_this_kernel() },
+            attachments: attachments(root),
             memory_bytes: 0,
         };
         bpf.memory_bytes = bpf.measure_memory();
@@ -118,7 +119,7 @@ impl Bpf {
     /// Counts on this device from now on, in this scope. Cheap where nothing is to do;
     /// `true`: something changed.
     pub fn attach(&mut self, link: &Link, scope: Scope) -> anyhow::Result<bool> {
-        self.attachments.attach(link, scope)
+        self.attachments.count(link, scope)
     }
 
     /// Counts no longer on this device.
@@ -131,7 +132,7 @@ impl Bpf {
     pub fn sync(&mut self, wanted: &[(&Link, Scope)]) -> Vec<anyhow::Error> {
         let keep: Vec<u32> = wanted.iter().map(|(link, _)| link.index).collect();
         let failed = self.attachments.retain(&keep).err();
-        let attached = wanted.iter().filter_map(|(link, scope)| self.attachments.attach(link, *scope).err());
+        let attached = wanted.iter().filter_map(|(link, scope)| self.attachments.count(link, *scope).err());
         failed.into_iter().chain(attached).collect()
     }
 
@@ -260,7 +261,7 @@ pub fn load_and_pin(pin_dir: &Path, config: &CounterConfig) -> anyhow::Result<Om
 /// Takes everything away, also what a loader left half done: programs off the devices,
 /// then every pin. `false`: there was nothing.
 pub fn release(pin_dir: &Path) -> anyhow::Result<bool> {
-    let attachments = Attachments { root: root(pin_dir), hook: Hook::of_this_kernel() };
+    let attachments = attachments(root(pin_dir));
     if !attachments.root.try_exists().with_context(|| format!("look for {}", attachments.root.display()))? {
         return Ok(false);
     }
@@ -335,6 +336,11 @@ const STDERR_BYTES_MAX: u64 = 16 << 10;
 /// Everything of one ABI lies below this.
 fn root(pin_dir: &Path) -> PathBuf {
     pin_dir.join(format!("abi{ABI}"))
+}
+
+fn attachments(root: PathBuf) -> Attachments {
+    let counted = root.join("links");
+    Attachments { root, hook: Hook::of_this_kernel(), places: &attach::COUNTING, counted }
 }
 
 /// The hash of the embedded object; never 0, which stands for "not complete".

@@ -163,6 +163,19 @@ pub fn cgroup_link(link: BorrowedFd<'_>) -> io::Result<CgroupLink> {
     Ok(CgroupLink { program_id: info.program_id, cgroup: info.cgroup })
 }
 
+/// Returns when every program that was running on any CPU at the call has ended: what it
+/// read before is no longer in use then.
+pub fn wait_for_running_programs() {
+    const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
+    // SAFETY: touches no memory. GLOBAL waits for an RCU grace period, and programs run
+    // within RCU read-side sections.
+    let done = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
+    if done != 0 {
+        // Refused by a filter, or by nohz_full. A program runs for microseconds.
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+}
+
 /// Kernel memory that a map or program holds, as /proc tells it.
 pub fn memory_bytes(object: impl AsFd) -> io::Result<u64> {
     let text = fs::read_to_string(format!("/proc/self/fdinfo/{}", object.as_fd().as_raw_fd()))?;

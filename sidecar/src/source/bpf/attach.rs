@@ -12,7 +12,7 @@ use aya::programs::links::{FdLink, LinkOrder, PinnedLink};
 use aya::programs::tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle};
 use aya::programs::{Link as _, ProgramInfo, SchedClassifier, TcAttachType};
 use aya::util::KernelVersion;
-use sidecar_ebpf::{DIRECTIONS, IN, OUT, programs};
+use sidecar_ebpf::{DIRECTIONS, IN, OUT, gate, programs};
 
 use super::clsact::{self, Filter};
 use super::config::scope_number;
@@ -40,32 +40,91 @@ impl Hook {
     }
 }
 
-/// Our place among the filters of a clsact qdisc. High, so that other tools' defaults
-/// (1, 49152) stay free.
-const PRIORITY: u16 = 7;
-const HANDLE: TcHandle = TcHandle::new(0, 0x5347);
+/// Where one of our programs goes on a device, and how it is known again.
+#[derive(Debug)]
+pub(super) struct Place {
+    direction: usize,
+    /// What the name of its link's pin begins with; the number of the device follows.
+    pin: &'static str,
+    order: Order,
+    /// Our place among the filters of a clsact qdisc. High, so that other tools' defaults
+    /// (1, 49152) stay free.
+    priority: u16,
+    handle: TcHandle,
+    is_ours: fn(&str) -> bool,
+}
 
-/// Where the programs and links of one ABI are pinned.
+#[derive(Clone, Copy, Debug)]
+enum Order {
+    First,
+    Last,
+    /// Right behind the counter on the way in, which is to see what is refused; first
+    /// where nothing is counted.
+    BehindCounter,
+}
+
+/// Closest to the wire: first on the way in and last on the way out.
+pub(super) static COUNTING: [Place; DIRECTIONS] = [
+    Place {
+        direction: IN,
+        pin: "in-",
+        order: Order::First,
+        priority: 7,
+        handle: TcHandle::new(0, 0x5347),
+        is_ours: |name| programs::COUNTERS[IN].iter().flatten().any(|own| *own == name),
+    },
+    Place {
+        direction: OUT,
+        pin: "out-",
+        order: Order::Last,
+        priority: 7,
+        handle: TcHandle::new(0, 0x5347),
+        is_ours: |name| programs::COUNTERS[OUT].iter().flatten().any(|own| *own == name),
+    },
+];
+
+pub(super) static GUARDING: [Place; 1] = [Place {
+    direction: IN,
+    pin: "in-",
+    order: Order::BehindCounter,
+    priority: 8,
+    handle: TcHandle::new(0, 0x5348),
+    is_ours: |name| gate::PROGRAMS.contains(&name),
+}];
+
+/// Where the programs and links of one ABI are pinned, and where they go.
 #[derive(Clone, Debug)]
 pub(super) struct Attachments {
     pub(super) root: PathBuf,
     pub(super) hook: Hook,
+    pub(super) places: &'static [Place],
+    /// Pins of the counters' links, for who keeps behind them.
+    pub(super) counted: PathBuf,
 }
 
 impl Attachments {
     /// Both counters onto this device, or exchanged for the right ones. `true`: something
     /// changed.
-    pub(super) fn attach(&self, link: &Link, scope: Scope) -> anyhow::Result<bool> {
+    pub(super) fn count(&self, link: &Link, scope: Scope) -> anyhow::Result<bool> {
+        let layer = if link.ethernet { 0 } else { 1 };
+        self.attach(link, |place| programs::COUNTERS[place.direction][layer][scope_number(scope)])
+    }
+
+    /// The guard onto this device, or exchanged for the right one.
+    pub(super) fn guard(&self, link: &Link) -> anyhow::Result<bool> {
+        self.attach(link, |_| gate::PROGRAMS[if link.ethernet { 0 } else { 1 }])
+    }
+
+    fn attach(&self, link: &Link, program: impl Fn(&Place) -> &'static str) -> anyhow::Result<bool> {
         if link.loopback {
-            bail!("nothing is counted on loopback ({})", link.name);
+            bail!("nothing of ours goes on loopback ({})", link.name);
         }
         let mut changed = false;
-        for direction in [IN, OUT] {
-            let layer = if link.ethernet { 0 } else { 1 };
-            let program = programs::COUNTERS[direction][layer][scope_number(scope)];
+        for place in self.places {
+            let program = program(place);
             changed |= match self.hook {
-                Hook::Tcx => self.attach_tcx(link, direction, program),
-                Hook::Clsact => self.attach_clsact(link, direction, program),
+                Hook::Tcx => self.attach_tcx(link, place, program),
+                Hook::Clsact => self.attach_clsact(link, place, program),
             }
             .with_context(|| format!("attach {program} to {}", link.name))?;
         }
@@ -75,13 +134,11 @@ impl Attachments {
     /// Takes our programs off a device, also one that is gone.
     pub(super) fn detach(&self, index: u32) -> anyhow::Result<()> {
         match self.hook {
-            Hook::Tcx => {
-                [IN, OUT].iter().try_for_each(|direction| pins::remove(&self.link_pin(*direction, index)))
-            }
+            Hook::Tcx => self.places.iter().try_for_each(|place| pins::remove(&self.link_pin(place, index))),
             Hook::Clsact => clsact::names()?
                 .into_iter()
                 .filter(|(of, _)| *of == index)
-                .try_for_each(|(index, name)| detach_clsact(index, &name)),
+                .try_for_each(|(index, name)| self.detach_clsact(index, &name)),
         }
     }
 
@@ -95,29 +152,29 @@ impl Attachments {
             Hook::Clsact => clsact::names()?
                 .into_iter()
                 .filter(|(index, _)| stray(index))
-                .try_for_each(|(index, name)| detach_clsact(index, &name)),
+                .try_for_each(|(index, name)| self.detach_clsact(index, &name)),
         }
     }
 
-    /// Names of the devices that have both programs.
+    /// Names of the devices that have all of our programs.
     pub(super) fn attached(&self) -> anyhow::Result<Vec<String>> {
         let mut names = Vec::new();
         match self.hook {
             Hook::Tcx => {
                 for index in self.pinned_indexes()? {
-                    let both = [IN, OUT].iter().all(|direction| {
-                        self.tcx(&self.link_pin(*direction, index))
+                    let all = self.places.iter().all(|place| {
+                        self.tcx(&self.link_pin(place, index))
                             .is_ok_and(|l| l.is_some_and(|l| l.index == index))
                     });
-                    if both && let Some(name) = clsact::name_of(index) {
+                    if all && let Some(name) = clsact::name_of(index) {
                         names.push(name);
                     }
                 }
             }
             Hook::Clsact => {
                 for (index, name) in clsact::names()? {
-                    if (0..DIRECTIONS).all(|d| our_filters(index, d).is_ok_and(|filters| !filters.is_empty()))
-                    {
+                    let there = |place| our_filters(index, place).is_ok_and(|filters| !filters.is_empty());
+                    if self.places.iter().all(there) {
                         names.push(name);
                     }
                 }
@@ -127,8 +184,8 @@ impl Attachments {
         Ok(names)
     }
 
-    fn attach_tcx(&self, link: &Link, direction: usize, name: &str) -> anyhow::Result<bool> {
-        let pin = self.link_pin(direction, link.index);
+    fn attach_tcx(&self, link: &Link, place: &Place, name: &str) -> anyhow::Result<bool> {
+        let pin = self.link_pin(place, link.index);
         let wanted = self.program_id(name)?;
         match self.tcx(&pin)? {
             Some(there) if there.index == link.index && there.program_id == wanted => return Ok(false),
@@ -144,11 +201,14 @@ impl Attachments {
             None => {}
         }
         let mut program = self.program(name)?;
-        // First on the way in and last on the way out: closest to the wire.
-        let order = if direction == IN { LinkOrder::first() } else { LinkOrder::last() };
+        let order = match (place.order, self.counter(link)) {
+            (Order::Last, _) => LinkOrder::last(),
+            (Order::BehindCounter, Some(counter)) => LinkOrder::after_link(&counter)?,
+            (Order::First | Order::BehindCounter, _) => LinkOrder::first(),
+        };
         let id = program.attach_with_options(
             &link.name,
-            tc_direction(direction),
+            tc_direction(place.direction),
             TcAttachOptions::TcxOrder(order),
         )?;
         let attached: FdLink = program.take_link(id)?.try_into()?;
@@ -163,7 +223,15 @@ impl Attachments {
         Ok(true)
     }
 
-    fn attach_clsact(&self, link: &Link, direction: usize, name: &str) -> anyhow::Result<bool> {
+    /// The link of the counter on the way in, where there is one.
+    fn counter(&self, link: &Link) -> Option<SchedClassifierLink> {
+        let pin = self.counted.join(format!("in-{}", link.index));
+        let there = self.tcx(&pin).ok().flatten()?;
+        let counter = (there.index == link.index).then(|| PinnedLink::from_pin(&pin).ok())??;
+        FdLink::from(counter).try_into().ok()
+    }
+
+    fn attach_clsact(&self, link: &Link, place: &Place, name: &str) -> anyhow::Result<bool> {
         if clsact::name_of(link.index).as_deref() != Some(link.name.as_str()) {
             bail!("{} is no longer device {}", link.name, link.index);
         }
@@ -173,18 +241,19 @@ impl Attachments {
             Some(other) => bail!("{} has a qdisc \"{other}\" where clsact would go", link.name),
             None => tc::qdisc_add_clsact(&link.name).context("add a clsact qdisc")?,
         }
-        let ours = our_filters(link.index, direction)?;
-        let there = ours.iter().find(|filter| filter.is_at(PRIORITY, HANDLE));
+        let Place { priority, handle, .. } = *place;
+        let ours = our_filters(link.index, place)?;
+        let there = ours.iter().find(|filter| filter.is_at(priority, handle));
         if there.is_some_and(|filter| filter.program_id == Some(self.program_id(name).unwrap_or(0))) {
             return Ok(false);
         }
         let mut program = self.program(name)?;
-        let attach_type = tc_direction(direction);
+        let attach_type = tc_direction(place.direction);
         let id = if there.is_some() {
-            let link = SchedClassifierLink::attached(&link.name, attach_type, PRIORITY, HANDLE, None)?;
+            let link = SchedClassifierLink::attached(&link.name, attach_type, priority, handle, None)?;
             program.attach_to_link(link)?
         } else {
-            let options = NlOptions { priority: PRIORITY, handle: HANDLE, classid: None };
+            let options = NlOptions { priority, handle, classid: None };
             program.attach_with_options(&link.name, attach_type, TcAttachOptions::Netlink(options))?
         };
         // The filter is to outlive us; dropping the link would take it away.
@@ -213,9 +282,20 @@ impl Attachments {
     }
 
     /// By number: bpffs refuses names with dots, and device names have them.
-    fn link_pin(&self, direction: usize, index: u32) -> PathBuf {
-        let direction = if direction == IN { "in" } else { "out" };
-        self.root.join("links").join(format!("{direction}-{index}"))
+    fn link_pin(&self, place: &Place, index: u32) -> PathBuf {
+        self.root.join("links").join(format!("{}{index}", place.pin))
+    }
+
+    fn detach_clsact(&self, index: u32, name: &str) -> anyhow::Result<()> {
+        for place in self.places {
+            for filter in our_filters(index, place)? {
+                let direction = tc_direction(place.direction);
+                SchedClassifierLink::attached(name, direction, filter.priority, filter.handle(), None)?
+                    .detach()
+                    .with_context(|| format!("detach {} from {name}", filter.name))?;
+            }
+        }
+        Ok(())
     }
 
     fn pinned_indexes(&self) -> anyhow::Result<Vec<u32>> {
@@ -241,27 +321,10 @@ const fn tc_direction(direction: usize) -> TcAttachType {
     if direction == IN { TcAttachType::Ingress } else { TcAttachType::Egress }
 }
 
-fn our_filters(index: u32, direction: usize) -> anyhow::Result<Vec<Filter>> {
-    let mut filters = clsact::filters(index, direction)?;
-    filters.retain(|filter| programs::COUNTERS[direction].iter().flatten().any(|name| *name == filter.name));
+fn our_filters(index: u32, place: &Place) -> anyhow::Result<Vec<Filter>> {
+    let mut filters = clsact::filters(index, place.direction)?;
+    filters.retain(|filter| (place.is_ours)(&filter.name));
     Ok(filters)
-}
-
-fn detach_clsact(index: u32, name: &str) -> anyhow::Result<()> {
-    for direction in [IN, OUT] {
-        for filter in our_filters(index, direction)? {
-            SchedClassifierLink::attached(
-                name,
-                tc_direction(direction),
-                filter.priority,
-                filter.handle(),
-                None,
-            )?
-            .detach()
-            .with_context(|| format!("detach {} from {name}", filter.name))?;
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]
