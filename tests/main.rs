@@ -9,6 +9,7 @@ mod daemon;
 mod direction;
 mod enforce;
 mod glass;
+mod guard;
 mod iptables;
 mod look;
 mod metrics;

@@ -3,6 +3,7 @@
 
 pub mod cut;
 pub mod glass;
+pub mod guard;
 pub mod replay;
 pub mod rollback;
 

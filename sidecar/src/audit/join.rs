@@ -9,7 +9,8 @@ use super::{
 };
 use ipnet::IpNet;
 
-use crate::desired::{COMMENT_PREFIX, Desired, Service, TABLE};
+use crate::desired::guard::{Boot, Syn};
+use crate::desired::{COMMENT_PREFIX, Desired, DropReason, Service, TABLE};
 use crate::observed::{Link, Listener, Reading, Snapshot};
 use crate::report::Verdict;
 use crate::ruleset::{Evaluator, Host, Judgement, Packet, Place, Ruleset, TableFamily, Verdict as Says};
@@ -30,12 +31,14 @@ pub struct View<'a> {
     pub rules: &'a Reading<Ruleset>,
     pub listeners: &'a Reading<Vec<Listener>>,
     pub links: &'a Reading<Vec<Link>>,
+    /// Interfaces on which the tc guard holds the policy's rules.
+    pub guarded: &'a [String],
 }
 
 impl<'a> View<'a> {
     pub fn of(desired: &'a Desired, snapshot: &'a Snapshot) -> Self {
-        let Snapshot { nftables, listeners, links, .. } = snapshot;
-        Self { desired: Some(desired), rules: nftables, listeners, links }
+        let Snapshot { nftables, listeners, links, guard, .. } = snapshot;
+        Self { desired: Some(desired), rules: nftables, listeners, links, guarded: guard.holding() }
     }
 }
 
@@ -448,9 +451,24 @@ impl<'a> Site<'a> {
         }
     }
 
+    /// Why the guard refuses it, which comes before every rule.
+    fn guarded(&self, port: Port) -> Option<&'static str> {
+        let rules = self.view.desired?.guard.as_ref().filter(|rules| !rules.audit)?;
+        let here = self.proto == Proto::Tcp && self.view.guarded.iter().any(|name| name == self.interface);
+        let syn = Syn { source: self.source, destination: self.address, port: port.get(), onward: None };
+        // Without openings that end: who asks here was dropped.
+        rules.judge(&syn, Boot(0)).filter(|_| here).map(DropReason::name)
+    }
+
     /// Which rule holds the port back, by the evaluator of rules.
     fn blame(&self, port: Port, verb: &str, ask: bool) -> Option<String> {
-        let judgement = if ask { self.judge(port, self.source)? } else { return None };
+        if !ask {
+            return None;
+        }
+        if let Some(reason) = self.guarded(port).filter(|_| verb == "dropped") {
+            return Some(format!("{verb} by spokeguard's tc guard: {reason}"));
+        }
+        let judgement = self.judge(port, self.source)?;
         let mut text = match (judgement.verdict, judgement.by) {
             (Says::Drop | Says::Reject, Some(by)) => format!("{verb} by {}", place(&by)),
             (Says::Unknown(_), Some(by)) => format!("{verb}, it may be by {}", place(&by)),

@@ -354,7 +354,8 @@ fn the_evaluators_opinion_is_one_of_ports_that_could_answer() {
     assert_eq!(of(5432), Some(Fate::Dropped));
     let links = snapshot.links.clone();
     let gone = Reading::Blind(Gap::new("no nft"));
-    let view = View { desired: None, rules: &gone, listeners: &snapshot.listeners, links: &links };
+    let view =
+        View { desired: None, rules: &gone, listeners: &snapshot.listeners, links: &links, guarded: &[] };
     let told = opinion(&view, "eth0", ip("203.0.113.7"), ip(OUTSIDER), Proto::Tcp, &[port(443)]);
     assert_eq!(told.fates, [(port(443), Fate::Lost)]);
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::Args;
 
 use super::{Format, Global};
-use crate::apply::{self, Applied, rollback};
+use crate::apply::{self, Applied, guard, rollback};
 use crate::daemon::socket;
 use crate::ruleset::{Change, compare};
 use crate::source::nft;
@@ -36,7 +36,7 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
         global.tell("[enforce] firewall = false: nothing to apply\n", said("not-wanted", &[]))?;
         return Ok(0);
     };
-    let run = global.places()?.run;
+    let super::Places { run, pin, .. } = global.places()?;
     let found = nft::list_table()?;
     let within = options.confirm_within.unwrap_or(desired.policy.enforce.confirm_within);
     if compare::changes(table, found.as_ref()).is_empty() {
@@ -45,8 +45,11 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
         let text =
             if armed { "in force already, and not confirmed yet: nothing changed\n" } else { UNCHANGED };
         return if armed && options.wait {
-            wait(global, &run, within, text, &[])
+            wait(global, &run, &pin, within, text, &[])
         } else {
+            if !armed {
+                guard::warn(guard::install(&pin, &desired));
+            }
             global.tell(text, said("unchanged", &[]))?;
             Ok(0)
         };
@@ -59,6 +62,7 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
     }
     let previous = if found.is_some() { Some(nft::list_table_text()?) } else { None };
     rollback::arm(&run, previous.as_deref(), within, &nft::program()?)?;
+    guard::warn(guard::relax(&pin, &desired));
     let time = humantime::format_duration(Duration::from_secs(within.as_secs()));
     let changes = match apply::apply_table(&desired) {
         Ok(Applied::Changed(changes)) => changes,
@@ -71,11 +75,12 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
             return Err(anyhow::Error::new(error).context(text));
         }
     };
+    guard::warn(guard::ready(&pin, &desired));
     let count = if changes.len() == 1 { "1 change".to_owned() } else { format!("{} changes", changes.len()) };
     let text =
         format!("in force: {count}; `spokeguard confirm` keeps it, else it is rolled back in {time}\n");
     if options.wait {
-        return wait(global, &run, within, &text, &changes);
+        return wait(global, &run, &pin, within, &text, &changes);
     }
     global.tell(&text, said("applied", &changes))?;
     Ok(0)
@@ -100,6 +105,7 @@ fn other_policy(run: &std::path::Path, desired: &crate::desired::Desired) -> Opt
 fn wait(
     global: &Global,
     run: &std::path::Path,
+    pin: &std::path::Path,
     within: Duration,
     text: &str,
     changes: &[Change],
@@ -111,6 +117,7 @@ fn wait(
     loop {
         match rollback::state(run)? {
             rollback::State::Idle => {
+                guard::warn(guard::settle(pin));
                 global.tell("confirmed\n", said("confirmed", changes))?;
                 return Ok(0);
             }
@@ -129,8 +136,12 @@ fn wait(
 }
 
 pub fn confirm(global: &Global) -> anyhow::Result<u8> {
-    let (text, result) = match rollback::confirm(&global.places()?.run)? {
-        true => ("confirmed: the rules in force stay\n", "confirmed"),
+    let super::Places { run, pin, .. } = global.places()?;
+    let (text, result) = match rollback::confirm(&run)? {
+        true => {
+            guard::warn(guard::settle(&pin));
+            ("confirmed: the rules in force stay\n", "confirmed")
+        }
         false => ("nothing waits for a confirmation\n", "nothing-to-confirm"),
     };
     let mut said = serde_json::json!({ "version": 1, "result": result });

@@ -12,6 +12,7 @@ use crate::audit::{Aim, Audit, Ports, Sweep, View, aims, opinion, stranger};
 use crate::desired::Desired;
 use crate::diff::glass::openings_in;
 use crate::observed::{Link, Reading};
+use crate::source::bpf::guard;
 use crate::source::{links, listeners, nft, owners, probe, scan};
 use crate::sys::clock;
 use crate::terms::{Port, Proto};
@@ -92,7 +93,14 @@ fn local(global: &Global, options: &Options) -> anyhow::Result<Audit> {
     let desired = desired.map(|desired| desired.with_openings(&openings_in(&rules), started));
     let sockets = Reading::from_result(listeners::read(&mut owners::Owners::new()));
     let interfaces = Reading::from_result(links::read());
-    let view = View { desired: desired.as_ref(), rules: &rules, listeners: &sockets, links: &interfaces };
+    let guard = guard::read(&global.places()?.pin, desired.as_ref().and_then(|d| d.guard.as_ref()));
+    let view = View {
+        desired: desired.as_ref(),
+        rules: &rules,
+        listeners: &sockets,
+        links: &interfaces,
+        guarded: guard.holding(),
+    };
     if let Some(gap) = interfaces.gap() {
         anyhow::bail!("the interfaces could not be read: {}", gap.reason);
     }

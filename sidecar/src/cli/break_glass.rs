@@ -9,6 +9,7 @@ use ipnet::IpNet;
 use super::Global;
 use crate::apply::cut::{self, Cut};
 use crate::apply::glass::{self as kernel, Which};
+use crate::apply::guard;
 use crate::desired::{Desired, TABLE};
 use crate::diff::glass::seconds;
 use crate::observed::{Link, Listener};
@@ -158,6 +159,7 @@ fn open(global: &Global, options: &Open) -> anyhow::Result<u8> {
     // Of prefixes that hold each other the wider one; neighbours become one.
     let wanted: Vec<Opening> = IpNet::aggregate(&nets).into_iter().map(opening).collect();
     let opened = kernel::open(&wanted)?;
+    guard::warn(guard::follow_glass(&global.places()?.pin));
     // The policy is a help here and no condition: a broken one must not keep anybody out.
     let desired = super::policy::load(global, now).ok().map(|(_, desired)| desired);
     let notes = match Sight::look() {
@@ -202,6 +204,7 @@ fn list(global: &Global) -> anyhow::Result<u8> {
 fn close(global: &Global, which: Which) -> anyhow::Result<u8> {
     let now = clock::now();
     let closed = kernel::close(which)?;
+    guard::warn(guard::follow_glass(&global.places()?.pin));
     if closed.is_empty() {
         let text = "nothing is open there: nothing changed\n";
         global.tell(

@@ -123,7 +123,11 @@ pub enum Command {
     Man,
     /// Loads and pins the eBPF programs (run by the daemon itself)
     #[command(name = INTERNAL_LOAD, hide = true)]
-    InternalLoad { pin_dir: PathBuf },
+    InternalLoad {
+        pin_dir: PathBuf,
+        #[arg(long)]
+        guard_only: bool,
+    },
     /// Loads, pins and attaches the bind guard (run by the daemon itself)
     #[command(name = INTERNAL_LOAD_BINDS, hide = true)]
     InternalLoadBinds { pin_dir: PathBuf, control_group: Option<PathBuf> },
@@ -227,7 +231,7 @@ pub fn main() -> ExitCode {
         Command::Policy(verb) => policy::run(&global, &verb),
         Command::Completions { shell } => completions(&global, shell),
         Command::Man => man(&global),
-        Command::InternalLoad { pin_dir } => run::load_bpf(&pin_dir),
+        Command::InternalLoad { pin_dir, guard_only } => run::load_bpf(&pin_dir, guard_only),
         Command::InternalLoadBinds { pin_dir, control_group } => {
             run::load_binds(&pin_dir, control_group.as_deref())
         }

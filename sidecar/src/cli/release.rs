@@ -9,7 +9,7 @@ use crate::daemon::socket;
 use crate::diff::{self, Code};
 use crate::observed::Reading;
 use crate::source::Eyes;
-use crate::source::bpf::bind;
+use crate::source::bpf::{bind, guard};
 use crate::sys::clock;
 
 #[derive(Args)]
@@ -55,8 +55,15 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
     }
     let (text, result) = match options.dry_run {
         true => ("", "dry-run"),
-        false if apply::release()? => ("released: table inet spokeguard is gone\n", "released"),
-        false => ("there was no table inet spokeguard\n", "nothing-to-release"),
+        // The table first: if that fails, nothing was opened.
+        false => match (apply::release()?, guard::release(&places.pin)?) {
+            (true, true) => ("released: table inet spokeguard and the tc guard are gone\n", "released"),
+            (true, false) => ("released: table inet spokeguard is gone\n", "released"),
+            (false, true) => {
+                ("released: the tc guard is gone; there was no table inet spokeguard\n", "released")
+            }
+            (false, false) => ("there was no table inet spokeguard\n", "nothing-to-release"),
+        },
     };
     global.tell(text, serde_json::json!({ "version": 1, "result": result, "opens": opens }))?;
     Ok(0)

@@ -52,8 +52,19 @@ pub fn serve_http() -> anyhow::Result<u8> {
     Ok(0)
 }
 
-pub fn load_bpf(pin_dir: &Path) -> anyhow::Result<u8> {
-    let omitted = bpf::load_from_stdin(pin_dir)?;
+pub fn load_bpf(pin_dir: &Path, guard_only: bool) -> anyhow::Result<u8> {
+    bpf::prepare_loader();
+    if guard_only {
+        bpf::guard::load(pin_dir)?;
+        return Ok(0);
+    }
+    // One goes without the other; what failed is told of both.
+    let guard = bpf::guard::load(pin_dir);
+    let omitted = match (bpf::load_from_stdin(pin_dir), guard) {
+        (Ok(omitted), Ok(())) => omitted,
+        (Ok(_), Err(error)) | (Err(error), Ok(())) => return Err(error),
+        (Err(error), Err(guard)) => anyhow::bail!("{error:#}; {guard:#}"),
+    };
     if omitted != bpf::Omitted::default() {
         eprintln!("some services are not counted one by one: {omitted:?}");
     }

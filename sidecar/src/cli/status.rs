@@ -38,6 +38,9 @@ fn about(status: &Status, width: usize) -> String {
         daemon.repairs,
         if daemon.mode == Mode::Audit { "; audit mode counts and drops nothing" } else { "" }
     );
+    if !daemon.guard.is_empty() {
+        let _ = writeln!(text, "Second layer (tc guard): {}", daemon.guard);
+    }
     for event in daemon.events.iter().rev().take(EVENTS) {
         let line: String = event.to_line().chars().take(width.saturating_sub(2)).collect();
         let _ = writeln!(text, "  {line}");

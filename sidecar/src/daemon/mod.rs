@@ -46,12 +46,14 @@ pub mod socket;
 
 mod binds;
 mod glass;
+mod guarding;
 mod pace;
 mod seccomp;
 mod suspects;
 
 use eventlog::{Event, EventKind, EventLog};
 use front::{Call, Front};
+use guarding::{Guarding, Kept};
 use pace::Pace;
 use privileges::Privileges;
 use suspects::Suspects;
@@ -126,6 +128,7 @@ struct Daemon {
     glass: glass::Watch,
     /// Why the counters can't be trusted to count everything, if so.
     counter_gap: Option<String>,
+    guarding: Guarding,
     generation: Option<u32>,
     report: Option<Report>,
     cycles: u64,
@@ -201,6 +204,7 @@ impl Daemon {
             withheld: BTreeSet::new(),
             glass: glass::Watch::default(),
             counter_gap: None,
+            guarding: Guarding::default(),
             generation: None,
             report: None,
             cycles: 0,
@@ -228,7 +232,11 @@ impl Daemon {
             }
         }
         self.queries = NftQueries::open().map_err(|error| warn("nftables queries", error.into())).ok();
-        if let Err(error) = self.load_counters() {
+        let verb = [crate::cli::INTERNAL_LOAD.into(), self.places.pin.clone().into_os_string()];
+        let loaded = bpf::spawn_loader(&verb, &self.config);
+        let failed = loaded.as_ref().err().map(|error| format!("{error:#}"));
+        self.guarding = Guarding::start(&self.places.pin, &self.desired, &self.places.run, failed);
+        if let Err(error) = self.open_counters(loaded) {
             self.counter_gap = Some(format!("the counters do not run: {error:#}"));
             warn("the counters do not run", error);
         }
@@ -250,11 +258,12 @@ impl Daemon {
     /// programs' own log needs CAP_SYS_ADMIN to be found, so it is opened before that goes.
     /// Waits on this very thread: there is nothing else to do yet, and a second thread
     /// would keep the capabilities that this one is about to drop.
-    fn load_counters(&mut self) -> anyhow::Result<()> {
+    fn open_counters(&mut self, loaded: anyhow::Result<()>) -> anyhow::Result<()> {
         let pins = &self.places.pin;
-        let verb = [crate::cli::INTERNAL_LOAD.into(), pins.clone().into_os_string()];
-        bpf::spawn_loader(&verb, &self.config)?;
-        let counters = bpf::Bpf::open(pins)?.context("the loader pinned nothing")?;
+        let counters = match (bpf::Bpf::open(pins)?, loaded) {
+            (Some(counters), _) => counters,
+            (None, loaded) => loaded.and_then(|()| anyhow::bail!("the loader pinned nothing"))?,
+        };
         self.listens = bpf::ListenEvents::open(pins).map_err(|error| warn("listen events", error)).ok();
         match bpf::ProgramLog::open(&counters) {
             Ok(log) => self.program_log = Some(log),
@@ -381,6 +390,8 @@ impl Daemon {
             self.wake([Facet::Nftables], Duration::ZERO);
         }
         self.renew_day();
+        let links = self.snapshot.as_ref().and_then(|snapshot| snapshot.links.seen()).cloned();
+        self.keep_guard(links.as_deref());
         if self.log.waiting() > 0
             && let Err(error) = self.log.flush()
         {
@@ -540,7 +551,12 @@ impl Daemon {
 
     /// Sends the eyes off to the worker thread.
     fn begin(&mut self) -> Option<JoinHandle<Pass>> {
-        let eyes = self.eyes.take()?;
+        if self.wanted.contains(&Facet::Links) {
+            // Before it is looked at: a new interface is not open for as long as a look takes.
+            self.keep_guard(links::read().ok().as_deref());
+        }
+        let mut eyes = self.eyes.take()?;
+        eyes.guard_gap = self.guarding.gap.clone();
         self.due = None;
         let facets: Vec<Facet> = std::mem::take(&mut self.wanted).into_iter().collect();
         if facets.contains(&Facet::Nftables) {
@@ -731,6 +747,35 @@ impl Daemon {
         }
     }
 
+    /// The guard has no events: it is looked at, and put right, at every tick.
+    fn keep_guard(&mut self, links: Option<&[Link]>) {
+        let (Some(rules), Some(links)) = (&self.desired.guard, links) else { return };
+        let kept = self.guarding.keep(rules, links, &self.places.run);
+        self.on_guard(kept);
+    }
+
+    fn on_guard(&mut self, kept: Kept) {
+        let (kind, found) = match kept {
+            Kept::Sound => return,
+            Kept::Restored(found) => (EventKind::Repaired, found),
+            Kept::Failed(why) => {
+                log::debug!("the tc guard: {why}");
+                return self.wake([Facet::Counters], Duration::ZERO);
+            }
+        };
+        let finding = Finding::new(
+            Code::GuardMissing,
+            Code::GuardMissing.severity(),
+            "tc guard",
+            "the policy's rules, on every public interface",
+            found,
+            "Nothing: it was repaired.",
+        );
+        *self.drifts.entry(Facet::Counters).or_default() += 1;
+        self.note(kind, Some(&finding), None);
+        self.wake([Facet::Counters], Duration::ZERO);
+    }
+
     /// The metrics server on every mesh address, present or not.
     fn listen(&mut self) {
         let policy = &self.desired.policy;
@@ -757,7 +802,10 @@ impl Daemon {
             Reading::Seen(counters) => Some(counters),
             Reading::Blind(_) => None,
         });
-        let drops = nft_counters::read().ok();
+        let mut drops = nft_counters::read().ok();
+        if let Some(drops) = &mut drops {
+            self.guarding.add_to(drops);
+        }
         let blind: Vec<Facet> = report.blind.iter().map(|blind| blind.facet).collect();
         let state = metrics::State {
             now: clock::now(),
@@ -817,6 +865,9 @@ impl Daemon {
         {
             held.insert(Control::Firewall);
         }
+        if enforce.mode == Mode::Enforce && self.guarding.holds() {
+            held.insert(Control::Guard);
+        }
         // Where there is no tunnel of ours or no peer, nothing is kept alive.
         if enforce.keepalive
             && enforce.mode == Mode::Enforce
@@ -856,6 +907,7 @@ impl Daemon {
             cycle: self.cycles,
             last_cycle_seconds: self.cycle_took.as_secs_f64(),
             repairs: self.repairs.iter().filter_map(done).sum(),
+            guard: self.guarding.told(),
             events: self.recent.iter().cloned().collect(),
             privileges: self.privileges.with(self.front.confinement().cloned()),
         };

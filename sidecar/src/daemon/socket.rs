@@ -54,6 +54,9 @@ pub struct Daemon {
     pub last_cycle_seconds: f64,
     /// Repairs that were done.
     pub repairs: u64,
+    /// The second layer: the interfaces that the tc guard is on, or why it is not active.
+    #[serde(default)]
+    pub guard: String,
     /// The last events, oldest first.
     pub events: Vec<Event>,
     pub privileges: Privileges,
@@ -277,6 +280,7 @@ mod tests {
             cycle: 7,
             last_cycle_seconds: 0.25,
             repairs: 2,
+            guard: String::new(),
             events: Vec::new(),
             privileges: Privileges::default(),
         };

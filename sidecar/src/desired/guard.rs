@@ -278,4 +278,116 @@ mod tests {
         policy.enforce.firewall = false;
         assert_eq!(Desired::new(policy, samples::TODAY).expect("a path").guard, None);
     }
+
+    mod in_step {
+        use proptest::prelude::*;
+        use proptest::sample::{select, subsequence};
+
+        use super::*;
+        use crate::ruleset::{Packet, Ruleset, Verdict, evaluate};
+        use crate::terms::Proto;
+
+        const PORTS: [u16; 9] = [1, 22, 63, 64, 80, 443, 2222, 9984, 65535];
+        const SOURCES: [&str; 9] = [
+            "192.0.2.0",
+            "192.0.2.127",
+            "192.0.2.128",
+            "198.51.100.9",
+            "10.84.0.255",
+            "10.84.1.0",
+            "2001:db8:1::1",
+            "2001:db8:2::",
+            "fd84::9",
+        ];
+        const NETS: [&str; 9] = [
+            "0.0.0.0/0",
+            "::/0",
+            "192.0.2.0/24",
+            "192.0.2.0/25",
+            "192.0.2.128/32",
+            "198.51.100.9/32",
+            "2001:db8:1::/48",
+            "10.84.0.0/23",
+            "fd84::/64",
+        ];
+        const HERE: [&str; 6] =
+            ["198.51.100.7", "198.51.100.8", "10.84.0.16", "10.84.1.7", "2001:db8::7", "fd84::16"];
+
+        fn nets() -> impl Strategy<Value = Vec<IpNet>> {
+            let parsed = |nets: Vec<&str>| nets.into_iter().map(samples::net).collect();
+            subsequence(NETS.to_vec(), 1..=4).prop_map(parsed)
+        }
+
+        fn ports() -> impl Strategy<Value = Vec<Port>> {
+            let parsed = |ports: Vec<u16>| ports.into_iter().map(samples::port).collect();
+            subsequence(PORTS.to_vec(), 0..=4).prop_map(parsed)
+        }
+
+        prop_compose! {
+            fn policy()(
+                public in ports(),
+                exceptions in proptest::collection::vec((ports(), nets(), any::<bool>()), 0..4),
+                bind in proptest::option::of(subsequence(
+                    vec!["198.51.100.7", "0.0.0.0", "::", "2001:db8::7", "10.84.0.16"], 1..=3)),
+                from in nets(),
+                six in any::<bool>(),
+                ssh in select(vec![22, 2222, 443]),
+            ) -> Policy {
+                let mut policy = samples::everything();
+                policy.enforce.allow_no_admin_path = true;
+                policy.public.tcp = public;
+                policy.ssh.port = samples::port(ssh);
+                if six {
+                    policy.mesh.prefix.push(samples::net("fd84::/64"));
+                }
+                if let Some(bind) = bind {
+                    policy.ssh.bind = Bind::Addresses(bind.into_iter().map(samples::ip).collect());
+                    policy.ssh.from = Sources::Prefixes(from);
+                }
+                let template = policy.exceptions[0].clone();
+                policy.exceptions = exceptions.into_iter().map(|(tcp, from, over)| {
+                    let until = if over { jiff::civil::date(2026, 11, 20) } else { samples::TODAY };
+                    crate::policy::Exception { tcp, from, until, ..template.clone() }
+                }).collect();
+                policy
+            }
+        }
+
+        proptest! {
+            /// A stranger's first packet for this host meets the same verdict, for the same
+            /// reason, whether our table judges it or the guard.
+            #[test]
+            fn the_guard_and_the_table_agree(
+                policy in policy(),
+                packets in proptest::collection::vec((select(SOURCES.to_vec()), select(HERE.to_vec()),
+                    select(PORTS.to_vec())), 24),
+            ) {
+                let desired = Desired::new(policy, samples::TODAY).expect("no path is asked for");
+                let rules = desired.guard.expect("a guard");
+                let ruleset = Ruleset { tables: vec![desired.table.expect("a table")] };
+                for (from, to, port) in packets {
+                    let (source, destination) = (samples::ip(from), samples::ip(to));
+                    if Family::of(source) != Family::of(destination) {
+                        continue;
+                    }
+                    let packet = Packet {
+                        iifname: "eth0".into(),
+                        source,
+                        destination,
+                        proto: Proto::Tcp,
+                        source_port: samples::port(40_000),
+                        port: samples::port(port),
+                    };
+                    let judged = evaluate::judge(&ruleset, &packet, &|_| true);
+                    let refused = rules.judge(&Syn { source, destination, port, onward: None }, Boot(0));
+                    let expected = if refused.is_some() { Verdict::Drop } else { Verdict::Accept };
+                    prop_assert_eq!(&judged.verdict, &expected, "{} -> {}:{}", from, to, port);
+                    if let Some(reason) = refused {
+                        let rule = judged.by.and_then(|place| place.comment).unwrap_or_default();
+                        prop_assert!(rule.contains(reason.name()), "{} by {}", reason.name(), rule);
+                    }
+                }
+            }
+        }
+    }
 }

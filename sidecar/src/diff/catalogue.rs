@@ -42,7 +42,7 @@ struct Entry {
 
 impl Code {
     /// In the order of the catalogue: by severity, then as declared.
-    pub const ALL: [Code; 23] = [
+    pub const ALL: [Code; 24] = [
         Code::FirewallMissing,
         Code::ListenerExposed,
         Code::DnatExposed,
@@ -58,6 +58,7 @@ impl Code {
         Code::MeshLeak,
         Code::ControlUnproven,
         Code::BindRefused,
+        Code::GuardMissing,
         Code::ListenerWide,
         Code::SshPassword,
         Code::MeshKeepalive,
@@ -85,7 +86,7 @@ impl Code {
     }
 
     const fn entry(self) -> Entry {
-        use Facet::{Binds, Files, Links, Listeners, Nftables, Sshd, Wireguard};
+        use Facet::{Binds, Counters, Files, Links, Listeners, Nftables, Sshd, Wireguard};
         match self {
             Code::FirewallMissing => Entry {
                 name: "firewall-missing",
@@ -343,6 +344,18 @@ impl Code {
                          or services had access meanwhile, treat the secret as known and renew it.",
                 example: "  file /etc/vault/production.env\n  wanted  mode 0600 or stricter\n  \
                           found   mode 0644, owned by uid 0: too open, to everyone",
+            },
+            Code::GuardMissing => Entry {
+                name: "guard-missing",
+                severity: Severity::Medium,
+                facets: &[Counters, Links],
+                meaning: "The second layer is not in force as the policy says: the tc programs on public\n\
+                          interfaces that refuse new TCP connections which the policy doesn't let in.",
+                why: "nftables still holds the line, but alone: from `nft flush ruleset` to the repair\n\
+                      whatever listens can be reached.",
+                remedy: "The daemon puts it right within ten seconds, `spokeguard apply` at once. If it comes\n\
+                         back, some tool removes our programs from the interface, or our pins from bpffs.",
+                example: "  tc guard\n  wanted  on every public interface\n  found   not on eth1",
             },
             Code::ControlUnproven => Entry {
                 name: "control-unproven",

@@ -22,6 +22,7 @@ mod exceptions;
 mod files;
 pub mod firewall;
 pub mod glass;
+mod guard;
 mod listeners;
 pub(crate) mod mesh;
 mod sight;
@@ -46,6 +47,7 @@ pub fn assess(desired: &Desired, snapshot: &Snapshot, now: Stamp) -> Assessment 
     let desired = with_openings.as_ref().unwrap_or(desired);
     let sight = Sight::new(desired, snapshot, now);
     firewall::compare(&sight, snapshot, &mut out);
+    guard::compare(&sight, snapshot, &mut out);
     listeners::compare(&sight, snapshot, &mut out);
     ssh::compare(&sight, snapshot, &mut out);
     mesh::compare(&sight, snapshot, &mut out);
@@ -166,6 +168,7 @@ pub enum Code {
     FirewallMissing,
     FirewallChanged,
     FirewallBlocked,
+    GuardMissing,
     ListenerExposed,
     ListenerWide,
     DnatExposed,

@@ -80,6 +80,7 @@ impl Stage {
                 files: Reading::Seen(Vec::new()),
                 counters: Reading::Seen(Counters::default()),
                 binds: Reading::Seen(Binds::default()),
+                guard: Guard::There { rules: GuardState::Declared, attached: vec!["eth0".into()] },
             },
             foreign: Vec::new(),
             ours: Some,

@@ -81,6 +81,7 @@ const TOLD: [Facet; 7] = [
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Control {
     Firewall,
+    Guard,
     Keepalive,
     Counters,
     Repair,
@@ -89,8 +90,9 @@ pub enum Control {
 }
 
 impl Control {
-    pub const ALL: [Control; 6] = [
+    pub const ALL: [Control; 7] = [
         Control::Firewall,
+        Control::Guard,
         Control::Keepalive,
         Control::Counters,
         Control::Repair,
@@ -101,6 +103,7 @@ impl Control {
     pub const fn name(self) -> &'static str {
         match self {
             Control::Firewall => "firewall",
+            Control::Guard => "guard",
             Control::Keepalive => "keepalive",
             Control::Counters => "counters",
             Control::Repair => "repair",

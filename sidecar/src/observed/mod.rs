@@ -134,12 +134,15 @@ pub struct Snapshot {
     pub files: Reading<Vec<FileMode>>,
     pub counters: Reading<Counters>,
     pub binds: Reading<Binds>,
+    /// Read with the counters. No facet: nftables enforces the policy without it.
+    pub guard: Guard,
 }
 
 impl Snapshot {
     /// The gap of a facet, if it is blind.
     pub fn gap(&self, facet: Facet) -> Option<&Gap> {
-        let Self { at: _, nftables, listeners, links, wireguard, sshd, files, counters, binds } = self;
+        let Self { at: _, nftables, listeners, links, wireguard, sshd, files, counters, binds, guard: _ } =
+            self;
         match facet {
             Facet::Nftables => nftables.gap(),
             Facet::Listeners => listeners.gap(),
@@ -347,6 +350,42 @@ pub struct BindTally {
 pub struct Amount {
     pub packets: u64,
     pub bytes: u64,
+}
+
+/// The tc guard, the second layer, as its pins and maps say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Guard {
+    /// Nothing is pinned.
+    Absent,
+    /// It can't be had or looked at here, and why.
+    Unavailable(String),
+    There {
+        rules: GuardState,
+        /// Interfaces that it is on.
+        attached: Vec<String>,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GuardState {
+    /// Everything passes.
+    Idle,
+    /// The policy's rules, and nothing else.
+    Declared,
+    /// Those or the ones before them, until a change is confirmed.
+    Unconfirmed,
+    /// Other rules.
+    Other,
+}
+
+impl Guard {
+    /// Interfaces on which the policy's rules are in force.
+    pub fn holding(&self) -> &[String] {
+        match self {
+            Guard::There { rules: GuardState::Declared, attached } => attached,
+            _ => &[],
+        }
+    }
 }
 
 /// One cell of the traffic table. `class` is an index into `desired.services`, or

@@ -273,15 +273,19 @@ pub fn release(pin_dir: &Path) -> anyhow::Result<bool> {
     Ok(true)
 }
 
+/// For a process that does nothing but load: spares it the kernel's type information.
+pub fn prepare_loader() {
+    // Without the right to mount, loading merely needs more memory.
+    if let Err(error) = sys::bpf::hide_kernel_btf() {
+        log::debug!("the kernel's BTF will be parsed: {error}");
+    }
+}
+
 /// The whole life of the loading child: the configuration comes as JSON on stdin.
 pub fn load_from_stdin(pin_dir: &Path) -> anyhow::Result<Omitted> {
     let mut json = Vec::new();
     io::stdin().take(CONFIG_BYTES_MAX).read_to_end(&mut json).context("read of the configuration")?;
     let config = serde_json::from_slice(&json).context("decode of the configuration")?;
-    // Without the right to mount, loading merely needs more memory.
-    if let Err(error) = sys::bpf::hide_kernel_btf() {
-        log::debug!("the kernel's BTF will be parsed: {error}");
-    }
     load_and_pin(pin_dir, &config)
 }
 

@@ -21,7 +21,7 @@ pub mod wireguard;
 use std::path::{Path, PathBuf};
 
 use crate::desired::Desired;
-use crate::observed::{Facet, Reading, Snapshot};
+use crate::observed::{Facet, Guard, Reading, Snapshot};
 use crate::policy::MeshKind;
 use crate::terms::Stamp;
 
@@ -31,12 +31,14 @@ pub struct Eyes {
     pins: PathBuf,
     /// Why the bind guard does not run although it should, where that is known.
     pub binds_gap: Option<String>,
+    /// Why the guard can't be had, where whoever tried knows.
+    pub guard_gap: Option<String>,
 }
 
 impl Eyes {
     /// `pins`: where the eBPF maps of this instance are pinned.
     pub fn new(pins: &Path) -> Self {
-        Self { owners: owners::Owners::new(), pins: pins.to_owned(), binds_gap: None }
+        Self { owners: owners::Owners::new(), pins: pins.to_owned(), binds_gap: None, guard_gap: None }
     }
 
     /// One look at every facet.
@@ -52,6 +54,7 @@ impl Eyes {
             files: Reading::from_result(files::read(&desired.policy.files)),
             counters: bpf::read(&self.pins, &bpf::CounterConfig::new(&desired.services)),
             binds: self.binds(now),
+            guard: self.guard(desired),
             listeners,
         }
     }
@@ -76,7 +79,8 @@ impl Eyes {
                 Facet::Sshd => snapshot.sshd = self.sshd(desired, &snapshot.listeners),
                 Facet::Files => snapshot.files = Reading::from_result(files::read(&desired.policy.files)),
                 Facet::Counters => {
-                    snapshot.counters = bpf::read(&self.pins, &bpf::CounterConfig::new(&desired.services))
+                    snapshot.counters = bpf::read(&self.pins, &bpf::CounterConfig::new(&desired.services));
+                    snapshot.guard = self.guard(desired);
                 }
                 Facet::Binds => snapshot.binds = self.binds(now),
             }
@@ -88,6 +92,13 @@ impl Eyes {
         match &self.binds_gap {
             Some(gap) => Reading::blind(gap),
             None => bpf::bind::read(&self.pins, now),
+        }
+    }
+
+    fn guard(&self, desired: &Desired) -> Guard {
+        match (bpf::guard::read(&self.pins, desired.guard.as_ref()), &self.guard_gap) {
+            (Guard::Absent, Some(gap)) => Guard::Unavailable(gap.clone()),
+            (guard, _) => guard,
         }
     }
 

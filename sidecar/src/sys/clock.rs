@@ -15,6 +15,14 @@ pub fn since_boot() -> Duration {
     Duration::new(u64::try_from(now.tv_sec).unwrap_or(0), u32::try_from(now.tv_nsec).unwrap_or(0))
 }
 
+/// Nanoseconds since the machine was booted, its sleep included: what the guard's openings
+/// with an end are measured by.
+pub fn since_boot_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
+    seconds.saturating_mul(1_000_000_000).saturating_add(u64::try_from(now.tv_nsec).unwrap_or(0))
+}
+
 /// A clock that starts at 0 and is never set back.
 #[derive(Clone, Copy, Debug)]
 pub struct Uptime(Instant);

@@ -174,6 +174,7 @@ fn starts(section: &mut Section, rounds: usize) -> Result<()> {
             daemon.running.stop()?;
         }
         lab.spoke.inside(|| bpf::release(&pins))?;
+        lab.spoke.inside(|| bpf::guard::release(&pins))?;
         lab.spoke.nft("delete table inet spokeguard")?;
         let started = Instant::now();
         let exporter = exporter(&lab.spoke)?;

@@ -236,6 +236,7 @@ fn in_force(node: &Node, pins: &Path, load: Load) -> Result<()> {
 fn clear(node: &Node, pins: &Path, mut daemon: Daemon) -> Result<()> {
     daemon.running.stop()?;
     node.inside(|| bpf::release(pins))?;
+    node.inside(|| bpf::guard::release(pins))?;
     node.nft("table inet spokeguard\ndelete table inet spokeguard")
 }
 

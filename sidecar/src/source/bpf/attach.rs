@@ -201,9 +201,11 @@ impl Attachments {
             None => {}
         }
         let mut program = self.program(name)?;
-        let order = match (place.order, self.counter(link)) {
+        // Open until the program is attached: the order is told by its descriptor.
+        let counter = self.counter(link);
+        let order = match (place.order, &counter) {
             (Order::Last, _) => LinkOrder::last(),
-            (Order::BehindCounter, Some(counter)) => LinkOrder::after_link(&counter)?,
+            (Order::BehindCounter, Some(counter)) => LinkOrder::after_link(counter)?,
             (Order::First | Order::BehindCounter, _) => LinkOrder::first(),
         };
         let id = program.attach_with_options(

@@ -29,7 +29,7 @@ use super::config::family_number;
 use super::{NEEDS, is_denied, pin_over, pins, refused as not_loaded};
 use crate::desired::guard::{Boot, Side, Timed};
 use crate::desired::{DropReason, GuardRules};
-use crate::observed::Link;
+use crate::observed::{self, GuardState, Link};
 use crate::sys;
 use crate::terms::{Family, Port};
 
@@ -60,6 +60,36 @@ pub enum Force {
 
 /// What the guard refused, or in audit mode would have, since it was first pinned.
 pub type Refused = BTreeMap<(DropReason, Family), u64>;
+
+/// For `check` and the daemon's cycle: opens, compares, closes.
+pub fn read(pin_dir: &Path, rules: Option<&GuardRules>) -> observed::Guard {
+    let look = || {
+        let Some(guard) = Guard::open(pin_dir)? else { return Ok(observed::Guard::Absent) };
+        let state = match (guard.force()?, rules) {
+            (Force::Nothing, None) => GuardState::Idle,
+            (_, None) => GuardState::Other,
+            (force, Some(rules)) if !guard.is_as(rules)? => {
+                if force == Force::Nothing {
+                    GuardState::Idle
+                } else {
+                    GuardState::Other
+                }
+            }
+            (Force::Newest, _) => GuardState::Declared,
+            // A first change that waits is ready, and lets everything pass till then.
+            (Force::Both | Force::Nothing, _) => GuardState::Unconfirmed,
+        };
+        anyhow::Ok(observed::Guard::There { rules: state, attached: guard.attached()? })
+    };
+    match look() {
+        // Without a bpffs there is nowhere to look; the default directory lies below it.
+        Ok(observed::Guard::Absent) if pins::find_bpffs().is_none() => {
+            observed::Guard::Unavailable(format!("no bpffs is mounted at {}", pins::BPFFS))
+        }
+        Ok(guard) => guard,
+        Err(error) => observed::Guard::Unavailable(super::reason(&error)),
+    }
+}
 
 impl Guard {
     /// Opens the pins of this ABI. `None`: nothing (or not everything) is pinned.
@@ -360,6 +390,16 @@ pub fn load(pin_dir: &Path) -> anyhow::Result<()> {
     Array::try_from(map)?.set(0, build_number(), 0).context("write of the build number")
 }
 
+/// Loads it in a process of its own, whose memory ends with it. Cheap where it is loaded.
+pub fn spawn_loader(pin_dir: &Path) -> anyhow::Result<()> {
+    let root = root(pin_dir);
+    if is_current(&root.join("maps"), &root.join("programs")) {
+        return Ok(());
+    }
+    let verb = [crate::cli::INTERNAL_LOAD.into(), pin_dir.as_os_str().to_owned(), "--guard-only".into()];
+    super::spawn_loader(&verb, &super::CounterConfig::default())
+}
+
 /// Takes the guard away, also what a loader left half done. `false`: there was none.
 pub fn release(pin_dir: &Path) -> anyhow::Result<bool> {
     let attachments = attachments(pin_dir);
@@ -374,11 +414,22 @@ pub fn release(pin_dir: &Path) -> anyhow::Result<bool> {
 }
 
 /// What a pinned program says of a packet (TC_ACT_UNSPEC or TC_ACT_SHOT), and nanoseconds
-/// that it takes, by BPF_PROG_TEST_RUN. The packet starts with an Ethernet header.
-pub fn test_run(pin_dir: &Path, program: &str, packet: &[u8], repeat: u32) -> anyhow::Result<(i32, u64)> {
+/// that it takes, by BPF_PROG_TEST_RUN. The packet starts with an Ethernet header and
+/// arrives on this device of the caller's network namespace; it is counted as any other.
+pub fn test_run(
+    pin_dir: &Path,
+    program: &str,
+    (index, packet): (u32, &[u8]),
+    repeat: u32,
+) -> anyhow::Result<(i32, u64)> {
+    // Of struct __sk_buff, up to the only field that says something.
+    const INDEX_AT: usize = 40;
+    let mut context = [0; INDEX_AT + 4];
+    context[INDEX_AT..].copy_from_slice(&index.to_ne_bytes());
     let pin = root(pin_dir).join("programs").join(program);
     let classifier = SchedClassifier::from_pin(&pin).with_context(|| format!("open of {}", pin.display()))?;
-    let options = TestRunOptions { data_in: Some(packet), repeat, ..TestRunOptions::default() };
+    let options =
+        TestRunOptions { data_in: Some(packet), ctx_in: Some(&context), repeat, ..TestRunOptions::default() };
     let result = classifier.test_run(options).with_context(|| format!("test run of {program}"))?;
     Ok((result.return_value as i32, u64::try_from(result.duration.as_nanos()).unwrap_or(u64::MAX)))
 }

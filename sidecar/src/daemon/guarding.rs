@@ -1,0 +1,151 @@
+//! The second layer in the loop: the tc guard is put in force at the start, follows the
+//! interfaces, and is looked at and put right at every tick.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use crate::apply::rollback;
+use crate::desired::{Desired, GuardRules};
+use crate::observed::{Amount, Link};
+use crate::source::bpf::guard::{self, Force, Guard};
+use crate::source::links;
+
+#[derive(Default)]
+pub(super) struct Guarding {
+    guard: Option<Guard>,
+    /// Why it is not in force as declared, if so.
+    pub(super) gap: Option<String>,
+    /// What was last put in force: other rules since then are not drift.
+    rules: Option<GuardRules>,
+    /// Names and numbers of the interfaces that it is on.
+    on: Vec<(String, u32)>,
+}
+
+/// What keeping it in force came to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Kept {
+    /// It was in force.
+    Sound,
+    /// It is now; this was found.
+    Restored(String),
+    /// Why it is not.
+    Failed(String),
+}
+
+impl Guarding {
+    /// Adopts what the loader pinned. `failed`: what the loader said, if it failed.
+    pub(super) fn start(pins: &Path, desired: &Desired, run: &Path, failed: Option<String>) -> Self {
+        let mut this = Self::default();
+        let Some(rules) = &desired.guard else {
+            // As declared: nothing is refused. A table of ours stays until `release`.
+            if let Err(error) = guard::release(pins) {
+                log::warn!("the tc guard could not be taken away: {error:#}");
+            }
+            return this;
+        };
+        let opened = Guard::open(pins)
+            .and_then(|guard| guard.ok_or_else(|| anyhow::anyhow!(failed.unwrap_or("not loaded".into()))));
+        match opened {
+            Ok(guard) => this.guard = Some(guard),
+            Err(error) => {
+                this.gap = Some(format!("{error:#}"));
+                log::warn!("the second layer, the tc guard, is not active: {error:#}");
+                return this;
+            }
+        }
+        match links::read() {
+            Ok(links) => {
+                let kept = this.keep(rules, &links, run);
+                match kept {
+                    Kept::Failed(why) => log::warn!("the tc guard is not in force: {why}"),
+                    _ => log::info!("the second layer, the tc guard: {}", this.told()),
+                }
+            }
+            Err(error) => this.gap = Some(format!("{error:#}")),
+        }
+        this
+    }
+
+    /// Makes it what is declared: these rules, on the public ones of these interfaces. While
+    /// a change waits for its confirmation, the rules before it let in as well.
+    pub(super) fn keep(&mut self, rules: &GuardRules, links: &[Link], run: &Path) -> Kept {
+        let Some(guard) = &mut self.guard else {
+            return Kept::Failed(self.gap.clone().unwrap_or_default());
+        };
+        let waits = matches!(rollback::state(run), Ok(rollback::State::Armed));
+        let kept = keep(guard, rules, links, waits, &self.on);
+        let kept = match kept {
+            Kept::Restored(_) if self.rules.as_ref() != Some(rules) => Kept::Sound,
+            kept => kept,
+        };
+        self.rules = Some(rules.clone());
+        let on = guard.attached().unwrap_or_default();
+        self.on = links.iter().filter(|l| on.contains(&l.name)).map(|l| (l.name.clone(), l.index)).collect();
+        self.on.sort_unstable();
+        self.gap = if let Kept::Failed(why) = &kept { Some(why.clone()) } else { None };
+        kept
+    }
+
+    /// Whether it is in force, as far as the last look at it tells.
+    pub(super) fn holds(&self) -> bool {
+        self.guard.is_some() && self.gap.is_none() && !self.on.is_empty()
+    }
+
+    /// For `status`, one line.
+    pub(super) fn told(&self) -> String {
+        match &self.gap {
+            Some(gap) => format!("not active: {gap}"),
+            None if self.guard.is_none() => "off".to_owned(),
+            None if self.on.is_empty() => "on no interface: none is public".to_owned(),
+            None => {
+                let names: Vec<&str> = self.on.iter().map(|(name, _)| name.as_str()).collect();
+                format!("on {}", names.join(", "))
+            }
+        }
+    }
+
+    /// Adds what it refused to what our table's counters say: a packet met one of them only.
+    pub(super) fn add_to(&self, drops: &mut BTreeMap<String, Amount>) {
+        let Some(Ok([refused, _])) = self.guard.as_ref().map(Guard::refused) else { return };
+        for ((reason, family), packets) in refused {
+            let sum = drops.entry(reason.counter(family)).or_default();
+            sum.packets = sum.packets.saturating_add(packets);
+        }
+    }
+}
+
+fn keep(
+    guard: &mut Guard,
+    rules: &GuardRules,
+    links: &[Link],
+    waits: bool,
+    was_on: &[(String, u32)],
+) -> Kept {
+    let mut found = Vec::new();
+    let mut look = || -> anyhow::Result<()> {
+        let force = guard.force()?;
+        if !guard.is_as(rules)? {
+            found.push("it held other rules".to_owned());
+        } else if force == Force::Nothing && !waits {
+            found.push("it let everything pass".to_owned());
+        }
+        let before = guard.attached()?;
+        // An interface that is new, or was made anew under its old name, is no drift.
+        let is_away = |link: &&Link| {
+            was_on.iter().any(|(name, index)| (name, *index) == (&link.name, link.index))
+                && !before.contains(&link.name)
+        };
+        found.extend(links.iter().filter(is_away).map(|link| format!("it was taken off {}", link.name)));
+        guard.relax(rules, links)?;
+        if !waits {
+            guard.settle()?;
+        }
+        guard.sync(rules, links)?;
+        Ok(())
+    };
+    match look() {
+        Err(error) => Kept::Failed(format!("{error:#}")),
+        Ok(()) if found.is_empty() => Kept::Sound,
+        Ok(()) => Kept::Restored(found.join("; ")),
+    }
+}
