@@ -220,6 +220,7 @@ fn each_drift_is_found_and_nothing_else() {
     let seen = check(&guard);
     let mut wanted = set(&[
         "firewall-missing table inet spokeguard",
+        "guard-missing tc guard",
         "listener-exposed tcp/0.0.0.0:5432",
         "listener-exposed tcp/[2001:db8:1::7]:5433",
         "listener-exposed udp/[::]:161",
