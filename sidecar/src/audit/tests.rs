@@ -95,7 +95,7 @@ fn an_open_port_that_nobody_wants_is_exposed_and_one_that_is_held_back_is_not() 
     // Somebody waits there, so it is worth a line.
     assert_eq!(
         line(&fine, "203.0.113.7", 5432),
-        "filtered closed postgres: no-response; dropped by spokeguard: drop-public-tcp-ipv4"
+        "filtered closed postgres: no-response; dropped by spokeguard's tc guard: public-tcp"
     );
     assert_eq!(line(&fine, "2001:db8:7::7", 5432), "not listed");
 
