@@ -158,7 +158,8 @@ fn an_opening_lets_in_whom_it_names_and_ends_by_itself() {
     lab.spoke
         .nft(&format!("add element inet spokeguard {SET} {{ 2223 . 198.51.100.98 timeout 1h }}"))
         .unwrap();
-    assert_eq!(from(&lab.internet, far, SPOKE_PUBLIC, 2223, LONG), Answer::Open, "it opens");
+    let slips = |port| from(&lab.internet, far, SPOKE_PUBLIC, port, SHORT);
+    assert_eq!(slips(2223), Answer::Silent, "the second layer knows nothing of it");
     let planned = guard.says(1, &["plan"]);
     assert!(planned.contains("element") && planned.contains("2223"), "{planned}");
     guard.says(0, &["apply"]);
@@ -285,9 +286,13 @@ fn a_daemon_tells_of_openings_and_neither_lengthens_nor_revives_them() {
             && event["found"].as_str().unwrap().contains("-> 198.51.100.7:2225")
     });
 
-    // Somebody opens it by other means, and comes in before it is put right.
+    // Somebody opens both layers by other means, and comes in before they are put right.
     daemon.running.signal(Signal::STOP).unwrap();
     lab.spoke.sh("nft insert rule inet spokeguard input tcp dport 2225 accept").unwrap();
+    assert_eq!(reaches(2225), Answer::Silent, "the second layer holds");
+    lab.spoke.sh("rm /sys/fs/bpf/spokeguard/guard1/links/*").unwrap();
+    // The kernel lets go of a program a moment after its pin.
+    wait_until(LONG, "the second layer is gone", || (reaches(2225) == Answer::Open).then_some(())).unwrap();
     let mut slipped = call(&lab.internet, SocketAddr::new(SPOKE_PUBLIC, 2225));
     assert_eq!(talks(&mut slipped, LONG), Ok(()));
     daemon.running.signal(Signal::CONT).unwrap();
