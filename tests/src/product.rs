@@ -65,6 +65,15 @@ impl Node {
 
     /// The same below a command that changes what it finds and then becomes it, such as setpriv.
     pub fn daemon_under(&self, wrapper: &[&str], folder: &Path, more: &[&str]) -> Result<Daemon> {
+        let daemon = self.daemon_on_trial(wrapper, folder, more)?;
+        // As its operator would, so that its rules outlive the test; where there is nothing to confirm,
+        // or no way to record it, that is the test's business.
+        self.spokeguard(&daemon.arguments(&["confirm"]))?;
+        Ok(daemon)
+    }
+
+    /// The same, with the rules that it brought in unconfirmed.
+    pub fn daemon_on_trial(&self, wrapper: &[&str], folder: &Path, more: &[&str]) -> Result<Daemon> {
         let policy = folder.join("policy.toml");
         let (state_dir, run_dir) = (folder.join("state"), folder.join("run"));
         let flags: Vec<String> = [

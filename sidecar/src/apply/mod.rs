@@ -5,7 +5,8 @@ pub mod cut;
 pub mod glass;
 pub mod guard;
 pub mod replay;
-pub mod rollback;
+pub mod sealed;
+pub mod trial;
 
 use std::net::UdpSocket;
 

@@ -4,11 +4,13 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::{Format, Global};
-use crate::apply::{self, Applied, guard, rollback};
+use super::{Format, Global, Places};
+use crate::apply::guard;
+use crate::apply::trial::{BringError, Brought, Glance, Ledger, Phase};
 use crate::daemon::socket;
-use crate::ruleset::{Change, compare};
-use crate::source::nft;
+use crate::desired::Desired;
+use crate::ruleset::Change;
+use crate::source::evidence::{self, Sought};
 use crate::sys::clock;
 
 #[derive(Args)]
@@ -32,61 +34,83 @@ fn within(text: &str) -> Result<Duration, String> {
 
 pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
     let (_, desired) = super::policy::load(global, clock::now())?;
-    let Some(table) = &desired.table else {
-        global.tell("[enforce] firewall = false: nothing to apply\n", said("not-wanted", &[]))?;
-        return Ok(0);
-    };
-    let super::Places { run, pin, .. } = global.places()?;
-    let found = nft::list_table()?;
+    let places = global.places()?;
+    let ledger = Ledger::new(&places);
     let within = options.confirm_within.unwrap_or(desired.policy.enforce.confirm_within);
-    if compare::changes(table, found.as_ref()).is_empty() {
-        // An earlier apply may still wait for its confirmation, and is rolled back without it.
-        let armed = rollback::state(&run)? == rollback::State::Armed;
-        let text =
-            if armed { "in force already, and not confirmed yet: nothing changed\n" } else { UNCHANGED };
-        return if armed && options.wait {
-            wait(global, &run, &pin, within, text, &[])
-        } else {
-            if !armed {
-                guard::warn(guard::install(&pin, &desired));
-            }
-            global.tell(text, said("unchanged", &[]))?;
-            Ok(0)
-        };
-    }
-    if let Some(pid) = other_policy(&run, &desired) {
+    if let Some(pid) = other_policy(global, &places, &desired) {
         anyhow::bail!(
             "a daemon (pid {pid}) enforces another policy and would put its own rules back at once: \
              restart it with this one, or stop it first"
         );
     }
-    let previous = if found.is_some() { Some(nft::list_table_text()?) } else { None };
-    rollback::arm(&run, previous.as_deref(), within, &nft::program()?)?;
-    guard::warn(guard::relax(&pin, &desired));
-    let time = humantime::format_duration(Duration::from_secs(within.as_secs()));
-    let changes = match apply::apply_table(&desired) {
-        Ok(Applied::Changed(changes)) => changes,
-        Ok(Applied::Unchanged | Applied::NotWanted) => Vec::new(),
+    let lock = ledger.lock()?;
+    // Whatever comes of it: the second layer first lets in what the rules will.
+    guard::warn(guard::relax(&places.pin, &desired));
+    let brought = ledger.bring_in(&lock, &desired, within);
+    drop(lock);
+    let (changes, again) = match brought {
+        Ok(Brought::NotWanted) => {
+            global.tell("[enforce] firewall = false: nothing to apply\n", said("not-wanted", &[]))?;
+            return Ok(0);
+        }
+        Ok(Brought::Confirmed { changes, unrecorded }) => {
+            guard::warn(guard::install(&places.pin, &desired));
+            if let Some(error) = unrecorded {
+                eprintln!("warning: a boot will not know of these rules: {error:#}");
+            }
+            let text = match changes.as_slice() {
+                [] => "in force already: nothing changed\n".to_owned(),
+                some => format!("in force: {}; there is nothing to confirm\n", counted(some)),
+            };
+            global.tell(&text, said(if changes.is_empty() { "unchanged" } else { "applied" }, &changes))?;
+            return Ok(0);
+        }
+        Ok(Brought::OnTrial { changes, again }) => (changes, again),
         // How far it came is not known, and an earlier apply may have armed it, too: so it stays.
-        Err(error) => {
+        Err(BringError::Half(error)) => {
+            let time = humantime::format_duration(Duration::from_secs(within.as_secs()));
             let text = format!(
                 "what was in force before comes back in {time}, unless `spokeguard confirm` keeps it as it is"
             );
             return Err(anyhow::Error::new(error).context(text));
         }
+        Err(BringError::Before(error)) => return Err(error),
     };
-    guard::warn(guard::ready(&pin, &desired));
-    let count = if changes.len() == 1 { "1 change".to_owned() } else { format!("{} changes", changes.len()) };
-    let text =
-        format!("in force: {count}; `spokeguard confirm` keeps it, else it is rolled back in {time}\n");
+    let left = ledger.glance().ok().and_then(|glance| Some(ledger.read(&glance)?.left())).unwrap_or(within);
+    let text = match (again, changes.as_slice()) {
+        (true, []) => "in force already, and not confirmed yet: nothing changed\n".to_owned(),
+        (_, some) => format!(
+            "in force: {}; {}, else it is rolled back in {}\n",
+            counted(some),
+            keeps(&places, &desired, options.wait),
+            humantime::format_duration(Duration::from_secs(left.as_secs_f64().round() as u64))
+        ),
+    };
+    guard::warn(guard::ready(&places.pin, &desired));
     if options.wait {
-        return wait(global, &run, &pin, within, &text, &changes);
+        return wait(global, &places, &ledger, &desired, &text, &changes);
     }
-    global.tell(&text, said("applied", &changes))?;
+    global.tell(&text, said(if again && changes.is_empty() { "unchanged" } else { "applied" }, &changes))?;
     Ok(0)
 }
 
-const UNCHANGED: &str = "in force already: nothing changed\n";
+/// What will confirm it, now that it is in force.
+fn keeps(places: &Places, desired: &Desired, wait: bool) -> String {
+    let by_hand = "`spokeguard confirm` keeps it";
+    // Without anyone who looks, a connection confirms nothing.
+    let looks = wait || socket::ask(&places.run, "status").is_ok();
+    match Sought::new(desired).filter(|_| looks) {
+        Some(sought) => {
+            let who = if desired.policy.mesh.hub.is_some() { "the hub" } else { "whoever may administer it" };
+            format!("a new connection of {who} through {} or {by_hand}", sought.interface)
+        }
+        None => by_hand.to_owned(),
+    }
+}
+
+fn counted(changes: &[Change]) -> String {
+    if changes.len() == 1 { "1 change".to_owned() } else { format!("{} changes", changes.len()) }
+}
 
 /// The one document of `--format json`.
 fn said(result: &str, changes: &[Change]) -> serde_json::Value {
@@ -94,52 +118,90 @@ fn said(result: &str, changes: &[Change]) -> serde_json::Value {
     serde_json::json!({ "version": 1, "result": result, "changes": changes })
 }
 
-/// The pid of a running daemon that enforces something else.
-fn other_policy(run: &std::path::Path, desired: &crate::desired::Desired) -> Option<u32> {
-    let text = socket::ask(run, "status").ok()?;
+/// The pid of a running daemon that enforces something else, from another file than ours.
+/// One that reads the same file takes up what it says.
+fn other_policy(global: &Global, places: &Places, desired: &Desired) -> Option<u32> {
+    let text = socket::ask(&places.run, "status").ok()?;
     let status: socket::Status = serde_json::from_str(&text).ok()?;
     let ours = crate::policy::fingerprint(&desired.policy);
-    (status.daemon.policy != ours).then_some(status.daemon.pid)
+    let same_file = match (std::fs::canonicalize(&global.policy), &status.daemon.file) {
+        (Ok(ours), Some(theirs)) => std::fs::canonicalize(theirs).is_ok_and(|theirs| theirs == ours),
+        _ => false,
+    };
+    (status.daemon.policy != ours && !same_file).then_some(status.daemon.pid)
 }
 
+/// Looks for the evidence itself: there may be no daemon that does.
 fn wait(
     global: &Global,
-    run: &std::path::Path,
-    pin: &std::path::Path,
-    within: Duration,
+    places: &Places,
+    ledger: &Ledger,
+    desired: &Desired,
     text: &str,
     changes: &[Change],
 ) -> anyhow::Result<u8> {
     if global.format == Format::Text {
         global.print(text)?;
     }
-    let started = clock::Uptime::start();
+    let sought = Sought::new(desired);
+    let own = ledger.glance()?;
+    let trial = ledger.read(&own);
+    let old = trial.as_ref().and_then(|trial| ledger.old(trial)).unwrap_or_default();
     loop {
-        match rollback::state(run)? {
-            rollback::State::Idle => {
-                guard::warn(guard::settle(pin));
+        let glance = ledger.glance()?;
+        match &glance {
+            Some((Phase::Armed | Phase::Firing, _)) if !same(&glance, &own) => {
+                anyhow::bail!(
+                    "another change took this one's place: `spokeguard status` says what is in force"
+                );
+            }
+            None if !ledger.confirmed(desired.today).is_some_and(|last| last.policy == desired.policy) => {
+                anyhow::bail!(
+                    "another change took this one's place: `spokeguard status` says what is in force"
+                );
+            }
+            None | Some((Phase::Confirmed, _)) => {
+                guard::warn(guard::settle(&places.pin));
                 global.tell("confirmed\n", said("confirmed", changes))?;
                 return Ok(0);
             }
-            rollback::State::Fired => {
+            Some((Phase::Fired, _)) => {
                 global.tell("not confirmed in time: rolled back\n", said("rolled-back", changes))?;
                 return Ok(1);
             }
-            rollback::State::Armed if started.elapsed() > within + Duration::from_secs(30) => {
-                anyhow::bail!(
-                    "the rollback is overdue: its watchdog is gone; the new rules are still in force"
-                );
+            Some((phase, _)) => {
+                if let (Phase::Armed, Some(sought)) = (phase, &sought)
+                    && let Some(connection) = evidence::find(sought, &old)?
+                    && let Some(lock) = ledger.try_lock()?
+                {
+                    eprintln!("{} reached port {}", connection.peer, connection.port);
+                    ledger.confirm(&lock, desired.today)?;
+                    continue;
+                }
+                if trial.as_ref().is_some_and(|trial| trial.left().is_zero())
+                    && let Some(lock) = ledger.try_lock()?
+                {
+                    // Does the watchdog's work where that is gone.
+                    ledger.settle(&lock, desired.today)?;
+                }
+                std::thread::park_timeout(Duration::from_millis(100));
             }
-            rollback::State::Armed => std::thread::park_timeout(Duration::from_millis(100)),
         }
     }
 }
 
+fn same(a: &Glance, b: &Glance) -> bool {
+    matches!((a, b), (Some((_, a)), Some((_, b))) if a == b)
+}
+
 pub fn confirm(global: &Global) -> anyhow::Result<u8> {
-    let super::Places { run, pin, .. } = global.places()?;
-    let (text, result) = match rollback::confirm(&run)? {
+    let places = global.places()?;
+    let ledger = Ledger::new(&places);
+    // Not a directory of our making where there is none.
+    let confirmed = !ledger.is_empty() && ledger.confirm(&ledger.lock()?, super::today(clock::now()))?;
+    let (text, result) = match confirmed {
         true => {
-            guard::warn(guard::settle(&pin));
+            guard::warn(guard::settle(&places.pin));
             ("confirmed: the rules in force stay\n", "confirmed")
         }
         false => ("nothing waits for a confirmation\n", "nothing-to-confirm"),

@@ -21,6 +21,7 @@ mod release;
 mod run;
 mod status;
 
+pub use policy::load_policy;
 pub use run::{INTERNAL_HTTP, INTERNAL_LOAD, INTERNAL_LOAD_BINDS};
 
 /// Declares, enforces, observes and reports what this host exposes.

@@ -1,5 +1,7 @@
 //! `policy check` and `policy show`.
 
+use std::path::Path;
+
 use anyhow::Context as _;
 use clap::Subcommand;
 
@@ -54,7 +56,12 @@ fn check(global: &Global, now: crate::terms::Stamp) -> anyhow::Result<u8> {
 
 /// The policy and what follows from it; refuses one that leaves its operator no way in.
 pub fn load(global: &Global, now: crate::terms::Stamp) -> anyhow::Result<(Loaded, Desired)> {
-    let loaded = policy::load(&global.policy, today(now))?;
+    load_policy(&global.policy, now)
+}
+
+/// The same of any file.
+pub fn load_policy(file: &Path, now: crate::terms::Stamp) -> anyhow::Result<(Loaded, Desired)> {
+    let loaded = policy::load(file, today(now))?;
     match Desired::new(loaded.policy.clone(), today(now)) {
         Ok(desired) => Ok((loaded, desired)),
         Err(closed) => {

@@ -4,7 +4,7 @@ use anyhow::Context as _;
 use clap::Args;
 
 use super::{Format, Global};
-use crate::apply::{self, rollback};
+use crate::apply::{self, trial::Ledger};
 use crate::daemon::socket;
 use crate::diff::{self, Code};
 use crate::observed::Reading;
@@ -47,8 +47,9 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
         })?;
     }
     if !options.dry_run {
-        // An apply that waits for its confirmation would put the rules before it back later.
-        rollback::confirm(&places.run)?;
+        // An apply that waits for its confirmation would put the rules before it back later, and
+        // a boot those that are sealed.
+        Ledger::new(&places).forget()?;
     }
     if !options.dry_run {
         bind::release(&places.pin).context("removal of the bind guard")?;

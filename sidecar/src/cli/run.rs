@@ -26,6 +26,7 @@ pub fn run(global: &Global) -> anyhow::Result<u8> {
         log::warn!("{}:{}: {}", loaded.file, note.mistake.line, note.mistake.what);
     }
     let hash = policy::fingerprint(&loaded.policy);
+    let file = std::path::absolute(&global.policy).unwrap_or_else(|_| global.policy.clone());
     let mut places = global.places()?;
     match bpf::pin_dir(global.pin_dir.as_deref(), true) {
         Ok(pin) => places.pin = pin.unwrap_or(places.pin),
@@ -38,7 +39,7 @@ pub fn run(global: &Global) -> anyhow::Result<u8> {
         .thread_keep_alive(std::time::Duration::from_secs(15))
         .build()
         .context("start the event loop")?;
-    runtime.block_on(crate::daemon::run(desired, hash, places))?;
+    runtime.block_on(crate::daemon::run(desired, hash, places, file))?;
     Ok(0)
 }
 

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use anyhow::Context;
 
 use super::{Format, Global};
-use crate::daemon::socket::{self, Status};
+use crate::daemon::socket::{self, Rules, Status};
 use crate::policy::Mode;
 
 /// The newest events come first; more are in the event log.
@@ -41,6 +41,18 @@ fn about(status: &Status, width: usize) -> String {
     if !daemon.guard.is_empty() {
         let _ = writeln!(text, "Second layer (tc guard): {}", daemon.guard);
     }
+    let stands = match daemon.rules {
+        Rules::Confirmed => String::new(),
+        Rules::OnTrial => {
+            let until = daemon.until.map(|until| format!(" at {until}")).unwrap_or_default();
+            format!("  policy {} is on trial: unless confirmed it is rolled back{until}\n", daemon.policy)
+        }
+        Rules::RolledBack => {
+            "  the policy file was ROLLED BACK: the rules confirmed before it count\n".to_owned()
+        }
+        Rules::NotInForce => "  what the policy file says is NOT in force\n".to_owned(),
+    };
+    text.push_str(&stands);
     for event in daemon.events.iter().rev().take(EVENTS) {
         let line: String = event.to_line().chars().take(width.saturating_sub(2)).collect();
         let _ = writeln!(text, "  {line}");

@@ -80,6 +80,10 @@ pub enum EventKind {
     Started,
     Stopped,
     PolicyLoaded,
+    PolicyOnTrial,
+    PolicyConfirmed,
+    PolicyRolledBack,
+    PolicyRejected,
 }
 
 impl EventKind {
@@ -96,6 +100,10 @@ impl EventKind {
             EventKind::Started => "started",
             EventKind::Stopped => "stopped",
             EventKind::PolicyLoaded => "policy-loaded",
+            EventKind::PolicyOnTrial => "policy-on-trial",
+            EventKind::PolicyConfirmed => "policy-confirmed",
+            EventKind::PolicyRolledBack => "policy-rolled-back",
+            EventKind::PolicyRejected => "policy-rejected",
         }
     }
 }

@@ -172,6 +172,15 @@ impl Front {
         Self { clients, retries: RETRIES, pause: PAUSE, ..Self::default() }
     }
 
+    /// Serves these from now on. The listeners are made anew by the next [`Self::listen_on`].
+    pub fn serve_only(&mut self, clients: Vec<IpNet>) {
+        if self.clients != clients {
+            self.clients = clients;
+            self.tell(&Order::Clients(self.clients.clone()));
+            self.listen_on(&[]);
+        }
+    }
+
     /// Starts the server. Must be called inside a tokio runtime. A failure is logged, and
     /// [`Front::next`] tries again.
     pub fn start(&mut self) {

@@ -1,14 +1,12 @@
 //! What the daemon does about openings: tells of them, looks when one ends, and has what
 //! came in by them cut. It neither opens nor closes any.
 
-use std::path::Path;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
 use super::eventlog::EventKind;
 use crate::apply::cut::{self, Cut};
-use crate::apply::rollback;
 use crate::desired::Desired;
 use crate::diff::glass::openings;
 use crate::diff::{Code, Finding};
@@ -71,9 +69,8 @@ impl Watch {
 
     /// Whether flows are to be cut now. Not while a change waits for its confirmation: what
     /// was cut under rules that are rolled back would not come back with them.
-    pub fn take_cut(&mut self, run: &Path) -> bool {
-        let armed = || rollback::state(run).is_ok_and(|state| state == rollback::State::Armed);
-        self.cut_is_due && !armed() && std::mem::take(&mut self.cut_is_due)
+    pub fn take_cut(&mut self, on_trial: bool) -> bool {
+        self.cut_is_due && !on_trial && std::mem::take(&mut self.cut_is_due)
     }
 }
 

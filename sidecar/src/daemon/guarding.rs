@@ -4,7 +4,6 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use crate::apply::rollback;
 use crate::desired::{Desired, GuardRules};
 use crate::observed::{Amount, Link};
 use crate::source::bpf::guard::{self, Force, Guard};
@@ -34,7 +33,7 @@ pub(super) enum Kept {
 
 impl Guarding {
     /// Adopts what the loader pinned. `failed`: what the loader said, if it failed.
-    pub(super) fn start(pins: &Path, desired: &Desired, run: &Path, failed: Option<String>) -> Self {
+    pub(super) fn start(pins: &Path, desired: &Desired, waits: bool, failed: Option<String>) -> Self {
         let mut this = Self::default();
         let Some(rules) = &desired.guard else {
             // As declared: nothing is refused. A table of ours stays until `release`.
@@ -55,7 +54,7 @@ impl Guarding {
         }
         match links::read() {
             Ok(links) => {
-                let kept = this.keep(rules, &links, run);
+                let kept = this.keep(rules, &links, waits);
                 match kept {
                     Kept::Failed(why) => log::warn!("the tc guard is not in force: {why}"),
                     _ => log::info!("the second layer, the tc guard: {}", this.told()),
@@ -68,11 +67,10 @@ impl Guarding {
 
     /// Makes it what is declared: these rules, on the public ones of these interfaces. While
     /// a change waits for its confirmation, the rules before it let in as well.
-    pub(super) fn keep(&mut self, rules: &GuardRules, links: &[Link], run: &Path) -> Kept {
+    pub(super) fn keep(&mut self, rules: &GuardRules, links: &[Link], waits: bool) -> Kept {
         let Some(guard) = &mut self.guard else {
             return Kept::Failed(self.gap.clone().unwrap_or_default());
         };
-        let waits = matches!(rollback::state(run), Ok(rollback::State::Armed));
         let kept = keep(guard, rules, links, waits, &self.on);
         let kept = match kept {
             Kept::Restored(_) if self.rules.as_ref() != Some(rules) => Kept::Sound,
@@ -84,6 +82,11 @@ impl Guarding {
         self.on.sort_unstable();
         self.gap = if let Kept::Failed(why) = &kept { Some(why.clone()) } else { None };
         kept
+    }
+
+    /// Whether there is one to keep.
+    pub(super) fn runs(&self) -> bool {
+        self.guard.is_some()
     }
 
     /// Whether it is in force, as far as the last look at it tells.

@@ -8,6 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::future::Future;
 use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -34,6 +35,7 @@ use crate::sys::clock::{self, Uptime};
 use crate::sys::memory;
 use crate::terms::{Port, Proto, Scope, Stamp};
 
+pub mod confirm;
 pub mod eventlog;
 pub mod front;
 pub mod history;
@@ -48,9 +50,11 @@ mod binds;
 mod glass;
 mod guarding;
 mod pace;
+mod reload;
 mod seccomp;
 mod suspects;
 
+use confirm::Standing;
 use eventlog::{Event, EventKind, EventLog};
 use front::{Call, Front};
 use guarding::{Guarding, Kept};
@@ -72,9 +76,14 @@ const EVENTS_SHOWN: usize = 20;
 
 /// Runs until SIGTERM or SIGINT, and leaves the rules in force. `policy_hash` names the
 /// policy in metrics.
-pub async fn run(desired: Desired, policy_hash: String, places: Places) -> anyhow::Result<()> {
+pub async fn run(
+    desired: Desired,
+    policy_hash: String,
+    places: Places,
+    policy_file: PathBuf,
+) -> anyhow::Result<()> {
     let lock = socket::Lock::take(&places.run)?;
-    let mut daemon = Daemon::new(desired, policy_hash, places);
+    let mut daemon = Daemon::new(desired, policy_hash, places, policy_file);
     daemon.start().await;
     let result = daemon.serve(&lock).await;
     daemon.note(EventKind::Stopped, None, None);
@@ -85,6 +94,8 @@ pub async fn run(desired: Desired, policy_hash: String, places: Places) -> anyho
 struct Daemon {
     desired: Arc<Desired>,
     policy_hash: String,
+    policy_file: PathBuf,
+    standing: Standing,
     places: Places,
     /// Away while a look is under way on the worker thread.
     eyes: Option<Eyes>,
@@ -160,14 +171,15 @@ struct Pass {
     /// The generation that the rules were read at; `None`: they were not read.
     generation: Option<u32>,
     links_read: bool,
-    /// And for which table.
-    replay: Option<(Arc<Desired>, Replay)>,
+    /// What was looked for.
+    desired: Arc<Desired>,
+    replay: Option<Replay>,
     took: Duration,
     cut: Option<anyhow::Result<apply::cut::Cut>>,
 }
 
 impl Daemon {
-    fn new(desired: Desired, policy_hash: String, places: Places) -> Self {
+    fn new(desired: Desired, policy_hash: String, places: Places, policy_file: PathBuf) -> Self {
         let config = bpf::CounterConfig::new(&desired.services);
         Self {
             transaction: apply::restoring_transaction(&desired),
@@ -181,7 +193,9 @@ impl Daemon {
             front: Front::new(hub_of(&desired)),
             privileges: Privileges::default(),
             desired: Arc::new(desired),
+            standing: Standing::new(&places, policy_hash.clone()),
             policy_hash,
+            policy_file,
             places,
             snapshot: None,
             queries: None,
@@ -218,24 +232,14 @@ impl Daemon {
     /// Enforcement first, and it waits for nothing else: the mesh may be late, eBPF may be
     /// missing, the state directory may be full.
     async fn start(&mut self) {
-        let begun = self.uptime.elapsed();
-        match apply::apply_table(&self.desired) {
-            Ok(Applied::Unchanged) => log::info!("the rules were in force already"),
-            Ok(Applied::Changed(changes)) => {
-                let took = self.uptime.elapsed() - begun;
-                log::info!("rules put in force: {} changes in {took:.1?}", changes.len());
-            }
-            Ok(Applied::NotWanted) => log::info!("[enforce] firewall = false: no rules of ours"),
-            Err(error) => {
-                self.repair_fails = true;
-                log::error!("the rules are NOT in force: {:#}", anyhow::Error::from(error));
-            }
-        }
+        self.recent = self.log.tail(EVENTS_SHOWN).into();
+        self.stand();
         self.queries = NftQueries::open().map_err(|error| warn("nftables queries", error.into())).ok();
         let verb = [crate::cli::INTERNAL_LOAD.into(), self.places.pin.clone().into_os_string()];
         let loaded = bpf::spawn_loader(&verb, &self.config);
         let failed = loaded.as_ref().err().map(|error| format!("{error:#}"));
-        self.guarding = Guarding::start(&self.places.pin, &self.desired, &self.places.run, failed);
+        let waits = self.standing.is_on_trial();
+        self.guarding = Guarding::start(&self.places.pin, &self.desired, waits, failed);
         if let Err(error) = self.open_counters(loaded) {
             self.counter_gap = Some(format!("the counters do not run: {error:#}"));
             warn("the counters do not run", error);
@@ -249,7 +253,6 @@ impl Daemon {
             log::warn!("privileges: {gap}");
         }
         self.front.start();
-        self.recent = self.log.tail(EVENTS_SHOWN).into();
         self.note(EventKind::Started, None, None);
         self.wake(Facet::ALL, Duration::ZERO);
     }
@@ -289,12 +292,21 @@ impl Daemon {
         let mut watchdog = notify::watchdog_interval().map(tokio::time::interval);
         let mut terminate = signal(SignalKind::terminate()).context("wait for SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("wait for SIGINT")?;
+        let mut hangup = signal(SignalKind::hangup()).context("wait for SIGHUP")?;
+        let mut file = reload::PolicyFile::open(&self.policy_file, self.standing.wanted().to_owned());
         let mut look: Option<JoinHandle<Pass>> = None;
         let mut greeted = false;
+        let mut guarded = (Arc::clone(&self.desired), self.standing.is_on_trial());
         let (mut deaf_until, mut deaf_to_binds) = (Instant::now(), Instant::now());
         loop {
             // What was asked for during a look rests after it, too.
             let due = self.due.filter(|_| look.is_none()).map(|due| due.max(self.rest_until));
+            let stands = (Arc::clone(&self.desired), self.standing.is_on_trial());
+            if !Arc::ptr_eq(&stands.0, &guarded.0) || stands.1 != guarded.1 {
+                guarded = stands;
+                self.renew_guard();
+            }
+            let trial_due = self.trial_due();
             // In no order: whoever floods one source must not silence the others.
             tokio::select! {
                 event = maybe(commits.as_mut().map(NftEvents::next)) => match event {
@@ -327,6 +339,9 @@ impl Daemon {
                     }
                     Call::Confined => self.tell_of_server(),
                 },
+                _ = hangup.recv() => self.on_hangup(&mut file),
+                () = file.change() => self.on_policy_file(&mut file),
+                () = sleep_until(trial_due) => self.on_trial(),
                 () = sleep_until(due) => look = self.begin(),
                 () = sleep_until(self.glass.ends()) => {
                     self.glass.ended();
@@ -362,8 +377,14 @@ impl Daemon {
                         bind_events = None;
                     }
                 },
-                _ = tick.tick() => self.on_tick(),
-                _ = full.tick() => self.wake(Facet::ALL, Duration::ZERO),
+                _ = tick.tick() => {
+                    file.tick();
+                    self.on_tick();
+                }
+                _ = full.tick() => {
+                    self.check_sealed();
+                    self.wake(Facet::ALL, Duration::ZERO);
+                }
                 _ = maybe(watchdog.as_mut().map(tokio::time::Interval::tick)) => notify::alive(),
             }
         }
@@ -389,6 +410,7 @@ impl Daemon {
         if broken || self.repair_fails || generation.is_none() || generation != self.generation {
             self.wake([Facet::Nftables], Duration::ZERO);
         }
+        self.settle();
         self.renew_day();
         let links = self.snapshot.as_ref().and_then(|snapshot| snapshot.links.seen()).cloned();
         self.keep_guard(links.as_deref());
@@ -406,24 +428,30 @@ impl Daemon {
             return;
         }
         match Desired::new(self.desired.policy.clone(), today) {
-            Ok(desired) => {
-                self.transaction = apply::restoring_transaction(&desired);
-                self.replay = None;
-                self.layout = metrics::Layout::new(&desired);
-                self.config = bpf::CounterConfig::new(&desired.services);
-                self.desired = Arc::new(desired);
-                if let Some(counters) = &mut self.counters
-                    && let Err(error) = counters.configure(&self.config)
-                {
-                    warn("the counters keep yesterday's services", error);
-                }
-                if let Err(error) = self.binds.configure(&self.desired, None) {
-                    warn("the bind guard keeps yesterday's rules", error);
-                }
-                self.wake(Facet::ALL, Duration::ZERO);
-            }
+            // What never was confirmed does not come in by a change of date.
+            Ok(desired) if self.desired.table.is_none() => self.swap(Desired { table: None, ..desired }),
+            Ok(desired) => self.swap(desired),
             Err(error) => log::error!("the policy no longer leaves a way in: {error}; the old rules stay"),
         }
+    }
+
+    /// Keeps another policy, or another day's, from now on. What was counted stays.
+    fn swap(&mut self, desired: Desired) {
+        self.transaction = apply::restoring_transaction(&desired);
+        self.replay = None;
+        self.layout = metrics::Layout::new(&desired);
+        self.config = bpf::CounterConfig::new(&desired.services);
+        self.policy_hash = crate::policy::fingerprint(&desired.policy);
+        self.desired = Arc::new(desired);
+        if let Some(counters) = &mut self.counters
+            && let Err(error) = counters.configure(&self.config)
+        {
+            warn("the counters keep the services before", error);
+        }
+        if let Err(error) = self.binds.configure(&self.desired, None) {
+            warn("the bind guard keeps the rules before", error);
+        }
+        self.wake(Facet::ALL, Duration::ZERO);
     }
 
     /// The fast path. A commit that touched our table, or events that were lost, are
@@ -468,6 +496,7 @@ impl Daemon {
     /// Looks at our table and puts it right, where that can't wait for a cycle. `None`: it
     /// was right, or the cycle has to see to it.
     fn repair_at_once(&mut self, undone: bool) -> Option<(Finding, Outcome)> {
+        self.follow();
         let begun = self.uptime.elapsed();
         let (table, queries) = (self.desired.table.as_ref()?, self.queries.as_mut()?);
         let exists = queries.own_table_exists().ok()?;
@@ -562,17 +591,21 @@ impl Daemon {
         if facets.contains(&Facet::Nftables) {
             self.looked_for = std::mem::take(&mut self.suspects);
         }
+        self.follow();
         let (desired, snapshot) = (Arc::clone(&self.desired), self.snapshot.take());
         let (budget, uptime) = (Arc::clone(&self.budget), self.uptime);
         let (gap, replay) = (self.counter_gap.clone(), self.replay.is_none());
-        let cut = facets.contains(&Facet::Nftables) && self.glass.take_cut(&self.places.run);
+        let cut = facets.contains(&Facet::Nftables) && self.glass.take_cut(self.standing.is_on_trial());
+        let (ledger, glance) = (self.standing.ledger.clone(), self.standing.glance.clone());
         Some(tokio::task::spawn_blocking(move || {
-            let mut pass = cycle(eyes, &desired, snapshot, &facets, gap, &budget, uptime);
+            // Rules that went on trial, or back, during the look are not to be repaired by it.
+            let stands = || ledger.glance().is_ok_and(|now| now == glance);
+            let mut pass = cycle(eyes, &desired, snapshot, &facets, gap, &budget, uptime, &stands);
             if replay {
-                pass.replay = capture(&desired, &pass).map(|replay| (Arc::clone(&desired), replay));
+                pass.replay = capture(&desired, &pass);
             }
             let begun = uptime.elapsed();
-            pass.cut = cut.then(|| glass::cut(&desired, &pass.snapshot)).flatten();
+            pass.cut = (cut && stands()).then(|| glass::cut(&desired, &pass.snapshot)).flatten();
             pass.took += uptime.elapsed() - begun;
             pass
         }))
@@ -581,12 +614,29 @@ impl Daemon {
     fn finish(&mut self, pass: Pass) {
         let (links_read, rules_read) = (pass.links_read, pass.generation.is_some());
         let Pass {
-            eyes, snapshot, mut assessment, repaired, mut plan, generation, replay, took, cut, ..
+            eyes,
+            snapshot,
+            mut assessment,
+            repaired,
+            mut plan,
+            generation,
+            desired,
+            replay,
+            took,
+            cut,
+            ..
         } = pass;
-        // Of yesterday's table, if the day ended during the look, it would be no repair.
-        let replay = replay.filter(|(of, _)| Arc::ptr_eq(of, &self.desired)).map(|(_, replay)| replay);
-        self.replay = self.replay.take().or(replay);
         let now = snapshot.at;
+        if !Arc::ptr_eq(&desired, &self.desired) {
+            // Other rules came to stand during the look: the same host, judged by those. What
+            // it repaired, if anything, was by the old ones, so the rules are read again.
+            plan = repair::Plan::default();
+            assessment = diff::assess(&self.desired, &snapshot, now);
+            self.wake(Facet::ALL, Duration::ZERO);
+        } else {
+            self.replay = self.replay.take().or(replay);
+        }
+        assessment.extend(self.standing.findings(&self.policy_file, &self.policy_hash));
         self.eyes = Some(eyes);
         self.generation = generation.or(self.generation);
         self.cycles += 1;
@@ -750,8 +800,27 @@ impl Daemon {
     /// The guard has no events: it is looked at, and put right, at every tick.
     fn keep_guard(&mut self, links: Option<&[Link]>) {
         let (Some(rules), Some(links)) = (&self.desired.guard, links) else { return };
-        let kept = self.guarding.keep(rules, links, &self.places.run);
+        let kept = self.guarding.keep(rules, links, self.standing.is_on_trial());
         self.on_guard(kept);
+    }
+
+    /// Other rules stand than before, or the same ones more firmly.
+    fn renew_guard(&mut self) {
+        let failed = match (&self.desired.guard, self.guarding.runs()) {
+            (Some(_), true) => {
+                let links = links::read().map_err(|error| warn("interfaces for the tc guard", error)).ok();
+                return self.keep_guard(links.as_deref());
+            }
+            // What stood before any policy was confirmed needs none, and is let in by one on trial.
+            (None, _) if self.desired.policy.enforce.firewall => return,
+            (None, _) => None,
+            (Some(_), false) => {
+                bpf::guard::spawn_loader(&self.places.pin).err().map(|error| format!("{error:#}"))
+            }
+        };
+        let waits = self.standing.is_on_trial();
+        self.guarding = Guarding::start(&self.places.pin, &self.desired, waits, failed);
+        self.wake([Facet::Counters], Duration::ZERO);
     }
 
     fn on_guard(&mut self, kept: Kept) {
@@ -779,6 +848,7 @@ impl Daemon {
     /// The metrics server on every mesh address, present or not.
     fn listen(&mut self) {
         let policy = &self.desired.policy;
+        self.front.serve_only(hub_of(&self.desired));
         let mut addresses: Vec<IpAddr> = policy.mesh.address.clone();
         if let (true, Some(Reading::Seen(links))) =
             (addresses.is_empty(), self.snapshot.as_ref().map(|s| &s.links))
@@ -858,7 +928,7 @@ impl Daemon {
         let stands = |codes: &[Code]| report.findings.iter().any(|f| codes.contains(&f.code));
         let blind = |facet| report.blind.iter().any(|blind| blind.facet == facet);
         let mut held = BTreeSet::new();
-        if enforce.firewall
+        if self.desired.table.is_some()
             && enforce.mode == Mode::Enforce
             && self.seen.table
             && !stands(&[Code::FirewallMissing, Code::FirewallChanged])
@@ -899,7 +969,11 @@ impl Daemon {
         let done = |(key, count): (&(ActionKind, RepairOutcome), &u64)| {
             (key.1 == RepairOutcome::Done).then_some(*count)
         };
+        let (rules, until) = self.standing.state();
         let daemon = socket::Daemon {
+            file: Some(self.policy_file.clone()),
+            rules,
+            until,
             pid: std::process::id(),
             started: self.started,
             mode: self.desired.policy.enforce.mode,
@@ -959,14 +1033,16 @@ impl Daemon {
 }
 
 /// One cycle: look, decide, repair, look again at what was touched, decide again.
+#[allow(clippy::too_many_arguments)]
 fn cycle(
     mut eyes: Eyes,
-    desired: &Desired,
+    desired: &Arc<Desired>,
     before: Option<Snapshot>,
     facets: &[Facet],
     counter_gap: Option<String>,
     budget: &Mutex<Budget>,
     uptime: Uptime,
+    stands: &dyn Fn() -> bool,
 ) -> Pass {
     let begun = uptime.elapsed();
     let now = clock::now();
@@ -999,6 +1075,9 @@ fn cycle(
             Action::SetKeepalive { .. } => (&[Code::MeshKeepalive], Facet::Wireguard),
         };
         touched.insert(facet);
+        if matches!(action, Action::ApplyTable) && !stands() {
+            continue;
+        }
         let Some(outcome) = execute(desired, &snapshot, action, uptime) else { continue };
         let cause = assessment.findings.iter().find(|finding| codes.contains(&finding.code));
         repaired.extend(cause.map(|finding| (finding.clone(), outcome)));
@@ -1010,7 +1089,19 @@ fn cycle(
         assessment = diff::assess(desired, &snapshot, snapshot.at);
     }
     let took = uptime.elapsed() - begun;
-    Pass { eyes, snapshot, assessment, repaired, plan, generation, links_read, replay: None, took, cut: None }
+    Pass {
+        eyes,
+        snapshot,
+        assessment,
+        repaired,
+        plan,
+        generation,
+        links_read,
+        desired: Arc::clone(desired),
+        replay: None,
+        took,
+        cut: None,
+    }
 }
 
 /// Takes our table down in the kernel's own words, if it is the one that was just read and

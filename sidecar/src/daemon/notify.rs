@@ -25,6 +25,15 @@ pub fn alive() {
     tell(&[NotifyState::Watchdog]);
 }
 
+/// A reload begins; [`ready`] ends it. systemd (253, `Type=notify-reload`) waits for that and
+/// tells it from an earlier one by the time.
+pub fn reloading() {
+    match NotifyState::monotonic_usec_now() {
+        Ok(now) => tell(&[NotifyState::Reloading, now]),
+        Err(error) => log::debug!("notify the service manager: {error}"),
+    }
+}
+
 pub fn stopping() {
     tell(&[NotifyState::Stopping]);
 }

@@ -50,6 +50,15 @@ pub struct Daemon {
     pub mode: policy::Mode,
     /// [`policy::fingerprint`] of what it enforces.
     pub policy: String,
+    /// The policy file that it watches.
+    #[serde(default)]
+    pub file: Option<PathBuf>,
+    /// How its rules stand.
+    #[serde(default)]
+    pub rules: Rules,
+    /// When rules on trial are rolled back.
+    #[serde(default)]
+    pub until: Option<Stamp>,
     pub cycle: u64,
     pub last_cycle_seconds: f64,
     /// Repairs that were done.
@@ -60,6 +69,20 @@ pub struct Daemon {
     /// The last events, oldest first.
     pub events: Vec<Event>,
     pub privileges: Privileges,
+}
+
+/// How the rules in force stand.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Rules {
+    #[default]
+    Confirmed,
+    /// In force, and rolled back unless somebody confirms.
+    OnTrial,
+    /// What the policy file says was rolled back: those confirmed before it are in force.
+    RolledBack,
+    /// What the policy file says could not be put in force.
+    NotInForce,
 }
 
 /// Where the loop leaves the answer. Cheap to clone; every clone is the same board.
@@ -276,6 +299,9 @@ mod tests {
             pid: 1,
             started: at,
             mode: policy::Mode::Enforce,
+            file: None,
+            rules: Rules::Confirmed,
+            until: None,
             policy: "0123456789abcdef".into(),
             cycle: 7,
             last_cycle_seconds: 0.25,

@@ -57,6 +57,12 @@ impl Desired {
         Ok(Self { policy, today, table, guard, admin, services })
     }
 
+    /// The same table for a day that is not known: what an exception opens carries its end,
+    /// which the kernel judges by its clock.
+    pub fn sealed(&self) -> Option<Table> {
+        self.table.is_some().then(|| table::sealed(&self.policy))
+    }
+
     /// The services that a packet to this port, arriving in this scope, may be meant for.
     /// Exceptions and what `[public]` opens to anyone count in every scope. For `Scope::Other` look at `local` as well: each
     /// `[[local]]` has a list of its own.

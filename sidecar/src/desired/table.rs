@@ -21,7 +21,7 @@ use ipnet::IpNet;
 
 use super::{COMMENT_PREFIX, PRIORITY, TABLE};
 use crate::observed::Amount;
-use crate::policy::{Bind, Mode, Policy, Role, Sources};
+use crate::policy::{Bind, Exception, Mode, Policy, Role, Sources};
 use crate::ruleset::glass;
 use crate::ruleset::{Base, Chain, Hook, Match, Op, Operand, Rule, Statement, Table, TableFamily, Term};
 use crate::terms::{Family, IfacePattern, Port, Proto};
@@ -95,7 +95,16 @@ impl DropReason {
 }
 
 pub(super) fn table(policy: &Policy, today: jiff::civil::Date) -> Table {
-    let build = Build { policy, today };
+    built(Build { policy, today: Some(today) })
+}
+
+/// For any day: exceptions end by the kernel's own clock.
+pub(super) fn sealed(policy: &Policy) -> Table {
+    built(Build { policy, today: None })
+}
+
+fn built(build: Build<'_>) -> Table {
+    let policy = build.policy;
     let locals = local_names(policy);
     let mut chains = vec![
         base("input", Hook::Input, build.input(&locals)),
@@ -162,7 +171,7 @@ pub(super) fn tunnel_sources(policy: &Policy) -> Option<Option<Vec<IpNet>>> {
 /// The openings of TCP ports to who comes through a public interface, as in the chain
 /// `allowed-public`.
 pub(super) fn stranger_openings(policy: &Policy, today: jiff::civil::Date) -> Vec<Opening<'_>> {
-    let build = Build { policy, today };
+    let build = Build { policy, today: Some(today) };
     let all = [build.anyone_openings(), build.ssh_openings("public"), build.exception_openings("public")];
     let all = all.into_iter().flatten().map(|(_, opening)| opening);
     all.filter(|opening| opening.proto == Proto::Tcp).collect()
@@ -171,7 +180,8 @@ pub(super) fn stranger_openings(policy: &Policy, today: jiff::civil::Date) -> Ve
 #[derive(Clone, Copy)]
 struct Build<'a> {
     policy: &'a Policy,
-    today: jiff::civil::Date,
+    /// The day for which exceptions are judged; `None`: the rules judge them.
+    today: Option<jiff::civil::Date>,
 }
 
 impl<'a> Build<'a> {
@@ -382,17 +392,29 @@ impl<'a> Build<'a> {
     }
 
     fn exceptions(&self, scope: &str) -> Vec<Rule> {
-        opened(self.exception_openings(scope))
+        let mut all = Vec::new();
+        for (exception, proto) in self.held_exceptions() {
+            let (id, opening) = exception_opening(scope, exception, proto);
+            let mut rules = opening.rules(&id);
+            if let (None, Some(end)) = (self.today, end_of(exception.until)) {
+                for rule in &mut rules {
+                    rule.statements.insert(0, Statement::Match(before(end)));
+                }
+            }
+            all.append(&mut rules);
+        }
+        all
     }
 
     fn exception_openings(self, scope: &str) -> Vec<(String, Opening<'a>)> {
-        (self.policy.exceptions.iter().filter(|exception| exception.holds_on(self.today)))
+        self.held_exceptions().map(|(exception, proto)| exception_opening(scope, exception, proto)).collect()
+    }
+
+    fn held_exceptions(&self) -> impl Iterator<Item = (&'a Exception, Proto)> + use<'a> {
+        let today = self.today;
+        (self.policy.exceptions.iter())
+            .filter(move |exception| today.is_none_or(|today| exception.holds_on(today)))
             .flat_map(|exception| Proto::ALL.map(|proto| (exception, proto)))
-            .map(|(exception, proto)| {
-                let id = format!("{scope}-exception-{}-{proto}", exception.name);
-                (id, Opening::new(proto, exception.ports(proto), Some(&exception.from)))
-            })
-            .collect()
     }
 
     fn local_patterns<'b>(
@@ -509,6 +531,11 @@ impl<'a> Opening<'a> {
 }
 
 /// As rules that accept, each by its id.
+fn exception_opening<'a>(scope: &str, exception: &'a Exception, proto: Proto) -> (String, Opening<'a>) {
+    let id = format!("{scope}-exception-{}-{proto}", exception.name);
+    (id, Opening::new(proto, exception.ports(proto), Some(&exception.from)))
+}
+
 fn opened(openings: Vec<(String, Opening<'_>)>) -> Vec<Rule> {
     openings.iter().flat_map(|(id, opening)| opening.rules(id)).collect()
 }
@@ -797,6 +824,18 @@ fn known_flows(id: &str) -> [Rule; 3] {
         accept(&format!("{id}replies"), [ct_state(&["established"]), replies]),
         accept(&format!("{id}established"), [not_tcp, ct_state(&["established"])]),
     ]
+}
+
+/// The first second (Unix) after a day, UTC; `None` at the end of the calendar.
+fn end_of(day: jiff::civil::Date) -> Option<u64> {
+    let midnight = day.tomorrow().ok()?.to_zoned(jiff::tz::TimeZone::UTC).ok()?;
+    u64::try_from(midnight.timestamp().as_second()).ok()
+}
+
+/// By the clock of the kernel, whatever the time zone of nft.
+fn before(second: u64) -> Match {
+    let left = Term::Meta("time".to_owned());
+    Match { left, op: Op::Lt, right: Operand::Number(second) }
 }
 
 fn ct_state(states: &[&str]) -> Match {

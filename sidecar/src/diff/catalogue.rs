@@ -42,7 +42,7 @@ struct Entry {
 
 impl Code {
     /// In the order of the catalogue: by severity, then as declared.
-    pub const ALL: [Code; 24] = [
+    pub const ALL: [Code; 27] = [
         Code::FirewallMissing,
         Code::ListenerExposed,
         Code::DnatExposed,
@@ -58,12 +58,15 @@ impl Code {
         Code::MeshLeak,
         Code::ControlUnproven,
         Code::BindRefused,
+        Code::PolicyRolledBack,
+        Code::PolicyNotLoaded,
         Code::GuardMissing,
         Code::ListenerWide,
         Code::SshPassword,
         Code::MeshKeepalive,
         Code::ExceptionExpired,
         Code::FileMode,
+        Code::SealedRules,
         Code::MeshEndpoint,
         Code::ExceptionOpen,
         Code::BreakGlassOpen,
@@ -127,6 +130,43 @@ impl Code {
                          networking.firewall), or take it out of the policy if nobody should reach it.",
                 example: "  https tcp/443 ipv4\n  wanted  reachable by anyone at 203.0.113.7 on eth0\n  \
                           found   dropped by table inet filter chain input",
+            },
+            Code::PolicyRolledBack => Entry {
+                name: "policy-rolled-back",
+                severity: Severity::High,
+                facets: &[],
+                meaning: "The policy of the file was in force on trial, and nobody confirmed it in time. The\n\
+                          rules confirmed before it are back.",
+                why: "No new connection of the hub came through the tunnel while it was in force, so it\n\
+                      may have locked the operator out. It is not tried again by itself.",
+                remedy: "Look whether the hub could connect to sshd or the metrics through the tunnel at all.\n\
+                         Then correct the policy, which is taken up when the file changes, or try the same\n\
+                         once more with `spokeguard apply`, and `spokeguard confirm` it by hand if need be.",
+                example: "  policy 8f1c0e7a55d2b3c4\n  found   nobody confirmed it in time, and the rules before it \
+                          are back",
+            },
+            Code::PolicyNotLoaded => Entry {
+                name: "policy-not-loaded",
+                severity: Severity::High,
+                facets: &[],
+                meaning: "The policy file was changed, and what it says now is not in force: it has a mistake,\n\
+                          or the way back could not be armed.",
+                why: "What is enforced is not what the file says. The policy before it goes on as it was.",
+                remedy: "`spokeguard policy check` shows every mistake with its place. A corrected file is\n\
+                         taken up when it is written; a full disk or a missing nft is tried again every 10 s.",
+                example: "  policy file /etc/spokeguard/policy.toml\n  found   policy.toml:7:1: unknown key `pubic`",
+            },
+            Code::SealedRules => Entry {
+                name: "sealed-rules",
+                severity: Severity::Medium,
+                facets: &[],
+                meaning: "The file sealed.nft in the state directory does not hold the rules of the last\n\
+                          confirmed policy: it is missing, was changed, or can't be written.",
+                why: "A boot loads it before the daemon is there. Until the daemon comes up, other rules\n\
+                      than the confirmed ones are in force, or none.",
+                remedy: "Make the state directory writable. The daemon writes the file anew when it finds\n\
+                         it changed, as do `apply` and `confirm`. Changes belong into the policy.",
+                example: "  file sealed.nft\n  found   it was changed, or cut off",
             },
             Code::ListenerExposed => Entry {
                 name: "listener-exposed",
@@ -464,8 +504,8 @@ mod tests {
         assert!(Code::ALL.windows(2).all(|pair| pair[0].severity() <= pair[1].severity()));
         names.sort_unstable();
         names.dedup();
-        // BindRefused is the last variant declared.
-        assert_eq!(names.len(), Code::BindRefused as usize + 1);
+        // SealedRules is the last variant declared.
+        assert_eq!(names.len(), Code::SealedRules as usize + 1);
         for code in Code::ALL {
             // The name in JSON, the name in text and the name that is parsed are one.
             let json = serde_json::to_value(code).expect("a code");

@@ -89,6 +89,12 @@ pub struct Assessment {
 const DOUBTS_MAX: usize = 32;
 
 impl Assessment {
+    /// What the shell knows besides, such as how a change of the policy stands.
+    pub fn extend(&mut self, findings: impl IntoIterator<Item = Finding>) {
+        self.findings.extend(findings);
+        self.settle();
+    }
+
     fn add(&mut self, finding: Finding) {
         self.findings.push(finding);
     }
@@ -189,6 +195,9 @@ pub enum Code {
     ControlUnproven,
     AuditExposed,
     BindRefused,
+    PolicyRolledBack,
+    PolicyNotLoaded,
+    SealedRules,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -20,7 +20,7 @@ use crate::terms::{IfacePattern, Port, Proto, PublicKey};
 
 pub use load::{BYTES_MAX, LoadError, Loaded, Note, NoteKind, load, parse};
 pub use mistake::{MISTAKES_MAX, Mistake, Mistakes};
-pub use show::{fingerprint, show};
+pub use show::{fingerprint, show, sum};
 
 /// A policy that has been parsed and checked. Every default is filled in.
 #[derive(Clone, Debug, PartialEq)]

@@ -157,10 +157,16 @@ impl Lines {
 fn quoted(value: impl Display) -> String {
     toml::Value::String(value.to_string()).to_string()
 }
-/// Tells two policies apart, in metrics and between a daemon and who talks to it (FNV-1a, 64
-/// bits, of the normal form); it protects nothing.
+
+/// Tells two policies apart, in metrics and between a daemon and who talks to it: the
+/// [`sum`] of the normal form.
 pub fn fingerprint(policy: &Policy) -> String {
-    let hash = show(policy).bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+    sum(&show(policy))
+}
+
+/// FNV-1a, 64 bits, as 16 hexadecimal digits. Tells texts apart and protects nothing.
+pub fn sum(text: &str) -> String {
+    let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
     });
     format!("{hash:016x}")

@@ -9,6 +9,7 @@ use std::process::{Child, ChildStderr, ChildStdout, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use anyhow::Context as _;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{legacy, nft_events, nft_xt};
@@ -118,6 +119,21 @@ pub fn run_transaction(json: &str) -> anyhow::Result<()> {
         let mut committers = COMMITTERS.lock().unwrap_or_else(PoisonError::into_inner);
         let args = ["-j", "-f", "-"];
         let nft = Running::start(&program, &args, Stdio::from(stdin), Stdio::null(), DEADLINE)?;
+        committers.rotate_right(1);
+        committers[0] = nft.child.id();
+        nft
+    };
+    nft.finish()?;
+    Ok(())
+}
+
+/// Has nft load a file, as one transaction.
+pub fn run_file(path: &Path) -> anyhow::Result<()> {
+    let path = path.to_str().context("a path that is not UTF-8")?;
+    let program = program()?;
+    let mut nft = {
+        let mut committers = COMMITTERS.lock().unwrap_or_else(PoisonError::into_inner);
+        let nft = Running::start(&program, &["-f", path], Stdio::null(), Stdio::null(), DEADLINE)?;
         committers.rotate_right(1);
         committers[0] = nft.child.id();
         nft

@@ -11,7 +11,16 @@ pub fn now() -> Stamp {
 /// How long ago the machine started, time asleep included (CLOCK_BOOTTIME): the clock that
 /// eBPF programs write down.
 pub fn since_boot() -> Duration {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    at(rustix::time::ClockId::Boottime)
+}
+
+/// The same without time asleep: the same for all processes, never set back.
+pub fn monotonic() -> Duration {
+    at(rustix::time::ClockId::Monotonic)
+}
+
+fn at(clock: rustix::time::ClockId) -> Duration {
+    let now = rustix::time::clock_gettime(clock);
     Duration::new(u64::try_from(now.tv_sec).unwrap_or(0), u32::try_from(now.tv_nsec).unwrap_or(0))
 }
 

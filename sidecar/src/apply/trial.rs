@@ -1,0 +1,867 @@
+//! Commit-confirm: rules that enforce something new are on trial. Before they go in, the
+//! way back to the last confirmed ones is armed outside our process; only a confirmation
+//! disarms it, and `kill -9` of everything of ours does not.
+//!
+//! In `RUN/rollback` lies one token for each trial, and its name tells how it stands:
+//!
+//!     armed.ID --+--> confirmed.ID --> (gone)    confirmed, and recorded in the state directory
+//!                +--> firing.ID --> fired.ID     the time ran out; the old rules are back
+//!
+//! Every step is one rename, so whoever comes first has won: a confirmation and the
+//! watchdog can't both act, whatever is killed in between. The daemon, commands and the
+//! watchdog agree on what is in force by these names and by nothing else. In the state
+//! directory lie the last confirmed policy, its rules as a file for `nft -f`, and a policy
+//! that was rolled back, so that neither a restart nor a boot tries that one again.
+
+use std::collections::BTreeSet;
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::Context;
+use jiff::civil::Date;
+use rustix::fs::{FlockOperation, flock};
+
+use super::{ApplyError, apply_table, sealed};
+use crate::cli::Places;
+use crate::daemon::eventlog::write_atomically;
+use crate::desired::{Desired, TABLE};
+use crate::policy::{self, Policy};
+use crate::ruleset::{Change, Statement, Table, compare, render};
+use crate::source::evidence::{self, Sought};
+use crate::source::nft;
+use crate::sys::{clock, netns};
+
+/// The last confirmed policy, in its normal form.
+const CONFIRMED: &str = "confirmed.toml";
+/// The policy that was rolled back last, until another one comes.
+const REFUSED: &str = "refused.toml";
+const DIRECTORY: &str = "rollback";
+const LOCK: &str = "lock";
+/// Our own files stay far below this; more is not ours.
+const FILE_MAX: u64 = 16 << 20;
+/// How long another command may take with its change.
+const LOCK_PATIENCE: Duration = Duration::from_secs(40);
+/// A watchdog that is this late is gone, or its nft fails: we do its work.
+const OVERDUE: Duration = Duration::from_secs(5);
+
+/// How a trial stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Phase {
+    /// The new rules are in force, and the way back is armed.
+    Armed,
+    /// The old rules are being put back.
+    Firing,
+    /// Confirmed, but not recorded in the state directory yet.
+    Confirmed,
+    /// Time ran out, and the old rules are back.
+    Fired,
+}
+
+impl Phase {
+    const ALL: [Phase; 4] = [Phase::Armed, Phase::Firing, Phase::Confirmed, Phase::Fired];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Phase::Armed => "armed",
+            Phase::Firing => "firing",
+            Phase::Confirmed => "confirmed",
+            Phase::Fired => "fired",
+        }
+    }
+}
+
+/// Which trial there is and how it stands: cheap to ask for.
+pub type Glance = Option<(Phase, String)>;
+
+/// A policy whose rules are, or were, on trial.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Trial {
+    pub id: String,
+    /// [`policy::fingerprint`] of the policy.
+    pub fingerprint: String,
+    /// When the rules before come back, by the monotonic clock.
+    pub deadline: Duration,
+    /// The policy in its normal form.
+    pub text: String,
+}
+
+/// A policy that nobody confirmed in time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refused {
+    pub fingerprint: String,
+}
+
+/// What came of bringing a policy's rules in.
+#[derive(Debug)]
+pub enum Brought {
+    /// In force and confirmed: there was nothing to confirm. `unrecorded` says why a boot
+    /// would not know of it.
+    Confirmed { changes: Vec<Change>, unrecorded: Option<anyhow::Error> },
+    /// In force and on trial. `again`: it was before.
+    OnTrial { changes: Vec<Change>, again: bool },
+    /// `[enforce] firewall = false`.
+    NotWanted,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum BringError {
+    /// Nothing was changed.
+    #[error("nothing was changed")]
+    Before(#[source] anyhow::Error),
+    /// The way back is armed; how far the change came is not known.
+    #[error("the rules are on trial and did not go in whole")]
+    Half(#[source] ApplyError),
+}
+
+/// The right to change which rules stand, for as long as it is held.
+pub struct Lock {
+    _file: File,
+}
+
+/// The files of one instance.
+#[derive(Clone, Debug)]
+pub struct Ledger {
+    state: PathBuf,
+    run: PathBuf,
+    dir: PathBuf,
+}
+
+/// The script gets: seconds, directory, ID, nft, state directory. SIGHUP, SIGINT and SIGTERM
+/// are ignored, since a closed session must not cancel the way back. It goes ahead when
+/// the token is its own, or when the whole directory is gone, as a service manager removes
+/// a run directory; the copy of the rules in the state directory is gone only if somebody
+/// confirmed or released. It has fired when the old rules are back, and not before.
+/// No `${` and no `$` at the start of a word: systemd would put variables of its own there.
+const SCRIPT: &str = r#"trap "" HUP INT TERM
+sleep "$1"
+mv "$2/armed.$3" "$2/firing.$3" 2>/dev/null || test -e "$2/armed.$3" || test ! -d "$2" || exit 0
+done=no
+for rules in "$2/keep.$3.nft" "$2/whole.$3.nft" "$5/rollback.$3.nft"; do
+  test "$done" = yes || { test -e "$rules" && "$4" -f "$rules" && done=yes; }
+done
+test "$done" = yes || exit 1
+cp "$2/firing.$3" "$5/.refused.$3" && mv "$5/.refused.$3" "$5/refused.toml"
+mv "$2/firing.$3" "$2/fired.$3" || mv "$2/armed.$3" "$2/fired.$3"
+rm -f "$5/rollback.$3.nft"
+"#;
+
+impl Ledger {
+    pub fn new(places: &Places) -> Self {
+        Self { state: places.state.clone(), run: places.run.clone(), dir: places.run.join(DIRECTORY) }
+    }
+
+    /// Which trial there is, the live one first.
+    pub fn glance(&self) -> io::Result<Glance> {
+        let entries = match fs::read_dir(&self.dir) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let mut found: Glance = None;
+        for entry in entries {
+            let name = entry?.file_name();
+            let Some((phase, id)) = name.to_str().and_then(|name| name.split_once('.')) else { continue };
+            let Some(phase) = Phase::ALL.into_iter().find(|p| p.name() == phase) else { continue };
+            if found.as_ref().is_none_or(|(before, _)| phase < *before) {
+                found = Some((phase, id.to_owned()));
+            }
+        }
+        Ok(found)
+    }
+
+    /// The trial itself. It may have gone on to another phase by now.
+    pub fn read(&self, glance: &Glance) -> Option<Trial> {
+        let (phase, id) = glance.as_ref()?;
+        Trial::parse(id, &read_text(&self.token(*phase, id)).ok()?)
+    }
+
+    /// What the last confirmed policy comes to today; `None` where none was confirmed, or
+    /// this version can't read it any more.
+    pub fn confirmed(&self, today: Date) -> Option<Desired> {
+        let text = read_text(&self.state.join(CONFIRMED)).ok()?;
+        let loaded = policy::parse(&text, CONFIRMED, today).ok()?;
+        Desired::new(loaded.policy, today).ok()
+    }
+
+    /// The policy that was rolled back last, unless another one came since.
+    pub fn refused(&self) -> Option<Refused> {
+        let of = |text: io::Result<String>| {
+            Some(Refused { fingerprint: Trial::parse("", &text.ok()?)?.fingerprint })
+        };
+        match self.glance() {
+            Ok(Some((phase @ (Phase::Fired | Phase::Firing), id))) => of(read_text(&self.token(phase, &id))),
+            Ok(Some(_)) => None,
+            _ => of(read_text(&self.state.join(REFUSED))),
+        }
+    }
+
+    /// Waits while another command or the daemon brings rules in.
+    pub fn lock(&self) -> anyhow::Result<Lock> {
+        let started = clock::Uptime::start();
+        loop {
+            if let Some(lock) = self.try_lock()? {
+                return Ok(lock);
+            }
+            anyhow::ensure!(
+                started.elapsed() < LOCK_PATIENCE,
+                "another spokeguard has been changing the rules for {} s",
+                LOCK_PATIENCE.as_secs()
+            );
+            std::thread::park_timeout(Duration::from_millis(20));
+        }
+    }
+
+    /// `None`: another one has it.
+    pub fn try_lock(&self) -> anyhow::Result<Option<Lock>> {
+        fs::create_dir_all(&self.run).with_context(|| format!("create {}", self.run.display()))?;
+        // Who can write here can choose what root's nft will be given.
+        let meta = fs::metadata(&self.run).with_context(|| format!("look at {}", self.run.display()))?;
+        anyhow::ensure!(
+            meta.mode() & 0o022 == 0,
+            "{} can be written by others (mode {:04o}): the way back is not safe there; use a --run-dir of root's",
+            self.run.display(),
+            meta.mode() & 0o7777
+        );
+        match DirBuilder::new().mode(0o700).create(&self.dir) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(error).with_context(|| format!("create {}", self.dir.display()));
+            }
+            _ => {}
+        }
+        let path = self.dir.join(LOCK);
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW)
+            .open(&path)
+            .with_context(|| format!("open {}", path.display()))?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Some(Lock { _file: file })),
+            Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+            Err(error) => Err(error).with_context(|| format!("lock {}", path.display())),
+        }
+    }
+
+    /// Puts a policy's rules in force: on trial, unless they change nothing that enforces.
+    pub fn bring_in(&self, lock: &Lock, desired: &Desired, within: Duration) -> Result<Brought, BringError> {
+        let before = BringError::Before;
+        let Some(table) = &desired.table else { return Ok(Brought::NotWanted) };
+        if let Err(error) = self.settle(lock, desired.today) {
+            log::warn!("{error:#}");
+        }
+        let found = nft::list_table().map_err(before)?;
+        let changes = compare::changes(table, found.as_ref());
+        let fingerprint = policy::fingerprint(&desired.policy);
+        let glance = self.glance().context("look for a trial").map_err(before)?;
+        let trial = self.read(&glance).filter(|_| matches!(glance, Some((Phase::Armed, _))));
+        let confirmed = self.confirmed(desired.today);
+        if let Some(trial) = trial.as_ref().filter(|trial| trial.fingerprint == fingerprint) {
+            apply_table(desired).map_err(BringError::Half)?;
+            if self.old(trial).is_none() {
+                self.note_old(trial, desired);
+            }
+            return Ok(Brought::OnTrial { changes, again: true });
+        }
+        let stood = confirmed.as_ref().and_then(|confirmed| confirmed.table.as_ref());
+        let nothing_new = match stood {
+            Some(stood) => compare::changes(table, Some(stood)).is_empty(),
+            None => changes.is_empty() && trial.is_none(),
+        };
+        // What drops nothing can't lock anybody out.
+        if nothing_new || !drops(table) {
+            apply_table(desired).map_err(|error| before(error.into()))?;
+            self.withdraw();
+            let unrecorded = self.record(&desired.policy, desired.today).err();
+            return Ok(Brought::Confirmed { changes, unrecorded });
+        }
+        let trial = self
+            .arm(lock, desired, found.as_ref(), confirmed.as_ref(), within)
+            .context("arm the way back")
+            .map_err(before)?;
+        apply_table(desired).map_err(BringError::Half)?;
+        self.note_old(&trial, desired);
+        Ok(Brought::OnTrial { changes, again: false })
+    }
+
+    /// Confirms: the rules in force stay. `false`: nothing was armed. An error after that
+    /// says that a boot will not know of it; the rules stay all the same.
+    pub fn confirm(&self, lock: &Lock, today: Date) -> anyhow::Result<bool> {
+        let Some((Phase::Armed, id)) = self.glance().context("look for a trial")? else {
+            return self.settle(lock, today).map(|()| false);
+        };
+        let (from, to) = (self.token(Phase::Armed, &id), self.token(Phase::Confirmed, &id));
+        match fs::rename(&from, &to) {
+            Ok(()) => self.settle(lock, today).map(|()| true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error).with_context(|| format!("rename {}", from.display())),
+        }
+    }
+
+    /// Whether anything was ever on trial since the run directory is there.
+    pub fn is_empty(&self) -> bool {
+        !self.dir.exists()
+    }
+
+    /// Why a boot would not come up with the last confirmed rules; `None`: it would.
+    pub fn unsealed(&self, today: Date) -> Option<String> {
+        let confirmed = self.confirmed(today);
+        let wanted = confirmed.as_ref().and_then(sealed::text);
+        match (wanted, read_text(&self.state.join(sealed::FILE))) {
+            (None, Ok(text)) if !sealed::is_whole(&text) => Some("it was changed, or cut off".to_owned()),
+            (None, _) => None,
+            (Some(wanted), Ok(text)) if wanted == text => None,
+            (Some(_), Ok(text)) if !sealed::is_whole(&text) => Some("it was changed, or cut off".to_owned()),
+            (Some(_), Ok(_)) => Some("it is of another policy or version".to_owned()),
+            (Some(_), Err(error)) => Some(format!("it can't be read: {error}")),
+        }
+    }
+
+    /// Finishes what was begun by somebody who came no further: records a confirmation, and
+    /// does the work of a watchdog that is gone.
+    pub fn settle(&self, _lock: &Lock, today: Date) -> anyhow::Result<()> {
+        let glance = self.glance().context("look for a trial")?;
+        let Some(trial) = self.read(&glance) else { return Ok(()) };
+        match glance {
+            Some((Phase::Confirmed, id)) => {
+                let policy = policy::parse(&trial.text, "the confirmed policy", today)?.policy;
+                self.record(&policy, today).with_context(|| {
+                    format!(
+                        "the rules in force stay, but {} can't be written: the next boot comes up with those \
+                         confirmed before",
+                        self.state.display()
+                    )
+                })?;
+                self.clear(&id);
+            }
+            Some((Phase::Fired, id)) => {
+                let path = self.state.join(REFUSED);
+                let text = read_text(&self.token(Phase::Fired, &id));
+                if let Ok(text) = text
+                    && read_text(&path).ok().as_ref() != Some(&text)
+                {
+                    write_atomically(&path, text.as_bytes())
+                        .with_context(|| format!("write {}", path.display()))?;
+                }
+            }
+            Some((phase @ (Phase::Armed | Phase::Firing), id))
+                if clock::monotonic() > trial.deadline + OVERDUE =>
+            {
+                self.fire(phase, &id)?;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Connections that were there when the rules went in; `None` if nobody has looked yet.
+    pub fn old(&self, trial: &Trial) -> Option<BTreeSet<u64>> {
+        let text = read_text(&self.dir.join(format!("old.{}", trial.id))).ok()?;
+        text.lines().map(|line| line.parse().ok()).collect()
+    }
+
+    /// Notes them. Whatever goes wrong here costs a confirmation and never makes one.
+    pub fn note_old(&self, trial: &Trial, desired: &Desired) -> BTreeSet<u64> {
+        let Some(sought) = Sought::new(desired) else { return BTreeSet::new() };
+        match evidence::connections(&sought) {
+            Ok(list) => {
+                let old: BTreeSet<u64> = list.into_iter().map(|connection| connection.cookie).collect();
+                let text: String = old.iter().map(|cookie| format!("{cookie}\n")).collect();
+                if let Err(error) = write_private(&self.dir.join(format!("old.{}", trial.id)), &text) {
+                    log::warn!("{error:#}");
+                }
+                old
+            }
+            Err(error) => {
+                log::warn!("no connection will confirm this: {error:#}");
+                BTreeSet::new()
+            }
+        }
+    }
+
+    /// Makes this the last confirmed policy, and its rules the sealed ones.
+    pub fn record(&self, policy: &Policy, today: Date) -> anyhow::Result<()> {
+        let write = |name: &str, text: String| {
+            let path = self.state.join(name);
+            // Written only where it says something else: nothing wears out a quiet host's flash.
+            if read_text(&path).ok().as_ref() == Some(&text) {
+                return Ok(());
+            }
+            write_atomically(&path, text.as_bytes()).with_context(|| format!("write {}", path.display()))?;
+            File::open(&self.state).and_then(|dir| dir.sync_all()).context("sync the state directory")
+        };
+        let desired = Desired::new(policy.clone(), today).context("the confirmed policy")?;
+        if let Some(text) = sealed::text(&desired) {
+            write(sealed::FILE, text)?;
+        }
+        write(CONFIRMED, policy::show(policy))?;
+        match fs::remove_file(self.state.join(REFUSED)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(error).context("forget the policy that was rolled back")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Forgets everything, for `release`: no way back, no confirmed rules, nothing that a
+    /// boot would load.
+    pub fn forget(&self) -> anyhow::Result<()> {
+        self.withdraw();
+        for name in [sealed::FILE, CONFIRMED, REFUSED] {
+            let path = self.state.join(name);
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(error).with_context(|| format!("remove {}", path.display()));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The trial is over without a verdict: other rules took the place of those on trial.
+    fn withdraw(&self) {
+        while let Ok(Some((_, id))) = self.glance() {
+            if !self.clear(&id) {
+                break;
+            }
+        }
+    }
+
+    fn arm(
+        &self,
+        _lock: &Lock,
+        desired: &Desired,
+        found: Option<&Table>,
+        confirmed: Option<&Desired>,
+        within: Duration,
+    ) -> anyhow::Result<Trial> {
+        let nft = nft::program()?;
+        let earlier = self.glance().context("look for a trial")?;
+        let fingerprint = policy::fingerprint(&desired.policy);
+        let armed_at = clock::monotonic();
+        let id = format!("{fingerprint}-{}-{}", std::process::id(), armed_at.as_nanos());
+        let trial = Trial {
+            id: id.clone(),
+            fingerprint,
+            deadline: armed_at + within,
+            text: policy::show(&desired.policy),
+        };
+        let on_the_way = match &earlier {
+            Some((Phase::Armed | Phase::Firing, id)) => {
+                read_text(&self.dir.join(format!("whole.{id}.nft"))).ok()
+            }
+            _ => None,
+        };
+        let stood = confirmed.and_then(|confirmed| confirmed.table.as_ref());
+        let (keep, whole) = match stood {
+            Some(stood) => {
+                (Some(keeping(stood, [found, desired.table.as_ref()])), anew(&render::table(stood)))
+            }
+            // Nothing was ever confirmed: what was there before the first trial.
+            None => match on_the_way {
+                Some(whole) => (None, whole),
+                None => {
+                    let listed = if found.is_some() { nft::list_table_text()? } else { String::new() };
+                    (None, anew(&listed))
+                }
+            },
+        };
+        let prepared = (|| {
+            if let Some(keep) = keep {
+                write_private(&self.dir.join(format!("keep.{id}.nft")), &keep)?;
+            }
+            write_private(&self.dir.join(format!("whole.{id}.nft")), &whole)?;
+            write_private(&self.token(Phase::Armed, &id), &trial.to_text())?;
+            // For a run directory that goes away with its service. The state directory may
+            // be full or read-only: then that is not promised.
+            let copy = self.state.join(format!("rollback.{id}.nft"));
+            if let Err(error) = write_atomically(&copy, whole.as_bytes()) {
+                log::warn!("{}: {error}; the way back lies in {} only", copy.display(), self.dir.display());
+            }
+            self.watch_over(&trial, within, &nft)
+        })();
+        if let Err(error) = prepared {
+            self.clear(&id);
+            return Err(error);
+        }
+        // From here on the new way back is armed, and the earlier one is no longer needed.
+        if let Some((phase, old)) = &earlier {
+            self.retire(*phase, old);
+        }
+        Ok(trial)
+    }
+
+    /// Ends an earlier trial. One that is firing is waited for, so that its rules don't come
+    /// after ours.
+    fn retire(&self, phase: Phase, id: &str) {
+        let disarmed = phase != Phase::Firing && fs::remove_file(self.token(phase, id)).is_ok();
+        if !disarmed {
+            let started = clock::Uptime::start();
+            while self.token(Phase::Firing, id).exists() && started.elapsed() < OVERDUE {
+                std::thread::park_timeout(Duration::from_millis(10));
+            }
+        }
+        self.clear(id);
+    }
+
+    /// Starts what puts the old rules back: a timer of systemd's, or a process of its own.
+    fn watch_over(&self, trial: &Trial, within: Duration, nft: &Path) -> anyhow::Result<()> {
+        let seconds = within.as_secs().max(1).to_string();
+        let words = |seconds: &str| {
+            ["/bin/sh", "-c", SCRIPT, "spokeguard-rollback", seconds]
+                .into_iter()
+                .map(std::ffi::OsString::from)
+                .chain([
+                    self.dir.clone().into(),
+                    trial.id.clone().into(),
+                    nft.into(),
+                    self.state.clone().into(),
+                ])
+                .collect::<Vec<std::ffi::OsString>>()
+        };
+        // systemd's services live in the first network namespace.
+        if Path::new("/run/systemd/system").is_dir() && netns::is_initial() {
+            let started = Command::new("systemd-run")
+                .args(["--quiet", "--collect", "--timer-property=AccuracySec=100ms"])
+                .arg(format!("--unit=spokeguard-rollback-{}", trial.id))
+                .arg(format!("--on-active={seconds}s"))
+                .args(words("0"))
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .status();
+            match started {
+                Ok(status) if status.success() => return Ok(()),
+                Ok(status) => log::warn!("systemd-run: {status}; a process of ours keeps the way back"),
+                Err(error) => log::warn!("systemd-run: {error}; a process of ours keeps the way back"),
+            }
+        }
+        // A shell starts it and ends, so that whoever outlives it has no zombie of it.
+        let status = Command::new("/bin/sh")
+            .args(["-c", "\"$@\" &", "sh"])
+            .args(words(&seconds))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .current_dir("/")
+            .process_group(0)
+            .status()
+            .context("start the rollback's watchdog (/bin/sh)")?;
+        anyhow::ensure!(status.success(), "start the rollback's watchdog (/bin/sh): {status}");
+        Ok(())
+    }
+
+    /// The watchdog's work, by ourselves.
+    fn fire(&self, phase: Phase, id: &str) -> anyhow::Result<()> {
+        log::error!("the watchdog of a rollback is gone: putting the rules back instead of it");
+        let firing = self.token(Phase::Firing, id);
+        if phase == Phase::Armed {
+            match fs::rename(self.token(phase, id), &firing) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+                result => result.with_context(|| format!("rename to {}", firing.display()))?,
+            }
+        }
+        let files = [self.dir.join(format!("keep.{id}.nft")), self.dir.join(format!("whole.{id}.nft"))];
+        let mut last = anyhow::anyhow!("no rules to go back to");
+        for file in files.iter().filter(|file| file.exists()) {
+            match nft::run_file(file) {
+                Ok(()) => {
+                    return fs::rename(&firing, self.token(Phase::Fired, id))
+                        .with_context(|| format!("rename {}", firing.display()));
+                }
+                Err(error) => last = error,
+            }
+        }
+        Err(last.context("put the last confirmed rules back"))
+    }
+
+    /// Removes every file of a trial, the token first. `false`: it stays.
+    fn clear(&self, id: &str) -> bool {
+        for phase in Phase::ALL {
+            let _ = fs::remove_file(self.token(phase, id));
+        }
+        let rest = [format!("keep.{id}.nft"), format!("whole.{id}.nft"), format!("old.{id}")];
+        for path in rest.into_iter().map(|name| self.dir.join(name)) {
+            let _ = fs::remove_file(path);
+        }
+        let _ = fs::remove_file(self.state.join(format!("rollback.{id}.nft")));
+        !Phase::ALL.into_iter().any(|phase| self.token(phase, id).exists())
+    }
+
+    fn token(&self, phase: Phase, id: &str) -> PathBuf {
+        self.dir.join(format!("{}.{id}", phase.name()))
+    }
+}
+
+impl Trial {
+    fn to_text(&self) -> String {
+        let Self { id: _, fingerprint, deadline, text } = self;
+        format!("# fingerprint {fingerprint}\n# deadline {}\n{text}", deadline.as_millis())
+    }
+
+    fn parse(id: &str, text: &str) -> Option<Self> {
+        let (first, rest) = text.split_once('\n')?;
+        let (second, policy) = rest.split_once('\n')?;
+        Some(Self {
+            id: id.to_owned(),
+            fingerprint: first.strip_prefix("# fingerprint ")?.to_owned(),
+            deadline: Duration::from_millis(second.strip_prefix("# deadline ")?.parse().ok()?),
+            text: policy.to_owned(),
+        })
+    }
+
+    /// How long it still has.
+    pub fn left(&self) -> Duration {
+        self.deadline.saturating_sub(clock::monotonic())
+    }
+}
+
+/// Whether a table refuses anything; one in audit mode counts only.
+fn drops(table: &Table) -> bool {
+    let refuses = |statement: &Statement| matches!(statement, Statement::Drop | Statement::Reject { .. });
+    table.chains.iter().any(|chain| {
+        chain.base.as_ref().is_some_and(|base| base.drops)
+            || chain.rules.iter().flat_map(|rule| &rule.statements).any(refuses)
+    })
+}
+
+/// `table` in place of whatever is there, less what only the others have. What its counters
+/// counted stays. Fails as a whole where a chain has another hook now.
+fn keeping(table: &Table, others: [Option<&Table>; 2]) -> String {
+    let name = format!("inet {TABLE}");
+    let extra = |of: &dyn Fn(&Table) -> Vec<String>| -> BTreeSet<String> {
+        let wanted = of(table);
+        others.iter().flatten().flat_map(|other| of(other)).filter(|name| !wanted.contains(name)).collect()
+    };
+    let chains = extra(&|table| table.chains.iter().map(|chain| chain.name.clone()).collect());
+    let counters = extra(&|table| table.counters.keys().cloned().collect());
+    let mut text = format!("table {name} {{\n}}\nflush table {name}\n");
+    for (kind, names) in [("chain", chains), ("counter", counters)] {
+        for one in names {
+            // Declared first: deleting what is not there would fail it all.
+            text += &format!("table {name} {{\n\t{kind} {one} {{\n\t}}\n}}\ndelete {kind} {name} {one}\n");
+        }
+    }
+    text + &render::table(table)
+}
+
+/// The table deleted and made again.
+fn anew(table: &str) -> String {
+    format!("table inet {TABLE} {{\n}}\ndelete table inet {TABLE}\n{table}")
+}
+
+fn read_text(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(path)?
+        .take(FILE_MAX)
+        .read_to_string(&mut text)?;
+    Ok(text)
+}
+
+/// Always a file of our own making, and whole or not at all.
+fn write_private(path: &Path, text: &str) -> anyhow::Result<()> {
+    write_atomically(path, text.as_bytes()).with_context(|| format!("write {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+    use crate::desired::samples;
+
+    struct Place {
+        dir: tempfile::TempDir,
+        ledger: Ledger,
+    }
+
+    impl Place {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().expect("a directory");
+            let at = |name: &str| dir.path().join(name);
+            let places = Places { state: at("state"), run: at("run"), pin: at("pin"), cgroup: None };
+            // Stands for nft: appends the file it is given to the log.
+            let nft = at("nft");
+            fs::write(
+                &nft,
+                format!(
+                    "#!/bin/sh\ntest ! -e {0}/broken || exit 1\ncat \"$2\" >> {0}/log\n",
+                    dir.path().display()
+                ),
+            )
+            .expect("write");
+            fs::set_permissions(&nft, fs::Permissions::from_mode(0o755)).expect("chmod");
+            fs::create_dir(at("state")).expect("create");
+            Self { ledger: Ledger::new(&places), dir }
+        }
+
+        /// Arms a trial of the sample policy as [`Ledger::arm`] does, with this way back.
+        fn arm(&self, id: &str, way_back: &str, within: Duration) -> Lock {
+            let lock = self.ledger.lock().expect("a lock");
+            let policy = samples::spoke();
+            let trial = Trial {
+                id: id.into(),
+                fingerprint: policy::fingerprint(&policy),
+                deadline: clock::monotonic() + within,
+                text: policy::show(&policy),
+            };
+            write_private(&self.ledger.dir.join(format!("whole.{id}.nft")), way_back).expect("write");
+            write_private(&self.ledger.state.join(format!("rollback.{id}.nft")), way_back).expect("write");
+            write_private(&self.ledger.token(Phase::Armed, id), &trial.to_text()).expect("write");
+            self.ledger.watch_over(&trial, within, &self.dir.path().join("nft")).expect("armed");
+            lock
+        }
+
+        fn phase(&self) -> Option<Phase> {
+            self.ledger.glance().expect("a glance").map(|(phase, _)| phase)
+        }
+
+        fn log(&self) -> String {
+            fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
+        }
+
+        fn await_log(&self, text: &str) {
+            let deadline = std::time::Instant::now() + Duration::from_secs(20);
+            while !self.log().contains(text) {
+                assert!(std::time::Instant::now() < deadline, "no {text:?} in {:?}", self.log());
+                std::thread::park_timeout(Duration::from_millis(10));
+            }
+        }
+    }
+
+    #[test]
+    fn without_a_confirmation_the_old_rules_come_back_and_the_policy_is_remembered() {
+        let place = Place::new();
+        drop(place.arm("a", "the old rules", Duration::from_secs(1)));
+        assert_eq!(place.phase(), Some(Phase::Armed));
+        assert_eq!(place.ledger.refused(), None);
+        place.await_log("the old rules");
+        let refused = || place.ledger.refused().map(|refused| refused.fingerprint);
+        let deadline = std::time::Instant::now() + Duration::from_secs(20);
+        while place.phase() != Some(Phase::Fired) {
+            assert!(std::time::Instant::now() < deadline);
+            std::thread::yield_now();
+        }
+        let fingerprint = policy::fingerprint(&samples::spoke());
+        assert_eq!(refused().as_ref(), Some(&fingerprint));
+        let lock = place.ledger.lock().expect("a lock");
+        assert!(!place.ledger.confirm(&lock, samples::TODAY).expect("too late"), "a rollback that fired");
+        // After a boot the run directory is empty.
+        fs::remove_dir_all(place.dir.path().join("run")).expect("remove");
+        assert_eq!(refused(), Some(fingerprint));
+        place.ledger.record(&samples::everything(), samples::TODAY).expect("recorded");
+        assert_eq!(refused(), None, "another policy was confirmed since");
+    }
+
+    #[test]
+    fn a_confirmation_disarms_and_records() {
+        let place = Place::new();
+        let lock = place.arm("a", "the old rules", Duration::from_secs(1));
+        assert_eq!(place.ledger.confirmed(samples::TODAY), None);
+        assert!(place.ledger.confirm(&lock, samples::TODAY).expect("confirmed"));
+        assert_eq!(place.phase(), None);
+        assert_eq!(place.ledger.confirmed(samples::TODAY).map(|d| d.policy), Some(samples::spoke()));
+        assert_eq!(place.ledger.unsealed(samples::TODAY), None);
+        assert!(!place.ledger.confirm(&lock, samples::TODAY).expect("again"));
+        // The directory goes with its service; the watchdog must not take that for a reason to act.
+        fs::remove_dir_all(place.dir.path().join("run")).expect("remove");
+        place.arm("b", "of a later trial", Duration::from_secs(2));
+        place.await_log("of a later trial");
+        assert!(!place.log().contains("the old rules"), "the watchdog acted after a confirmation");
+    }
+
+    #[test]
+    fn a_run_directory_that_goes_away_confirms_nothing() {
+        let place = Place::new();
+        drop(place.arm("a", "the old rules", Duration::from_secs(1)));
+        fs::remove_dir_all(place.dir.path().join("run")).expect("remove");
+        place.await_log("the old rules");
+    }
+
+    #[test]
+    fn what_cannot_be_recorded_is_confirmed_all_the_same_and_recorded_later() {
+        let place = Place::new();
+        let lock = place.arm("a", "the old rules", Duration::from_secs(60));
+        let state = place.dir.path().join("state");
+        fs::remove_dir_all(&state).expect("remove");
+        fs::write(&state, "a file in its place").expect("write");
+        let error = place.ledger.confirm(&lock, samples::TODAY).expect_err("not recorded");
+        assert!(
+            error.to_string().contains("the next boot comes up with those confirmed before"),
+            "{error:#}"
+        );
+        assert_eq!(place.phase(), Some(Phase::Confirmed));
+        fs::remove_file(&state).expect("remove");
+        place.ledger.settle(&lock, samples::TODAY).expect("recorded");
+        assert_eq!(place.phase(), None);
+        assert!(place.ledger.confirmed(samples::TODAY).is_some());
+    }
+
+    #[test]
+    fn a_watchdog_whose_nft_fails_has_not_fired() {
+        let place = Place::new();
+        fs::write(place.dir.path().join("broken"), "").expect("write");
+        drop(place.arm("a", "the old rules", Duration::from_secs(1)));
+        let deadline = std::time::Instant::now() + Duration::from_secs(20);
+        while place.phase() != Some(Phase::Firing) {
+            assert!(std::time::Instant::now() < deadline);
+            std::thread::yield_now();
+        }
+        assert_eq!(place.log(), "");
+    }
+
+    #[test]
+    fn what_others_can_write_is_not_given_to_nft() {
+        let place = Place::new();
+        let run = place.dir.path().join("run");
+        fs::create_dir(&run).expect("create");
+        fs::set_permissions(&run, fs::Permissions::from_mode(0o1777)).expect("chmod");
+        let error = place.ledger.lock().err().expect("anyone may write there");
+        assert!(error.to_string().contains("mode 1777"), "{error:#}");
+        fs::set_permissions(&run, fs::Permissions::from_mode(0o755)).expect("chmod");
+        drop(place.ledger.lock().expect("a lock"));
+        let mode = fs::metadata(&place.ledger.dir).expect("a directory").mode();
+        assert_eq!(mode & 0o777, 0o700);
+        assert!(
+            place
+                .ledger
+                .try_lock()
+                .expect("works")
+                .is_some_and(|_held| { place.ledger.try_lock().expect("works").is_none() })
+        );
+    }
+
+    #[test]
+    fn the_sealed_rules_are_whole_or_said_not_to_be() {
+        let place = Place::new();
+        assert_eq!(place.ledger.unsealed(samples::TODAY), None, "nothing was ever confirmed");
+        place.ledger.record(&samples::everything(), samples::TODAY).expect("recorded");
+        assert_eq!(place.ledger.unsealed(samples::TODAY), None);
+        let file = place.ledger.state.join(sealed::FILE);
+        assert_eq!(fs::metadata(&file).expect("a file").mode() & 0o777, 0o600);
+        let text = fs::read_to_string(&file).expect("read");
+        // Whatever the day.
+        assert_eq!(place.ledger.unsealed(jiff::civil::date(2029, 1, 1)), None);
+        fs::write(&file, text.replace("accept", "drop")).expect("write");
+        assert!(place.ledger.unsealed(samples::TODAY).expect("a gap").contains("changed"));
+        fs::write(&file, &text[..text.len() - 10]).expect("write");
+        assert!(place.ledger.unsealed(samples::TODAY).expect("a gap").contains("cut off"));
+        let other = sealed::text(&Desired::new(samples::spoke(), samples::TODAY).expect("a path"));
+        fs::write(&file, other.expect("a table")).expect("write");
+        assert!(place.ledger.unsealed(samples::TODAY).expect("a gap").contains("another policy"));
+        fs::remove_file(&file).expect("remove");
+        assert!(place.ledger.unsealed(samples::TODAY).expect("a gap").contains("can't be read"));
+        place.ledger.forget().expect("forgotten");
+        assert_eq!(place.ledger.unsealed(samples::TODAY), None);
+    }
+}
