@@ -4,6 +4,7 @@ mod audit_local;
 mod audit_remote;
 mod binds;
 mod cases;
+mod confirm;
 mod counters;
 mod daemon;
 mod direction;

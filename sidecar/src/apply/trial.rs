@@ -40,6 +40,8 @@ use crate::sys::{clock, netns};
 const CONFIRMED: &str = "confirmed.toml";
 /// The policy that was rolled back last, until another one comes.
 const REFUSED: &str = "refused.toml";
+/// The last confirmed policy, in the run directory, while the state directory can't take it.
+const UNRECORDED: &str = "last.toml";
 const DIRECTORY: &str = "rollback";
 const LOCK: &str = "lock";
 /// Our own files stay far below this; more is not ours.
@@ -152,7 +154,8 @@ rm -f "$5/rollback.$3.nft"
 
 impl Ledger {
     pub fn new(places: &Places) -> Self {
-        Self { state: places.state.clone(), run: places.run.clone(), dir: places.run.join(DIRECTORY) }
+        let (state, run) = (places.state.clone(), places.run.clone());
+        Self { state, dir: run.join(DIRECTORY), run }
     }
 
     /// Which trial there is, the live one first.
@@ -183,9 +186,15 @@ impl Ledger {
     /// What the last confirmed policy comes to today; `None` where none was confirmed, or
     /// this version can't read it any more.
     pub fn confirmed(&self, today: Date) -> Option<Desired> {
-        let text = read_text(&self.state.join(CONFIRMED)).ok()?;
+        let text =
+            read_text(&self.dir.join(UNRECORDED)).or_else(|_| read_text(&self.state.join(CONFIRMED))).ok()?;
         let loaded = policy::parse(&text, CONFIRMED, today).ok()?;
         Desired::new(loaded.policy, today).ok()
+    }
+
+    /// The state directory has not taken the last confirmed policy yet.
+    pub fn is_unrecorded(&self) -> bool {
+        self.dir.join(UNRECORDED).exists()
     }
 
     /// The policy that was rolled back last, unless another one came since.
@@ -326,19 +335,22 @@ impl Ledger {
     /// Finishes what was begun by somebody who came no further: records a confirmation, and
     /// does the work of a watchdog that is gone.
     pub fn settle(&self, _lock: &Lock, today: Date) -> anyhow::Result<()> {
+        if self.is_unrecorded()
+            && let Some(last) = self.confirmed(today)
+        {
+            self.record(&last.policy, today)?;
+        }
         let glance = self.glance().context("look for a trial")?;
         let Some(trial) = self.read(&glance) else { return Ok(()) };
         match glance {
             Some((Phase::Confirmed, id)) => {
                 let policy = policy::parse(&trial.text, "the confirmed policy", today)?.policy;
-                self.record(&policy, today).with_context(|| {
-                    format!(
-                        "the rules in force stay, but {} can't be written: the next boot comes up with those \
-                         confirmed before",
-                        self.state.display()
-                    )
-                })?;
-                self.clear(&id);
+                let recorded = self.record(&policy, today);
+                // Where not even that could be noted, the token goes on saying it.
+                if recorded.is_ok() || self.is_unrecorded() {
+                    self.clear(&id);
+                }
+                recorded?;
             }
             Some((Phase::Fired, id)) => {
                 let path = self.state.join(REFUSED);
@@ -385,8 +397,29 @@ impl Ledger {
         }
     }
 
-    /// Makes this the last confirmed policy, and its rules the sealed ones.
+    /// Makes this the last confirmed policy, and its rules the sealed ones. After an error
+    /// it is that all the same, until the next boot.
     pub fn record(&self, policy: &Policy, today: Date) -> anyhow::Result<()> {
+        let unrecorded = self.dir.join(UNRECORDED);
+        let recorded = self.record_in_state(policy, today);
+        match &recorded {
+            Ok(()) => drop(fs::remove_file(unrecorded)),
+            Err(_) => {
+                if let Err(error) = write_private(&unrecorded, &policy::show(policy)) {
+                    log::warn!("{error:#}");
+                }
+            }
+        }
+        recorded.with_context(|| {
+            let state = self.state.display();
+            format!(
+                "the rules in force stay, but {state} can't be written: the next boot comes up with those \
+                 confirmed before"
+            )
+        })
+    }
+
+    fn record_in_state(&self, policy: &Policy, today: Date) -> anyhow::Result<()> {
         let write = |name: &str, text: String| {
             let path = self.state.join(name);
             // Written only where it says something else: nothing wears out a quiet host's flash.
@@ -413,6 +446,7 @@ impl Ledger {
     /// boot would load.
     pub fn forget(&self) -> anyhow::Result<()> {
         self.withdraw();
+        let _ = fs::remove_file(self.dir.join(UNRECORDED));
         for name in [sealed::FILE, CONFIRMED, REFUSED] {
             let path = self.state.join(name);
             match fs::remove_file(&path) {
@@ -800,10 +834,12 @@ mod tests {
             error.to_string().contains("the next boot comes up with those confirmed before"),
             "{error:#}"
         );
-        assert_eq!(place.phase(), Some(Phase::Confirmed));
+        assert_eq!(place.phase(), None);
+        assert!(place.ledger.is_unrecorded());
+        assert_eq!(place.ledger.confirmed(samples::TODAY).map(|d| d.policy), Some(samples::spoke()));
         fs::remove_file(&state).expect("remove");
         place.ledger.settle(&lock, samples::TODAY).expect("recorded");
-        assert_eq!(place.phase(), None);
+        assert!(!place.ledger.is_unrecorded());
         assert!(place.ledger.confirmed(samples::TODAY).is_some());
     }
 

@@ -202,8 +202,10 @@ impl Daemon {
     /// after it has changed.
     pub(super) fn refuse(&mut self, file: &Path, mistake: String) {
         log::error!("{} is not taken up: {mistake}", file.display());
-        self.note_text(EventKind::PolicyRejected, mistake.clone());
-        self.standing.mistake = Some(mistake);
+        if self.standing.mistake.as_ref() != Some(&mistake) {
+            self.note_text(EventKind::PolicyRejected, mistake.clone());
+            self.standing.mistake = Some(mistake);
+        }
         self.wake([Facet::Files], Duration::ZERO);
     }
 
@@ -464,8 +466,8 @@ impl Daemon {
     /// At every tick: what others left unfinished.
     pub(super) fn settle(&mut self) {
         self.follow();
-        let unfinished =
-            matches!(self.standing.glance, Some((Phase::Confirmed | Phase::Firing | Phase::Fired, _)));
+        let unfinished = self.standing.ledger.is_unrecorded()
+            || matches!(self.standing.glance, Some((Phase::Confirmed | Phase::Firing | Phase::Fired, _)));
         if unfinished && let Ok(Some(lock)) = self.standing.ledger.try_lock() {
             let today = crate::cli::today(clock::now());
             let settled = self.standing.ledger.settle(&lock, today);

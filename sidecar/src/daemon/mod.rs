@@ -451,6 +451,8 @@ impl Daemon {
         if let Err(error) = self.binds.configure(&self.desired, None) {
             warn("the bind guard keeps the rules before", error);
         }
+        // The last text is of the layout before.
+        self.show();
         self.wake(Facet::ALL, Duration::ZERO);
     }
 

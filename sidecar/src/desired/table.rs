@@ -857,6 +857,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     use expect_test::{ExpectFile, expect_file};
+    use proptest::prelude::*;
 
     use super::*;
     use crate::desired::{Desired, samples};
@@ -1101,5 +1102,170 @@ mod tests {
             assert_eq!(on(iif, "203.0.113.9", "198.51.100.7"), Verdict::Drop);
         }
         assert_eq!(on("wg0", "10.84.0.1", "10.84.0.16"), Verdict::Accept);
+    }
+
+    /// One of these.
+    fn any(of: &'static [&'static str]) -> impl Strategy<Value = &'static str> {
+        proptest::sample::select(of)
+    }
+
+    prop_compose! {
+        /// Policies with everything that might get in the hub's way, most of them right.
+        fn policies()(
+            role in any(&["spoke", "spoke", "spoke", "spoke", "hub", "device"]),
+            own in any(&["\"10.84.0.16\"", "\"10.84.0.16\", \"fd84::16\"", "\"fd84::16\""]),
+            hub in any(&["", "\"10.84.0.1\"", "[\"10.84.0.1\", \"fd84::1\"]", "\"fd84::1\""]),
+            public in any(&["", "", "80", "80, 8080", "8443, 2222", "22"]),
+            interfaces in any(&["", "", "interfaces = [\"eth0\"]", "interfaces = [\"eth*\", \"w*\"]"]),
+            port in any(&["22", "2222", "443"]),
+            bind in any(&["\"mesh\"", "[\"10.84.0.16\"]", "[\"198.51.100.7\"]", "[\"0.0.0.0\"]"]),
+            from in any(&["\"hub\"", "\"mesh\"", "[\"10.84.0.0/24\"]", "[\"10.84.0.1/32\", \"fd84::1/128\"]",
+                "[\"10.84.0.9/32\"]", "[\"203.0.113.0/24\"]", "[\"0.0.0.0/0\"]"]),
+            service in any(&["", "19999", "19999, 5432", "443"]),
+            local in any(&["", "vmbr0", "eth1", "v*", "w*"]),
+            exception in any(&["", "", "2223", "22"]),
+            until in any(&["2026-11-20", "2026-11-21", "2030-01-01"]),
+            mode in any(&["enforce", "audit"]),
+            metrics in any(&["9984", "9100"]),
+        ) -> String {
+            let mut text = format!(
+                "version = 1\n[node]\nname = \"n\"\nrole = \"{role}\"\n[mesh]\naddress = [{own}]\n\
+                 prefix = [\"10.84.0.0/24\", \"fd84::/64\"]\n"
+            );
+            if role == "hub" {
+                text += "listen_port = 51820\n";
+            }
+            if !hub.is_empty() {
+                text += &format!("[mesh.hub]\naddress = {hub}\n\
+                    public_key = \"xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=\"\n");
+            }
+            text += &format!("[public]\ntcp = [{public}]\n{interfaces}\n[ssh]\nport = {port}\nbind = {bind}\nfrom = {from}\n");
+            if !service.is_empty() {
+                text += &format!("[[mesh.service]]\nname = \"s\"\ntcp = [{service}]\nfrom = \"hub\"\n");
+            }
+            if !local.is_empty() {
+                text += &format!("[[local]]\nname = \"lan\"\ninterfaces = [\"{local}\"]\ntcp = [53]\n");
+            }
+            if !exception.is_empty() {
+                text += &format!("[[exception]]\nname = \"e\"\ntcp = [{exception}]\nfrom = [\"192.0.2.0/24\"]\n\
+                    reason = \"r\"\nowner = \"o\"\nuntil = \"{until}\"\n");
+            }
+            text + &format!("[enforce]\nmode = \"{mode}\"\n[metrics]\nport = {metrics}\n")
+        }
+    }
+
+    /// How many generated policies were right, so that a test of none is seen.
+    static RIGHT: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(1000) })]
+
+        fn check_one(text in policies()) {
+            let Ok(loaded) = crate::policy::parse(&text, "policy.toml", samples::TODAY) else { return Ok(()) };
+            let Ok(desired) = Desired::new(loaded.policy, samples::TODAY) else { return Ok(()) };
+            let (Some(table), Some(sealed)) = (&desired.table, desired.sealed()) else { return Ok(()) };
+            RIGHT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            let Policy { mesh, ssh, metrics, .. } = &desired.policy;
+            // The hub, to sshd and to the metrics; where none is named, whoever administers the node.
+            let admin = desired.admin.as_ref().expect("a path");
+            let hubs: Vec<IpAddr> = mesh.hub.iter().flat_map(|hub| hub.address.clone()).collect();
+            let others: Vec<IpAddr> = admin.from().iter().map(|net| net.network()).filter(|_| hubs.is_empty())
+                .filter(|from| desired.in_mesh(*from)).collect();
+            for (from, ports) in [(hubs, vec![ssh.port, metrics.port]), (others, vec![ssh.port])] {
+                for (from, to) in from.iter().flat_map(|from| mesh.address.iter().map(move |to| (from, to))) {
+                    for port in ports.iter().filter(|_| from.is_ipv4() == to.is_ipv4()) {
+                        if hubs_only(mesh, *from) || admin.to().contains(to) {
+                            let packet = Packet {
+                                iifname: mesh.interface.clone(),
+                                source: *from,
+                                destination: *to,
+                                proto: Proto::Tcp,
+                                source_port: samples::port(40000),
+                                port: *port,
+                            };
+                            for table in [table, &sealed] {
+                                let ruleset = Ruleset { tables: vec![table.clone()] };
+                                let verdict = evaluate::judge(&ruleset, &packet, &|_| true).verdict;
+                                prop_assert_eq!(verdict, Verdict::Accept, "{} to {}:{} by\n{}", from, to, port, text);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn hubs_only(mesh: &crate::policy::Mesh, from: IpAddr) -> bool {
+        mesh.hub.iter().any(|hub| hub.address.contains(&from))
+    }
+
+    #[test]
+    fn no_policy_that_is_right_drops_the_hubs_way_in() {
+        check_one();
+        let right = RIGHT.load(std::sync::atomic::Ordering::Relaxed);
+        assert!(right > 100, "only {right} of the generated policies were right");
+    }
+
+    #[test]
+    fn in_every_chain_that_can_drop_on_input_the_hub_comes_before_the_policy() {
+        for policy in [samples::spoke(), samples::everything()] {
+            let table = built(policy);
+            let input = table.chains.iter().find(|chain| chain.name == "input").expect("the chain");
+            let at = |id: &str| {
+                let is = |rule: &Rule| {
+                    rule.comment.as_deref().is_some_and(|c| c.starts_with(&format!("{COMMENT_PREFIX}{id}")))
+                };
+                input.rules.iter().position(is)
+            };
+            let failsafe = at("hub-failsafe").expect("the failsafe");
+            let jumps = |rule: &Rule| {
+                matches!(
+                    rule.statements.last(),
+                    Some(Statement::Jump(_) | Statement::Goto(_) | Statement::Drop)
+                )
+            };
+            let first = input.rules.iter().position(jumps).expect("a jump");
+            assert!(failsafe < first, "the failsafe comes after {:?}", input.rules[first]);
+            // Of the base chains only `forward` is left, where nothing is on its way to this host.
+            let bases: Vec<&str> =
+                table.chains.iter().filter(|c| c.base.is_some()).map(|c| c.name.as_str()).collect();
+            assert_eq!(bases, ["input", "forward"]);
+        }
+    }
+
+    #[test]
+    fn sealed_exceptions_carry_their_end_and_nothing_else_differs() {
+        let mut policy = samples::everything();
+        let day = policy.exceptions[0].until;
+        policy.exceptions.retain(|exception| exception.holds_on(samples::TODAY));
+        assert!(!policy.exceptions.is_empty());
+        let today = Desired::new(policy.clone(), samples::TODAY).expect("a path");
+        let mut sealed = today.sealed().expect("a table");
+        let end = end_of(day).expect("an end");
+        let mut bounded = 0;
+        for rule in sealed.chains.iter_mut().flat_map(|chain| &mut chain.rules) {
+            let before = rule.statements.len();
+            rule.statements
+                .retain(|s| !matches!(s, Statement::Match(m) if m.left == Term::Meta("time".into())));
+            if rule.statements.len() < before {
+                bounded += 1;
+                assert!(rule.comment.as_deref().is_some_and(|c| c.contains("-exception-")), "{rule:?}");
+            }
+        }
+        assert!(bounded > 0);
+        assert!(Some(sealed) == today.table, "something else differs");
+        // 2027-02-01 00:00 UTC is the end of January.
+        assert_eq!(end_of(jiff::civil::date(2027, 1, 31)), Some(1_801_440_000));
+        assert!(
+            render::rule(&Rule { statements: vec![Statement::Match(before(end))], ..Rule::default() })
+                .contains(&format!("meta time < {end}"))
+        );
+        // One that is over is in it and lets nobody in; the day's own table leaves it out.
+        policy.exceptions.iter_mut().for_each(|exception| exception.until = jiff::civil::date(2020, 1, 1));
+        let over = Desired::new(policy, samples::TODAY).expect("a path").sealed().expect("a table");
+        assert!(
+            render::table(&over)
+                .contains(&format!("meta time < {}", end_of(jiff::civil::date(2020, 1, 1)).expect("an end")))
+        );
     }
 }
