@@ -189,6 +189,8 @@ fn an_unconfirmed_change_goes_back_and_the_daemon_does_not_fight_it() {
     await_rules(&lab.spoke, &daemon, "rolled-back");
     wait_until(LONG, "those confirmed before", || (table(&lab.spoke) == confirmed).then_some(())).unwrap();
     events.wait(LONG, "told", |event| event["kind"] == "policy-rolled-back");
+    let repairs = events.all().iter().filter(|event| event["kind"] == "repaired").count();
+    assert_eq!(repairs, 1, "it fought the way back: {:?}", events.all());
     let finding = await_finding(&lab.spoke, &daemon, "policy-rolled-back", true).unwrap();
     assert_eq!(finding["severity"], "high");
     assert_eq!(hash(&daemon), first);
@@ -274,6 +276,34 @@ fn what_was_never_confirmed_goes_away_though_everything_of_ours_is_killed() {
         assert!(!folder.join("state").join(name).exists(), "{name}");
     }
     assert!(nothing().is_some());
+}
+
+#[test]
+fn a_watchdog_that_is_killed_is_stood_in_for() {
+    if lacking(&[Need::Lab, Need::Spokeguard]) {
+        return;
+    }
+    let lab = Lab::plain();
+    let folder = folder(&lab, "watchdog", &policy(&lab, "[80]", "60s"));
+    let daemon = lab.spoke.daemon_in(&folder, &[]).unwrap();
+    await_rules(&lab.spoke, &daemon, "confirmed");
+    let confirmed = table(&lab.spoke);
+    write(&folder, &policy(&lab, "[443]", "4s"));
+    let ours = daemon.run_dir.display().to_string();
+    let watchdogs = || {
+        let processes = fs::read_dir("/proc").unwrap().flatten();
+        let is_one = |path: &Path| {
+            let line = fs::read_to_string(path.join("cmdline")).unwrap_or_default();
+            line.contains("spokeguard-rollback") && line.contains(&ours)
+        };
+        let pids = processes.filter(|process| is_one(&process.path()));
+        let pids: Vec<String> = pids.filter_map(|process| process.file_name().into_string().ok()).collect();
+        (!pids.is_empty()).then_some(pids)
+    };
+    let pids = wait_until(LONG, "a watchdog", watchdogs).unwrap();
+    lab.spoke.sh(&format!("kill -9 {}", pids.join(" "))).unwrap();
+    await_rules(&lab.spoke, &daemon, "rolled-back");
+    wait_until(LONG, "those confirmed before", || (table(&lab.spoke) == confirmed).then_some(())).unwrap();
 }
 
 #[test]

@@ -49,7 +49,7 @@ const FILE_MAX: u64 = 16 << 20;
 /// How long another command may take with its change.
 const LOCK_PATIENCE: Duration = Duration::from_secs(40);
 /// A watchdog that is this late is gone, or its nft fails: we do its work.
-const OVERDUE: Duration = Duration::from_secs(5);
+const OVERDUE: Duration = Duration::from_secs(3);
 
 /// How a trial stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -466,6 +466,9 @@ impl Ledger {
                 break;
             }
         }
+        for copy in self.copies() {
+            let _ = fs::remove_file(copy);
+        }
     }
 
     fn arm(
@@ -491,7 +494,8 @@ impl Ledger {
             Some((Phase::Armed | Phase::Firing, id)) => {
                 read_text(&self.dir.join(format!("whole.{id}.nft"))).ok()
             }
-            _ => None,
+            // A trial whose run directory went away without a verdict.
+            _ => self.copies().iter().find_map(|copy| read_text(copy).ok()),
         };
         let stood = confirmed.and_then(|confirmed| confirmed.table.as_ref());
         let (keep, whole) = match stood {
@@ -515,7 +519,7 @@ impl Ledger {
             write_private(&self.token(Phase::Armed, &id), &trial.to_text())?;
             // For a run directory that goes away with its service. The state directory may
             // be full or read-only: then that is not promised.
-            let copy = self.state.join(format!("rollback.{id}.nft"));
+            let copy = self.copy(&id);
             if let Err(error) = write_atomically(&copy, whole.as_bytes()) {
                 log::warn!("{}: {error}; the way back lies in {} only", copy.display(), self.dir.display());
             }
@@ -528,6 +532,9 @@ impl Ledger {
         // From here on the new way back is armed, and the earlier one is no longer needed.
         if let Some((phase, old)) = &earlier {
             self.retire(*phase, old);
+        }
+        for copy in self.copies().into_iter().filter(|copy| *copy != self.copy(&id)) {
+            let _ = fs::remove_file(copy);
         }
         Ok(trial)
     }
@@ -566,6 +573,8 @@ impl Ledger {
                 .args(["--quiet", "--collect", "--timer-property=AccuracySec=100ms"])
                 .arg(format!("--unit=spokeguard-rollback-{}", trial.id))
                 .arg(format!("--on-active={seconds}s"))
+                // Where the shell finds mv and cp is not the same on every distribution.
+                .arg(format!("--setenv=PATH={}", std::env::var("PATH").unwrap_or_default()))
                 .args(words("0"))
                 .stdin(Stdio::null())
                 .stdout(Stdio::null())
@@ -625,8 +634,23 @@ impl Ledger {
         for path in rest.into_iter().map(|name| self.dir.join(name)) {
             let _ = fs::remove_file(path);
         }
-        let _ = fs::remove_file(self.state.join(format!("rollback.{id}.nft")));
+        let _ = fs::remove_file(self.copy(id));
         !Phase::ALL.into_iter().any(|phase| self.token(phase, id).exists())
+    }
+
+    /// The way back in the state directory.
+    fn copy(&self, id: &str) -> PathBuf {
+        self.state.join(format!("rollback.{id}.nft"))
+    }
+
+    /// All of them: more than the live trial's own are of trials that got no verdict.
+    fn copies(&self) -> Vec<PathBuf> {
+        let entries = fs::read_dir(&self.state).into_iter().flatten().flatten();
+        let is_copy = |path: &PathBuf| {
+            let name = path.file_name().and_then(|name| name.to_str());
+            name.is_some_and(|name| name.starts_with("rollback.") && name.ends_with(".nft"))
+        };
+        entries.map(|entry| entry.path()).filter(is_copy).collect()
     }
 
     fn token(&self, phase: Phase, id: &str) -> PathBuf {
@@ -820,6 +844,18 @@ mod tests {
         drop(place.arm("a", "the old rules", Duration::from_secs(1)));
         fs::remove_dir_all(place.dir.path().join("run")).expect("remove");
         place.await_log("the old rules");
+    }
+
+    #[test]
+    fn a_trial_whose_directory_went_away_still_knows_the_way_back() {
+        let place = Place::new();
+        drop(place.arm("a", "before the first", Duration::from_secs(60)));
+        fs::remove_dir_all(place.dir.path().join("run")).expect("remove");
+        let copies = place.ledger.copies();
+        assert_eq!(copies, [place.ledger.copy("a")]);
+        assert_eq!(read_text(&copies[0]).expect("read"), "before the first");
+        place.ledger.forget().expect("forgotten");
+        assert!(place.ledger.copies().is_empty());
     }
 
     #[test]

@@ -55,8 +55,7 @@ const ENFORCE: [&str; 6] =
     ["mode", "firewall", "binds", "keepalive", "confirm_within", "allow_no_admin_path"];
 
 /// Keys that are read and checked, and whose feature comes with a later version.
-const LATER: &[&str] =
-    &["enforce.confirm_within", "heartbeat.kuma_url_file", "heartbeat.ntfy_url_file", "heartbeat.every"];
+const LATER: &[&str] = &["heartbeat.kuma_url_file", "heartbeat.ntfy_url_file", "heartbeat.every"];
 /// Keys that speak of WireGuard's own state, which Tailscale keeps to itself.
 const WIREGUARD_ONLY: &[&str] =
     &["mesh.keepalive", "mesh.handshake_max_age", "mesh.hub.public_key", "mesh.hub.endpoint"];

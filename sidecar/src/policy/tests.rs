@@ -193,10 +193,7 @@ fn the_documented_example_is_read_key_by_key() {
     };
     assert_eq!(loaded.policy, expected);
     let keys: Vec<&str> = loaded.notes.iter().map(|n| n.key.as_str()).collect();
-    assert_eq!(
-        keys,
-        ["enforce.confirm_within", "heartbeat.kuma_url_file", "heartbeat.ntfy_url_file", "heartbeat.every"]
-    );
+    assert_eq!(keys, ["heartbeat.kuma_url_file", "heartbeat.ntfy_url_file", "heartbeat.every"]);
 }
 
 #[test]
