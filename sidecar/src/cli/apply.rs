@@ -58,12 +58,12 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
             if let Some(error) = unrecorded {
                 eprintln!("warning: a boot will not know of these rules: {error:#}");
             }
-            let text = match changes.as_slice() {
-                [] => "in force already: nothing changed\n".to_owned(),
-                some => format!("in force: {}; there is nothing to confirm\n", counted(some)),
-            };
-            global.tell(&text, said(if changes.is_empty() { "unchanged" } else { "applied" }, &changes))?;
-            return Ok(0);
+            if changes.is_empty() {
+                global.tell("in force already: nothing changed\n", said("unchanged", &changes))?;
+                return Ok(0);
+            }
+            let text = format!("in force: {}; there is nothing to confirm\n", counted(&changes));
+            return stays(global, text, said("applied", &changes)).map(|()| 0);
         }
         Ok(Brought::OnTrial { changes, again }) => (changes, again),
         // How far it came is not known, and an earlier apply may have armed it, too: so it stays.
@@ -162,8 +162,7 @@ fn wait(
             }
             None | Some((Phase::Confirmed, _)) => {
                 guard::warn(guard::settle(&places.pin));
-                global.tell("confirmed\n", said("confirmed", changes))?;
-                return Ok(0);
+                return stays(global, "confirmed\n".to_owned(), said("confirmed", changes)).map(|()| 0);
             }
             Some((Phase::Fired, _)) => {
                 global.tell("not confirmed in time: rolled back\n", said("rolled-back", changes))?;
@@ -206,14 +205,20 @@ pub fn confirm(global: &Global) -> anyhow::Result<u8> {
         }
         false => ("nothing waits for a confirmation\n", "nothing-to-confirm"),
     };
-    let mut said = serde_json::json!({ "version": 1, "result": result });
-    let mut text = text.to_owned();
-    if result == "confirmed" {
-        // Not before: what is rolled back must find its flows as they were.
-        let (line, cut) = super::break_glass::cut_what_is_closed(global);
-        text += &line;
-        said["cut"] = serde_json::json!(cut);
+    let said = serde_json::json!({ "version": 1, "result": result });
+    if confirmed {
+        stays(global, text.to_owned(), said)?
+    } else {
+        global.tell(text, said)?
     }
-    global.tell(&text, said)?;
     Ok(0)
+}
+
+/// Says so, and cuts what the rules in force refuse. Not before they are certain to stay:
+/// what is rolled back must find its flows as they were.
+fn stays(global: &Global, mut text: String, mut said: serde_json::Value) -> anyhow::Result<()> {
+    let (line, cut) = super::break_glass::cut_what_is_closed(global);
+    text += &line;
+    said["cut"] = serde_json::json!(cut);
+    global.tell(&text, said)
 }
