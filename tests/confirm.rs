@@ -241,6 +241,8 @@ fn what_was_never_confirmed_goes_away_though_everything_of_ours_is_killed() {
         let mut daemon = lab.spoke.spawn(&words).unwrap();
         daemon.wait_for("policy-on-trial", LONG).unwrap();
         assert_eq!(public(&lab, 22), Answer::Silent);
+        // The second layer refuses TCP ahead of the rules and leaves them nothing to count.
+        assert_eq!(lab.internet.ask_udp(SocketAddr::new(SPOKE_PUBLIC, 5353), SHORT).unwrap(), None);
         daemon.signal(Signal::KILL).unwrap();
         daemon.wait(LONG).unwrap();
     };
@@ -268,7 +270,8 @@ fn what_was_never_confirmed_goes_away_though_everything_of_ours_is_killed() {
     assert_ne!(table(&lab.spoke), confirmed);
     // What was counted meanwhile is not lost by going back.
     wait_until(LONG, "those confirmed before", || (table(&lab.spoke) == confirmed).then_some(())).unwrap();
-    let counter = lab.spoke.ok(&["nft", "list", "counter", "inet", "spokeguard", "drop-ssh-ipv4"]).unwrap();
+    let counter =
+        lab.spoke.ok(&["nft", "list", "counter", "inet", "spokeguard", "drop-public-udp-ipv4"]).unwrap();
     assert!(!counter.contains("packets 0"), "{counter}");
     // Released is released: no boot and no start finds anything to go back to.
     guard.says(0, &["release"]);
@@ -398,6 +401,7 @@ fn the_sealed_rules_load_without_us_and_are_the_same() {
         lab.spoke.listen("all", &["tcp/[::]:22", "tcp/[::]:80", "tcp/[::]:5432", "tcp/[::]:2222"]).unwrap();
     let ports = "22,80,443,2222,5432,9984";
     let scanned = lab.internet.nmap_states(SPOKE_PUBLIC, ports).unwrap();
+    assert_eq!(lab.internet.ask_udp(SocketAddr::new(SPOKE_PUBLIC, 5353), SHORT).unwrap(), None);
     let state = guard.dir.join("state");
     let sealed = state.join("sealed.nft").display().to_string();
     let load = || lab.spoke.ok(&["nft", "-f", &sealed]).unwrap();
@@ -416,6 +420,7 @@ fn the_sealed_rules_load_without_us_and_are_the_same() {
     lab.spoke.nft("flush ruleset").unwrap();
     load();
     assert_eq!(lab.internet.nmap_states(SPOKE_PUBLIC, ports).unwrap(), scanned);
+    assert_eq!(lab.internet.ask_udp(SocketAddr::new(SPOKE_PUBLIC, 5353), SHORT).unwrap(), None);
     assert!(guard.says(0, &["plan"]).contains("nothing"));
     // Again, over itself: nothing is lost, what was counted neither.
     let counted = lab.spoke.ok(&["nft", "list", "counters", "table", "inet", "spokeguard"]).unwrap();
