@@ -508,6 +508,8 @@ fn request(lab: &Lab, addresses: &[IpAddr], protos: &[Proto]) -> Request {
         named: Vec::new(),
         mode: Mode::Verdict,
         rate: None,
+        care: Vec::new(),
+        keeper: None,
         run_dir: lab.dir.join("run"),
     }
 }

@@ -1,5 +1,6 @@
 //! Joins what probes met with who listens, which rule decides and what the policy wants.
 
+use std::cell::OnceCell;
 use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 
@@ -13,6 +14,7 @@ use crate::desired::guard::{Boot, Syn};
 use crate::desired::{COMMENT_PREFIX, Desired, DropReason, Service, TABLE};
 use crate::observed::{Link, Listener, Reading, Snapshot};
 use crate::report::Verdict;
+use crate::ruleset::alike::Alike;
 use crate::ruleset::{Evaluator, Host, Judgement, Packet, Place, Ruleset, TableFamily, Verdict as Says};
 use crate::terms::{Family, Port, Proto, Scope, Stamp, printable};
 
@@ -164,29 +166,8 @@ pub fn opinion(
     proto: Proto,
     ports: &[Port],
 ) -> Sweep {
-    let site = Site::new(view, interface, address, source, proto);
-    let fate = |port: Port| {
-        let Some(judgement) = site.judge(port, source) else { return Fate::Lost };
-        match judgement.verdict {
-            Says::Accept => {
-                let to = judgement.rewritten.as_ref();
-                let landed = to.and_then(|r| r.address).unwrap_or(address);
-                let port = to.and_then(|r| r.port).unwrap_or(port);
-                if view.is_local(landed) {
-                    Fate::Delivered { address: landed, port }
-                } else {
-                    Fate::Forwarded { address: landed, port }
-                }
-            }
-            Says::Drop => Fate::Dropped,
-            // How it is rejected the judgement does not say; this is what `reject` alone does.
-            Says::Reject if address.is_ipv4() => Fate::Unreachable { icmp_type: 3, code: 3 },
-            Says::Reject => Fate::Unreachable { icmp_type: 1, code: 4 },
-            Says::Unknown(_) => Fate::Lost,
-        }
-    };
-    let fates = ports.iter().map(|port| (*port, fate(*port))).collect();
-    Sweep { interface: interface.to_owned(), address, proto, source, fates }
+    let fates = Site::new(view, interface, address, source, proto).alone(ports.iter().copied());
+    Sweep { interface: interface.to_owned(), address, proto, source, fates, unproven: ports.to_vec() }
 }
 
 /// One protocol of one target, and what follows from it.
@@ -208,8 +189,9 @@ struct Cell<'a> {
 
 impl Joined {
     fn sweep(sweep: &Sweep, view: &View) -> Self {
-        let Sweep { interface, address, proto, source, fates } = sweep;
+        let Sweep { interface, address, proto, source, fates, unproven } = sweep;
         let site = Site::new(view, interface, *address, *source, *proto);
+        let fates = &site.heard(fates);
         let way = Way {
             scope: view.desired.and_then(|d| d.policy.scope_of(interface)),
             interface: Some(interface),
@@ -240,9 +222,17 @@ impl Joined {
         let mut asked = 0;
         let reason = |at: usize| {
             asked += 1;
-            site.reason(&fates[at].1, &cells[at], asked <= ASKED_MAX)
+            let text = site.reason(&fates[at].1, &cells[at], asked <= ASKED_MAX);
+            match (unproven.binary_search(&fates[at].0), &fates[at].1) {
+                (Err(_), _) => text,
+                (Ok(_), Fate::Lost) => "unknown; not probed, and the rules leave it open".to_owned(),
+                (Ok(_), _) if text.contains("; ") => text + ", unproven",
+                (Ok(_), _) => text + "; unproven",
+            }
         };
-        Self::of(view.desired, *address, *proto, &cells, reason)
+        let mut joined = Self::of(view.desired, *address, *proto, &cells, reason);
+        joined.protocol.unproven = u32::try_from(unproven.len()).unwrap_or(u32::MAX);
+        joined
     }
 
     fn scan(scan: &Scan, expect: Option<&Desired>) -> Self {
@@ -280,6 +270,7 @@ impl Joined {
                 scanned: u32::try_from(cells.len()).unwrap_or(u32::MAX),
                 ports: Vec::new(),
                 others: Others { state, count: u32::try_from(summed).unwrap_or(u32::MAX) },
+                unproven: 0,
             },
             open: Vec::new(),
             exposed: Vec::new(),
@@ -357,9 +348,10 @@ impl Way<'_> {
 }
 
 /// Where the packets of one sweep come in.
-struct Site<'a> {
+pub(super) struct Site<'a> {
     view: &'a View<'a>,
     evaluator: Option<Evaluator<'a>>,
+    alike: OnceCell<Alike>,
     interface: &'a str,
     address: IpAddr,
     source: IpAddr,
@@ -370,7 +362,13 @@ struct Site<'a> {
 }
 
 impl<'a> Site<'a> {
-    fn new(view: &'a View<'a>, interface: &'a str, address: IpAddr, source: IpAddr, proto: Proto) -> Self {
+    pub(super) fn new(
+        view: &'a View<'a>,
+        interface: &'a str,
+        address: IpAddr,
+        source: IpAddr,
+        proto: Proto,
+    ) -> Self {
         let index =
             view.links.seen().and_then(|links| links.iter().find(|l| l.name == interface)).map(|l| l.index);
         let mut sockets: HashMap<Port, Vec<&Listener>> = HashMap::new();
@@ -387,19 +385,106 @@ impl<'a> Site<'a> {
         let named = view.named().into_iter().filter(|net| Family::of_net(net) == Family::of(address));
         let named = named.take(NAMED_MAX).collect();
         let evaluator = view.rules.seen().map(Evaluator::new);
-        Self { view, evaluator, interface, address, source, proto, sockets, named }
+        let alike = OnceCell::new();
+        Self { view, evaluator, alike, interface, address, source, proto, sockets, named }
     }
 
-    fn judge(&self, port: Port, source: IpAddr) -> Option<Judgement> {
-        let packet = Packet {
+    fn packet(&self, port: Port, source: IpAddr) -> Packet {
+        Packet {
             iifname: self.interface.to_owned(),
             source,
             destination: self.address,
             proto: self.proto,
             source_port: SOURCE_PORT,
             port,
+        }
+    }
+
+    fn judge(&self, port: Port, source: IpAddr) -> Option<Judgement> {
+        Some(self.evaluator.as_ref()?.judge(&self.packet(port, source), self.view))
+    }
+
+    /// The number of the group of ports that no rule tells apart.
+    pub(super) fn group(&self, port: Port) -> usize {
+        let alike = self.alike.get_or_init(|| self.view.rules.seen().map(Alike::of).unwrap_or_default());
+        alike.group(port)
+    }
+
+    /// The slowest limit that a probe may use up, in packets a second.
+    pub(super) fn limited(&self, port: Port) -> Option<f64> {
+        self.evaluator.as_ref()?.limited(&self.packet(port, self.source), self.view)
+    }
+
+    /// What the rules say of packets that come alone. Ports that no rule tells apart are
+    /// judged once.
+    pub(super) fn alone(&self, ports: impl Iterator<Item = Port>) -> Vec<(Port, Fate)> {
+        let Some(evaluator) = &self.evaluator else { return ports.map(|p| (p, Fate::Lost)).collect() };
+        let mut known: HashMap<usize, (Port, Fate)> = HashMap::new();
+        let mut fate = |port: Port| {
+            let (asked, fate) = known.entry(self.group(port)).or_insert_with(|| {
+                let judgement = evaluator.judge_alone(&self.packet(port, self.source), self.view);
+                (port, self.fate(port, &judgement))
+            });
+            match fate.clone() {
+                // A port that a rule gives is in a group of its own, so this one is unchanged.
+                Fate::Delivered { address, port: to } if to == *asked => Fate::Delivered { address, port },
+                Fate::Forwarded { address, port: to } if to == *asked => Fate::Forwarded { address, port },
+                other => other,
+            }
         };
-        Some(self.evaluator.as_ref()?.judge(&packet, self.view))
+        ports.map(|port| (port, fate(port))).collect()
+    }
+
+    fn fate(&self, port: Port, judgement: &Judgement) -> Fate {
+        match &judgement.verdict {
+            Says::Accept => {
+                let to = judgement.rewritten.as_ref();
+                let address = to.and_then(|r| r.address).unwrap_or(self.address);
+                let port = to.and_then(|r| r.port).unwrap_or(port);
+                if self.view.is_local(address) {
+                    Fate::Delivered { address, port }
+                } else {
+                    Fate::Forwarded { address, port }
+                }
+            }
+            Says::Drop => Fate::Dropped,
+            // How it is rejected the judgement does not say; this is what `reject` alone does.
+            Says::Reject if self.address.is_ipv4() => Fate::Unreachable { icmp_type: 3, code: 3 },
+            Says::Reject => Fate::Unreachable { icmp_type: 1, code: 4 },
+            Says::Unknown(_) => Fate::Lost,
+        }
+    }
+
+    /// The kernel limits what it says by ICMP. A probe of which nothing was heard, and
+    /// which by the rules is rejected where others were, was rejected like them.
+    fn heard(&self, fates: &[(Port, Fate)]) -> Vec<(Port, Fate)> {
+        let mut out = fates.to_vec();
+        if self.evaluator.is_none() || !fates.iter().any(|(_, fate)| matches!(fate, Fate::Unreachable { .. }))
+        {
+            return out;
+        }
+        let mut known: HashMap<usize, Option<Place>> = HashMap::new();
+        let mut rejects = |port: Port| {
+            let by = known.entry(self.group(port)).or_insert_with(|| {
+                let judgement = self.judge(port, self.source)?;
+                if judgement.verdict == Says::Reject { judgement.by } else { None }
+            });
+            by.clone()
+        };
+        let mut said: HashMap<Place, Fate> = HashMap::new();
+        for (port, fate) in fates {
+            if matches!(fate, Fate::Unreachable { .. })
+                && let Some(place) = rejects(*port)
+            {
+                said.entry(place).or_insert_with(|| fate.clone());
+            }
+        }
+        for (port, fate) in out.iter_mut().filter(|(_, fate)| *fate == Fate::Dropped) {
+            if let Some(like) = rejects(*port).and_then(|place| said.get(&place)) {
+                *fate = like.clone();
+            }
+        }
+        out
     }
 
     /// Who takes a packet for this address and port. The kernel prefers a socket bound to

@@ -9,6 +9,7 @@ use crate::report::Verdict;
 use crate::terms::{Actor, Family, Port, Proto, Stamp};
 
 mod aims;
+mod care;
 mod join;
 mod services;
 #[cfg(test)]
@@ -17,6 +18,7 @@ mod text;
 mod xml;
 
 pub use aims::{Aim, Ports, aims, stranger};
+pub use care::Care;
 pub use join::{View, opinion};
 pub use services::service_name;
 
@@ -30,6 +32,8 @@ pub struct Sweep {
     pub source: IpAddr,
     /// In the order of the ports; no port twice.
     pub fates: Vec<(Port, Fate)>,
+    /// Ports that were not probed, in order: their fates are what the rules say.
+    pub unproven: Vec<Port>,
 }
 
 /// What one probe met, after every table, NAT and program of the host had its say.
@@ -127,6 +131,13 @@ pub struct Protocol {
     pub scanned: u32,
     pub ports: Vec<PortState>,
     pub others: Others,
+    /// How many of the ports were not probed: their state is what the rules say.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub unproven: u32,
+}
+
+fn is_zero(number: &u32) -> bool {
+    *number == 0
 }
 
 /// One port that is worth a line.

@@ -22,6 +22,7 @@ fn sweep(address: &str, proto: Proto, usual: Fate, listed: &[(u16, Fate)]) -> Sw
         proto,
         source: ip(source),
         fates: fates.collect(),
+        unproven: Vec::new(),
     }
 }
 

@@ -65,11 +65,15 @@ impl Page {
         }
         self.text.push('\n');
         for protocol in &target.protocols {
-            let Protocol { proto, scanned, others, .. } = protocol;
+            let Protocol { proto, scanned, others, unproven, .. } = protocol;
             if others.count > 0 {
                 let (n, state) = (thousands(others.count), others.state.name());
                 let all = if others.count == *scanned { "All " } else { "" };
                 let _ = writeln!(self.text, "{all}{n} {proto} ports {state}");
+            }
+            if *unproven > 0 {
+                let n = thousands(*unproven);
+                let _ = writeln!(self.text, "{n} {proto} ports not probed: as the rules say");
             }
         }
         let mut rows: Vec<Row> = Vec::new();

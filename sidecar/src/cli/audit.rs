@@ -161,6 +161,18 @@ impl Sight<'_> {
             if addresses.is_empty() || ports.is_empty() {
                 return anyhow::Ok(());
             }
+            let with = |address: &IpAddr, proto: &Proto| {
+                let source = self.options.source.unwrap_or_else(|| stranger(self.view, *address));
+                self.view.care(&link.name, *address, source, *proto, &asked)
+            };
+            // An operator who gives a rate has decided.
+            let care = match self.options.rate {
+                Some(_) => Vec::new(),
+                None => addresses
+                    .iter()
+                    .flat_map(|address| protos.iter().filter_map(|proto| with(address, proto)))
+                    .collect(),
+            };
             let request = probe::Request {
                 link: link.clone(),
                 addresses,
@@ -170,7 +182,9 @@ impl Sight<'_> {
                 named: self.named.clone(),
                 mode: if self.options.reply { probe::Mode::Reply } else { probe::Mode::Verdict },
                 rate: self.options.rate,
+                care,
                 run_dir: self.run_dir.clone(),
+                keeper: std::env::current_exe().ok(),
             };
             let clock = clock::Uptime::start();
             let mut before = (0u64, None);
@@ -199,13 +213,16 @@ impl Sight<'_> {
         Ok(())
     }
 
-    /// What the evaluator of the rules thinks of the ports that could answer.
+    /// What the evaluator of the rules thinks: of all ports, or of those that could answer
+    /// where none may.
     fn opinions(&self, aims: &[&Aim]) -> Vec<Sweep> {
         let mut out = Vec::new();
         for aim in aims {
             for proto in self.options.protos() {
                 let source = self.options.source.unwrap_or_else(|| stranger(self.view, aim.address));
-                let ports = self.view.likely(proto, &self.options.ports());
+                let asked = self.options.ports();
+                let ports =
+                    if aim.must_not_answer { self.view.likely(proto, &asked) } else { asked.to_vec() };
                 if source.is_ipv4() == aim.address.is_ipv4() {
                     out.push(opinion(self.view, &aim.link.name, aim.address, source, proto, &ports));
                 }

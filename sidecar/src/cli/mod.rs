@@ -135,6 +135,9 @@ pub enum Command {
     /// Serves the metrics (run by the daemon itself)
     #[command(name = INTERNAL_HTTP, hide = true)]
     InternalHttp,
+    /// Ends what a killed audit began (run by the audit itself)
+    #[command(name = crate::source::probe::keeper::VERB, hide = true)]
+    InternalKeep { run_dir: PathBuf },
 }
 
 /// The directories of this instance. In a network namespace other than the first one the
@@ -237,6 +240,7 @@ pub fn main() -> ExitCode {
             run::load_binds(&pin_dir, control_group.as_deref())
         }
         Command::InternalHttp => run::serve_http(),
+        Command::InternalKeep { run_dir } => crate::source::probe::keeper::keep(&run_dir).map(|()| 0),
     };
     match result {
         Ok(code) => ExitCode::from(code),

@@ -103,6 +103,22 @@ impl<'a> Evaluator<'a> {
     }
 
     pub fn judge(&self, packet: &Packet, host: &dyn Host) -> Judgement {
+        self.walk(packet, host, false).judgement()
+    }
+
+    /// The same for a packet that comes alone: a `limit` is not exceeded.
+    pub fn judge_alone(&self, packet: &Packet, host: &dyn Host) -> Judgement {
+        self.walk(packet, host, true).judgement()
+    }
+
+    /// The slowest limit of those that this packet may use up, in packets a second; `None`:
+    /// none. Only limits that hold for all sources together and that decide about packets:
+    /// one by source concerns nobody else, and one before a `log` costs a line.
+    pub fn limited(&self, packet: &Packet, host: &dyn Host) -> Option<f64> {
+        self.walk(packet, host, false).slowest
+    }
+
+    fn walk<'w>(&'w self, packet: &'w Packet, host: &'w dyn Host, alone: bool) -> Walk<'w> {
         let mut walk = Walk {
             rules: self,
             kind: self.kind(packet),
@@ -115,9 +131,11 @@ impl<'a> Evaluator<'a> {
             reject: None,
             accepted: false,
             rewritten: vec![],
+            alone,
+            slowest: None,
         };
         walk.whole_way();
-        walk.judgement()
+        walk
     }
 
     fn kind(&self, packet: &Packet) -> Rc<Candidates> {
@@ -191,6 +209,12 @@ impl Sieve {
             Some(*first as usize)
         })
     }
+}
+
+/// Whether any rule has a limit that [`Evaluator::limited`] tells of.
+pub fn has_limits(ruleset: &Ruleset) -> bool {
+    let rules = ruleset.tables.iter().flat_map(|t| &t.chains).flat_map(|c| &c.rules);
+    rules.into_iter().any(|rule| rule.statements.iter().any(|s| limit_of(rule, s).is_some()))
 }
 
 /// Every DNAT and redirect that a packet from outside can reach, with its ports. A rule
@@ -316,6 +340,64 @@ struct Walk<'a> {
     accepted: bool,
     /// What the ways that were walked to their end were rewritten to.
     rewritten: Vec<Option<Rewritten>>,
+    /// No limit is exceeded.
+    alone: bool,
+    /// Packets a second of the slowest limit that was met.
+    slowest: Option<f64>,
+}
+
+/// A limit for all sources together.
+#[derive(Clone, Copy)]
+struct Limit {
+    per_second: f64,
+    /// Matches what exceeds it.
+    over: bool,
+}
+
+/// The limit in a statement, if the rule then decides anything by it.
+fn limit_of(rule: &Rule, statement: &Statement) -> Option<Limit> {
+    let Statement::Maybe(json) = statement else { return None };
+    let decides = |s: &Statement| {
+        !matches!(
+            s,
+            Statement::Match(_)
+                | Statement::Maybe(_)
+                | Statement::Neutral(_)
+                | Statement::Counter(_)
+                | Statement::CounterRef(_)
+        )
+    };
+    if !rule.statements.iter().any(decides) {
+        return None;
+    }
+    let value: Value = serde_json::from_str(json).ok()?;
+    let body = match (value.get("limit"), value.get("set").or(value.get("meter"))) {
+        (Some(limit), _) => limit,
+        // A limit for each source, or each port, is not for all together.
+        (None, Some(set)) => {
+            let key = set.get("elem").or(set.get("key"))?.to_string();
+            if key.contains("saddr") || key.contains("dport") {
+                return None;
+            }
+            set.get("stmt")?.as_array().map_or(set.get("stmt"), |all| all.first())?.get("limit")?
+        }
+        (None, None) => {
+            let xt = value.get("xt")?;
+            return (xt.get("name")? == "limit").then_some(Limit { per_second: 0.0, over: false });
+        }
+    };
+    let over = body.get("inv").and_then(Value::as_bool).unwrap_or(false);
+    let rate = body.get("rate").and_then(Value::as_f64);
+    let seconds = match body.get("per").and_then(Value::as_str).unwrap_or("second") {
+        "second" => 1.0,
+        "minute" => 60.0,
+        "hour" => 3600.0,
+        "day" => 86_400.0,
+        _ => 604_800.0,
+    };
+    // Of bytes, or a named one, whose rate this listing doesn't have: as if it were slow.
+    let packets = rate.filter(|_| body.get("rate_unit").is_none_or(|unit| unit == "packets"));
+    Some(Limit { per_second: packets.unwrap_or(0.0) / seconds, over })
 }
 
 struct Index<'a> {
@@ -591,6 +673,8 @@ impl<'a> Walk<'a> {
                     Statement::Match(Match { left, op: Op::Eq, right }) if is_port(left) => {
                         ports = ports.or_else(|| few_ports(left, right));
                     }
+                    // Whoever gets here uses it up, whatever the rule asks for afterwards.
+                    Statement::Maybe(_) if limit_of(rule, statement).is_some() => break,
                     Statement::Match(_)
                     | Statement::Either(_)
                     | Statement::Maybe(_)
@@ -663,6 +747,15 @@ impl<'a> Walk<'a> {
                     continue;
                 }
                 Statement::Maybe(json) => {
+                    if let Some(Limit { per_second, over }) = limit_of(rule, statement) {
+                        self.slowest = Some(self.slowest.map_or(per_second, |other| other.min(per_second)));
+                        if self.alone && over {
+                            return After::NEXT;
+                        }
+                        if self.alone {
+                            continue;
+                        }
+                    }
                     self.doubt(&foreign(json));
                     taken = Maybe;
                     continue;
@@ -1497,6 +1590,7 @@ fn network(right: &Operand) -> Option<IpNet> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::alike::Alike;
     use super::super::decode;
     use super::*;
     use expect_test::{Expect, expect};
@@ -1614,6 +1708,37 @@ mod tests {
                 tcp/22 from 2001:db8:9::9: Accept
             "#]],
         );
+    }
+
+    #[test]
+    fn a_packet_that_comes_alone_exceeds_no_limit_and_says_which_it_uses_up() {
+        let rules = load("netdev-limits-vmaps");
+        let evaluator = Evaluator::new(&rules);
+        let (of, alone) = (
+            |text: &str| evaluator.limited(&packet(text), &here),
+            |text: &str| evaluator.judge_alone(&packet(text), &here).verdict,
+        );
+        for text in ["tcp/22 from 203.0.113.9", "tcp/24 from 203.0.113.9"] {
+            assert_eq!((of(text), alone(text)), (Some(5.0), Verdict::Accept), "{text}");
+        }
+        assert_eq!(of("tcp/80 from 203.0.113.9"), None, "no limit on its way");
+        assert!(has_limits(&rules) && !has_limits(&load("nixos-fw")));
+        let limit = |json: &str, then: Statement| {
+            let rule = Rule { statements: vec![Statement::Maybe(json.into()), then], ..Rule::default() };
+            limit_of(&rule, &rule.statements[0]).map(|limit| (limit.per_second, limit.over))
+        };
+        let minute = r#"{"limit": {"rate": 30, "burst": 5, "per": "minute", "inv": true}}"#;
+        assert_eq!(limit(minute, Statement::Drop), Some((0.5, true)));
+        assert_eq!(limit(minute, Statement::Neutral("log".into())), None, "a line of a log");
+        assert_eq!(limit(r#"{"limit": "named"}"#, Statement::Accept), Some((0.0, false)));
+        let set = |field: &str| {
+            format!(
+                r#"{{"set": {{"op": "add", "set": "@s", "elem": {{"payload": {{"protocol": "ip", "field": "{field}"}}}},
+                "stmt": [{{"limit": {{"rate": 7, "per": "second"}}}}]}}}}"#
+            )
+        };
+        assert_eq!(limit(&set("saddr"), Statement::Drop), None, "each source for itself");
+        assert_eq!(limit(&set("daddr"), Statement::Drop), Some((7.0, false)));
     }
 
     #[test]
@@ -1774,8 +1899,11 @@ mod tests {
                 Match { left: Term::Meta("iifname".into()), op, right: Operand::Text(name.into()) }
             }),
             1 => (0u64..2).prop_map(|n| Match { left: Term::Meta("mark".into()), op: Op::Eq, right: Operand::Number(n) }),
-        ]
-        .prop_map(Statement::Match);
+        ];
+        let asked = prop_oneof![
+            6 => asked.clone().prop_map(Statement::Match),
+            1 => proptest::collection::vec(asked, 0..3).prop_map(Statement::Either),
+        ];
         let effect = prop_oneof![
             3 => Just(Statement::Counter(crate::observed::Amount::default())),
             1 => Just(Statement::Maybe(r#"{"limit":{}}"#.into())),
@@ -1961,7 +2089,25 @@ mod tests {
                     let (sieved, looked_at) = (evaluator.judge(&packet, &here), judge(&pieces, &packet, &here));
                     prop_assert_eq!(sieved.verdict, looked_at.verdict, "{} from {}", to, source);
                     prop_assert_eq!(sieved.by.is_some(), looked_at.by.is_some());
+                    let limits = (evaluator.limited(&packet, &here), Evaluator::new(&pieces).limited(&packet, &here));
+                    prop_assert_eq!(limits.0, limits.1, "{} from {}", to, source);
                 }
+            }
+        }
+
+        #[test]
+        fn ports_of_one_group_are_judged_alike(
+            rules in proptest::collection::vec(rule_of_a_long_chain(), 1..3 * SIEVE_FROM),
+            proto in proptest::sample::select(vec!["tcp", "udp"]),
+        ) {
+            let rules = in_pieces(&rules, rules.len());
+            let (evaluator, alike) = (Evaluator::new(&rules), Alike::of(&rules));
+            let mut known = HashMap::new();
+            for port in [1, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 442, 443, 444, 999, 1000, 1001, 65535] {
+                let packet = packet(&format!("{proto}/{port} from 203.0.113.9"));
+                let judged = (evaluator.judge(&packet, &here), evaluator.limited(&packet, &here));
+                let group = alike.group(packet.port);
+                prop_assert_eq!(known.entry(group).or_insert(judged.clone()), &judged, "{}", port);
             }
         }
 

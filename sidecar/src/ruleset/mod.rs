@@ -5,6 +5,7 @@
 //! What we cannot understand is kept as `Unknown`, and an evaluation that would depend on
 //! it answers "unknown": a rule is never skipped as if it were not there.
 
+pub mod alike;
 pub mod compare;
 pub mod decode;
 pub mod encode;
@@ -288,7 +289,7 @@ pub enum Verdict {
 }
 
 /// A place in a rule set.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Place {
     pub family: TableFamily,
     pub table: String,

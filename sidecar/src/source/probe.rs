@@ -13,30 +13,31 @@
 mod btf;
 mod conntrack;
 mod frame;
+pub mod keeper;
+mod lock;
 mod programs;
 mod route;
 mod tables;
 
-use std::fs::File;
-use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
 use std::os::fd::AsFd as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use ipnet::IpNet;
-use rustix::fs::FlockOperation;
 use sidecar_ebpf::sweep::{self, CHUNK, Order, Trace, ends};
 
-use crate::audit::{Fate, Sweep};
+use crate::audit::{Care, Fate, Sweep};
 use crate::observed::Link;
 use crate::sys::probe::{settle, test_run};
 use crate::terms::{Family, Port, Proto};
 use aya::util::KernelVersion;
 use frame::{Kind, Shape, frame};
-use programs::Programs;
+use keeper::{Keeper, Unfinished};
+use lock::Lock;
+use programs::{Attached, Place, Programs};
 use route::Origin;
 pub(crate) use route::Routes;
 use tables::Tables;
@@ -53,10 +54,16 @@ pub struct Request {
     /// Prefixes that rules name: a chosen source lies in none of them.
     pub named: Vec<IpNet>,
     pub mode: Mode,
-    /// At most so many probes a second, where rules limit what all sources do together.
+    /// At most so many probes a second.
     pub rate: Option<u32>,
+    /// Ports that are probed slowly or not at all, since rules limit what all sources do
+    /// together, and what a probe uses up real traffic lacks.
+    pub care: Vec<Care>,
     /// Where the lock lies that keeps audits apart.
     pub run_dir: PathBuf,
+    /// The program that [`keeper::VERB`] is given to, in reply mode: it ends what this
+    /// process began, should this process be killed. `None`: the next sweep does.
+    pub keeper: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,7 +128,8 @@ pub fn sweep_by(
     progress: &mut dyn FnMut(Progress),
 ) -> anyhow::Result<Vec<Sweep>> {
     let name = &request.link.name;
-    let _lock = lock(&request.run_dir)?;
+    let _lock = Lock::take(&request.run_dir)?;
+    keeper::finish_what_was_left(&request.run_dir)?;
     if request.link.loopback {
         bail!(SweepError::Loopback(name.clone()));
     }
@@ -132,11 +140,14 @@ pub fn sweep_by(
     }
     let ports = ports(&request.ports);
     let mut programs = Programs::load().context("load the audit's programs")?;
-    let offsets = if means.programs { btf::read()? } else { btf::Offsets::default() };
+    // A kernel without types runs no netfilter programs either.
+    let offsets = if means.programs { known(btf::read()) } else { None };
     let around = format!("attach the audit's programs around {name}");
-    let _watch = programs
-        .watch(request.link.index, request.link.ethernet, means.tcx)
-        .with_context(|| around.clone())?;
+    let watch = |tcx: bool| programs.watch(request.link.index, request.link.ethernet, tcx);
+    let _watch = match if means.tcx { known(watch(true)) } else { None } {
+        Some(attached) => attached,
+        None => watch(false).with_context(|| around.clone())?,
+    };
     let mut sweeps = Vec::new();
     for family in Family::ALL {
         let addresses: Vec<IpAddr> =
@@ -151,29 +162,30 @@ pub fn sweep_by(
                 None => routes.origin(&request.link, to, &request.named, &mut random)?,
             };
             for proto in &request.protos {
-                let order = order(request, offsets, &origin, *proto);
+                let order = order(request, offsets.unwrap_or_default(), &origin, *proto);
                 shapes.push((*proto, origin, Shape { order, to, mac: device.mac }));
             }
         }
-        let hooked = if means.programs {
-            let hooked = programs.hook(family, request.mode == Mode::Verdict);
-            Some(hooked.with_context(|| around.clone())?)
-        } else {
-            None
-        };
+        // Reading kernel memory takes CAP_PERFMON, which a table does without.
+        let place = if request.mode == Mode::Verdict { Place::Verdict } else { Place::Answers };
+        let hooked = offsets.and_then(|_| known(programs.hook(family, place)));
         for (proto, origin, shape) in shapes {
-            let tables = if means.programs { None } else { Some(Tables::put(&shape.order)?) };
-            let mut run = Run { request, programs: &mut programs, tables, shape, proto };
+            let tables = if hooked.is_some() { None } else { Some(Tables::put(&shape.order)?) };
+            let care = request.care.iter().find(|care| (care.address, care.proto) == (shape.to, proto));
+            let mut run = Run { request, programs: &mut programs, tables, shape, proto, care };
             let fates = run.fates(&ports, progress)?;
+            let asked = |port: &Port| ports.binary_search(port).is_ok();
+            let spared = care.into_iter().flat_map(|care| &care.spared).map(|(port, _)| *port);
             sweeps.push(Sweep {
                 interface: name.clone(),
                 address: shape.to,
                 proto,
                 source: run.source(&ports, &origin),
                 fates,
+                unproven: spared.filter(asked).collect(),
             });
         }
-        drop(hooked);
+        drop::<Option<Attached>>(hooked);
     }
     let place = |sweep: &Sweep| {
         (
@@ -192,6 +204,12 @@ struct Run<'a> {
     tables: Option<Tables>,
     shape: Shape,
     proto: Proto,
+    care: Option<&'a Care>,
+}
+
+/// What a newer kernel or a privilege would allow; without it, older means do.
+fn known<T>(result: anyhow::Result<T>) -> Option<T> {
+    result.inspect_err(|error| log::debug!("older means, since: {error:#}")).ok()
 }
 
 /// How often a port is probed that was not seen to arrive.
@@ -215,11 +233,57 @@ impl Run<'_> {
             self.programs.traces.set(port, Trace::default());
         }
         self.programs.orders.set(0, self.shape.order);
+        let mut keeper = match self.request.mode {
+            Mode::Reply => Some(Keeper::begin(
+                &self.request.run_dir,
+                self.request.keeper.as_deref(),
+                &Unfinished::new(&self.shape, ports),
+            )?),
+            Mode::Verdict => None,
+        };
+        let mut spared: Vec<(Port, Fate)> = self.care.map(|care| care.spared.clone()).unwrap_or_default();
+        spared.retain(|(port, _)| ports.binary_search(port).is_ok());
+        spared.sort_by_key(|(port, _)| *port);
+        let is_spared = |port: &Port| spared.binary_search_by_key(port, |(port, _)| *port).is_ok();
+        let is_slow = |port: &Port| self.care.is_some_and(|care| care.paced.contains(port));
+        let mine = ports.iter().copied().filter(|port| !is_spared(port));
+        let (slow, fast): (Vec<Port>, Vec<Port>) = mine.partition(|port| is_slow(port));
+        // What is limited comes last: everything else is decided by then.
+        self.all(&fast, self.request.rate, ports.len(), progress)?;
+        let slowly = self.care.map_or(1, |care| care.per_second);
+        self.all(&slow, Some(self.request.rate.unwrap_or(slowly).min(slowly)), ports.len(), progress)?;
+        // Seen on one CPU, and maybe still on its way there.
+        settle();
+        if let Some(tables) = &self.tables {
+            tables.read(&self.shape.order, &mut self.programs.traces)?;
+        }
+        if let Some(keeper) = keeper.take() {
+            self.clean_up(ports)?;
+            keeper.end();
+        }
+        let family = Family::of(self.shape.to);
+        let fate = |port: &Port| match spared.binary_search_by_key(port, |(port, _)| *port) {
+            Ok(at) => (*port, spared[at].1.clone()),
+            Err(_) => (*port, fate(&self.trace(*port), family)),
+        };
+        Ok(ports.iter().map(fate).collect())
+    }
+
+    /// Probes these ports until each was seen to arrive, or often enough. `rate`: so many a
+    /// second at most; `of`: ports of the whole sweep.
+    fn all(
+        &mut self,
+        ports: &[Port],
+        rate: Option<u32>,
+        of: usize,
+        progress: &mut dyn FnMut(Progress),
+    ) -> anyhow::Result<()> {
+        let chunk = if rate.is_some() { 1 } else { CHUNK as usize };
         let mut pending = ports.to_vec();
         let mut lost = 0;
         for _ in 0..TRIES {
-            let mut done = (ports.len() - pending.len()) as u32;
-            for chunk in pending.chunks(self.chunk()) {
+            let mut done = (of - pending.len()) as u32;
+            for chunk in pending.chunks(chunk) {
                 let start = Instant::now();
                 self.inject(chunk, Kind::Probe)?;
                 if self.wait(chunk, ARRIVAL, |trace| trace.seen != 0) == 0 {
@@ -234,50 +298,22 @@ impl Run<'_> {
                     self.finish(chunk)?;
                 }
                 done += chunk.len() as u32;
-                progress(Progress {
-                    address: self.shape.to,
-                    proto: self.proto,
-                    done,
-                    of: ports.len() as u32,
-                });
-                self.pace(start, chunk.len());
+                progress(Progress { address: self.shape.to, proto: self.proto, done, of: of as u32 });
+                if let Some(rate) = rate {
+                    let due = Duration::from_secs(1) * chunk.len() as u32 / rate.max(1);
+                    std::thread::sleep(due.saturating_sub(start.elapsed()));
+                }
             }
             pending.retain(|port| self.trace(*port).seen == 0);
             if pending.is_empty() {
                 break;
             }
         }
-        // Seen on one CPU, and maybe still on its way there.
-        settle();
-        if let Some(tables) = &self.tables {
-            tables.read(&self.shape.order, &mut self.programs.traces)?;
-        }
-        if self.request.mode == Mode::Reply {
-            self.clean_up(ports)?;
-        }
-        let family = Family::of(self.shape.to);
-        Ok(ports.iter().map(|port| (*port, fate(&self.trace(*port), family))).collect())
-    }
-
-    fn chunk(&self) -> usize {
-        if self.request.rate.is_some() { 1 } else { CHUNK as usize }
-    }
-
-    fn pace(&self, start: Instant, probes: usize) {
-        if let Some(rate) = self.request.rate {
-            let due = Duration::from_secs(1) * probes as u32 / rate.max(1);
-            std::thread::sleep(due.saturating_sub(start.elapsed()));
-        }
+        Ok(())
     }
 
     fn inject(&mut self, ports: &[Port], kind: Kind) -> anyhow::Result<()> {
-        for (at, port) in ports.iter().enumerate() {
-            self.programs.frames.set(at as u32, frame(&self.shape, port.get(), kind));
-        }
-        self.programs.progress.set(0, sweep::Progress::default());
-        let first = frame(&self.shape, ports.first().map_or(1, |port| port.get()), kind);
-        let packet = &first.bytes[..frame::length(&self.shape.order)];
-        test_run(self.programs.inject.as_fd(), packet, ports.len() as u32)
+        inject(self.programs, &self.shape, ports, kind)
             .with_context(|| format!("inject probes into {}", self.request.link.name))
     }
 
@@ -319,6 +355,17 @@ impl Run<'_> {
         let order = &self.shape.order;
         ports.first().map_or(origin.base, |first| origin.address(order.source_of(first.get())))
     }
+}
+
+/// Up to a chunk of frames, into the order's device.
+fn inject(programs: &mut Programs, shape: &Shape, ports: &[Port], kind: Kind) -> std::io::Result<()> {
+    for (at, port) in ports.iter().enumerate() {
+        programs.frames.set(at as u32, frame(shape, port.get(), kind));
+    }
+    programs.progress.set(0, sweep::Progress::default());
+    let first = frame(shape, ports.first().map_or(1, |port| port.get()), kind);
+    let packet = &first.bytes[..frame::length(&shape.order)];
+    test_run(programs.inject.as_fd(), packet, ports.len() as u32)
 }
 
 fn order(request: &Request, offsets: btf::Offsets, origin: &Origin, proto: Proto) -> Order {
@@ -377,21 +424,4 @@ fn random() -> u32 {
     // Four bytes are never cut short; before the generator is ready, the call waits.
     while rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()) != Ok(4) {}
     u32::from_ne_bytes(bytes)
-}
-
-/// Held as long as the file is open; the file stays.
-fn lock(run_dir: &Path) -> anyhow::Result<File> {
-    std::fs::create_dir_all(run_dir).with_context(|| format!("create {}", run_dir.display()))?;
-    let path = run_dir.join("audit.lock");
-    let file = File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(&path)
-        .with_context(|| format!("open {}", path.display()))?;
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => bail!(SweepError::Busy(path)),
-        Err(error) => Err(io::Error::from(error)).with_context(|| format!("lock {}", path.display())),
-    }
 }

@@ -106,6 +106,8 @@ fn sweep(interface: &str, address: &str, run_dir: &Path) -> Result<()> {
         named: Vec::new(),
         mode: probe::Mode::Verdict,
         rate: Some(100),
+        care: Vec::new(),
+        keeper: None,
         run_dir: run_dir.to_path_buf(),
     };
     let mut said = false;

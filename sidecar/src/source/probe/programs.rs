@@ -30,6 +30,17 @@ pub struct Programs {
     code: HashMap<&'static str, Vec<bpf_insn>>,
 }
 
+/// Which of a family's hooks a process needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Probes end behind the last chain, and so do answers.
+    Verdict,
+    /// Probes go on to sockets, and only the answers are caught.
+    Answers,
+    /// The same, after another process that does it.
+    Behind,
+}
+
 /// What is attached for the sweeps of one family; leaves when dropped.
 pub struct Attached(#[allow(dead_code, reason = "held for its descriptors")] Vec<OwnedFd>);
 
@@ -67,15 +78,17 @@ impl Programs {
         Ok(Self { orders, frames, progress, traces, inject, code })
     }
 
-    /// Into a family's netfilter hooks. `verdict`: probes end behind the last chain;
-    /// otherwise they go on to sockets and only the answers are caught.
-    pub fn hook(&self, family: Family, verdict: bool) -> anyhow::Result<Attached> {
+    /// Into a family's netfilter hooks.
+    pub fn hook(&self, family: Family, place: Place) -> anyhow::Result<Attached> {
         // What keeps things in comes before what lets them know.
         let mut hooks = vec![(programs::REPLY, Hook::PostRouting)];
-        if verdict {
+        if place == Place::Verdict {
             hooks.extend([(programs::LOCAL, Hook::LocalIn), (programs::FORWARD, Hook::Forward)]);
         }
-        let attach = |(name, hook)| attach_last(&program(&self.code, name, Kind::Netfilter)?, family, hook);
+        // The last number of all is the keeper's.
+        let priority = if place == Place::Behind { PRIORITY } else { PRIORITY - 1 };
+        let attach =
+            |(name, hook)| attach_last(&program(&self.code, name, Kind::Netfilter)?, family, hook, priority);
         Ok(Attached(hooks.into_iter().map(attach).collect::<anyhow::Result<_>>()?))
     }
 
@@ -98,11 +111,11 @@ impl Programs {
     }
 }
 
-fn attach_last(program: &OwnedFd, family: Family, hook: Hook) -> anyhow::Result<OwnedFd> {
-    let mut priority = PRIORITY;
+fn attach_last(program: &OwnedFd, family: Family, hook: Hook, last: i32) -> anyhow::Result<OwnedFd> {
+    let mut priority = last;
     loop {
         match attach_netfilter(program.as_fd(), family, hook, priority) {
-            Err(error) if error.kind() == io::ErrorKind::ResourceBusy && priority > PRIORITY - PRIORITIES => {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy && priority > last - PRIORITIES => {
                 priority -= 1;
             }
             other => {
