@@ -239,6 +239,41 @@ fn nmaps_xml_is_valid_by_nmaps_own_definition() {
 }
 
 #[test]
+fn pythons_libnmap_reads_the_xml() {
+    if lacking(&[Need::Lab, Need::Spokeguard, Need::Libnmap]) {
+        return;
+    }
+    let lab = Lab::plain();
+    let _web = lab.spoke.web().unwrap();
+    let _dns = lab.spoke.listen("a<b>&", &["udp/0.0.0.0:53"]).unwrap();
+    let both = [SPOKE_PUBLIC.to_string(), SPOKE_PUBLIC_V6.to_string()];
+    let ports = ["--format", "xml", "--ports", "22,53,80,443"];
+    let outside = audit(&lab.internet, &[&ports[..], &[&both[0], &both[1]]].concat());
+    let inside = audit(&lab.spoke, &[&ports[..], &["--no-policy", "--interface", "eth0"]].concat());
+    let script = "import sys
+from libnmap.parser import NmapParser
+report = NmapParser.parse_fromfile(sys.argv[1])
+assert report.hosts_up == 2, report.summary
+for host in report.hosts:
+    for service in host.services:
+        print(host.address, service.port, service.protocol, service.state, service.service)
+";
+    for (name, outcome) in [("outside.xml", outside), ("inside.xml", inside)] {
+        let file = lab.file(name, &outcome.stdout).unwrap().display().to_string();
+        let python = lab::libnmap().display().to_string();
+        let read = lab.spoke.ok(&[&*python, "-c", script, &file]).unwrap();
+        for address in &both {
+            for line in ["80 tcp open http", "443 tcp open https", "22 tcp closed ssh"] {
+                assert!(read.contains(&format!("{address} {line}\n")), "{name}: {address} {line}: {read}");
+            }
+        }
+        assert!(read.contains(&format!("{} 53 udp open domain\n", both[0])), "{name}: {read}");
+        // Each of four ports, once for each protocol and address.
+        assert_eq!(read.lines().count(), 16, "{name}: {read}");
+    }
+}
+
+#[test]
 fn this_host_is_seen_as_strangers_see_it() {
     if lacking(&[Need::Lab, Need::Spokeguard]) {
         return;

@@ -2,6 +2,7 @@
 
 mod audit_faults;
 mod audit_local;
+mod audit_matrix;
 mod audit_remote;
 mod binds;
 mod cases;

@@ -49,6 +49,7 @@ pub struct Order {
     /// Where in the kernel's sk_buff these are; different in each build of a kernel.
     pub skb_head: u32,
     pub skb_network_header: u32,
+    pub skb_sk: u32,
     /// Where probes come from, in words of host order; IPv4 in the first.
     pub source: [u32; 4],
     pub source_port: u16,
@@ -63,7 +64,7 @@ pub struct Order {
     pub reply: u8,
     pub pad: u8,
 }
-const _: () = assert!(size_of::<Order>() == 48);
+const _: () = assert!(size_of::<Order>() == 52);
 
 impl Order {
     /// Offsets of the two words in a transport header and what follows it.
@@ -113,6 +114,8 @@ pub mod ends {
     pub const RESET: u8 = 3;
     pub const UNREACHABLE: u8 = 4;
     pub const ANSWERED: u8 = 5;
+    /// Got through to a socket that some rule or program chose for it, whatever its port.
+    pub const TAKEN: u8 = 6;
 }
 
 /// What became of the probe for one port; the index is the port.

@@ -55,7 +55,9 @@ fn through<const END: u8>(ctx: *mut c_void) -> i32 {
     } else {
         trace.address = packet.load::<[u8; 16]>(24).unwrap_or_default();
     }
-    trace.end = END;
+    // The first packet of a connection has no socket yet, unless a transparent proxy gave
+    // it one.
+    trace.end = if END == ends::LOCAL && packet.socket != 0 { ends::TAKEN } else { END };
     NF_DROP
 }
 
@@ -73,6 +75,7 @@ pub fn note(answer: Answer) {
 /// the bytes but by reading kernel memory.
 struct Kernel {
     ip: u64,
+    socket: u64,
 }
 
 impl Kernel {
@@ -83,7 +86,8 @@ impl Kernel {
         let skb = unsafe { *(ctx as *const u64).add(1) };
         let head = read::<u64>(skb + order.skb_head as u64)?;
         let offset = read::<u16>(skb + order.skb_network_header as u64)?;
-        Some(Self { ip: head + offset as u64 })
+        let socket = if order.skb_sk == 0 { 0 } else { read::<u64>(skb + order.skb_sk as u64)? };
+        Some(Self { ip: head + offset as u64, socket })
     }
 }
 

@@ -34,8 +34,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-pub use need::{Need, lacking, missing};
-pub use node::{Answer, Http, Node, Outcome, Running, Scan, wait_until};
+pub use need::{Need, lacking, libnmap, missing};
+pub use node::{Answer, Http, Node, Outcome, Running, Scan, states, wait_until};
 pub use product::{Daemon, spokeguard};
 pub use reaper::reap;
 pub use rustix::process::Signal;

@@ -12,6 +12,10 @@ pub enum Need {
     Nmap,
     /// Control groups of version 2, where binds can be guarded.
     Cgroup2,
+    /// Only for the benchmark.
+    Masscan,
+    /// Python with the package libnmap, which reads nmap's XML.
+    Libnmap,
     /// Judges XML by its definition.
     Xmllint,
     Sshd,
@@ -60,6 +64,9 @@ pub fn missing(needs: &[Need]) -> Vec<String> {
             }
             Need::Cgroup2 => {}
             Need::Nmap => program("nmap", "nmap"),
+            Need::Masscan => program("masscan", "masscan"),
+            // Below, with what is no program.
+            Need::Libnmap => {}
             Need::Xmllint => program("xmllint", "libxml2-utils"),
             Need::Sshd => {
                 program("sshd", "openssh-server");
@@ -73,6 +80,9 @@ pub fn missing(needs: &[Need]) -> Vec<String> {
             Need::Prometheus => program("prometheus", "prometheus"),
             Need::Spokeguard => {}
         }
+    }
+    if needs.contains(&Need::Libnmap) && !libnmap().is_file() {
+        out.push("Python's libnmap is missing (cargo xtask setup)".to_string());
     }
     let in_a_lab = needs.iter().any(|need| *need != Need::Spokeguard);
     if in_a_lab && !rustix::process::geteuid().is_root() {
@@ -93,6 +103,13 @@ pub fn missing(needs: &[Need]) -> Vec<String> {
         out.push(format!("{error:#}"));
     }
     out
+}
+
+/// The Python of the folder that `cargo xtask setup` fills.
+pub fn libnmap() -> std::path::PathBuf {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("/"));
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), Into::into);
+    target.join("python/bin/python3")
 }
 
 /// Where a program is; the folders of administrators' programs too, which a user's PATH may lack.

@@ -307,6 +307,11 @@ impl Node {
         states(&self.nmap_xml(address, ports, "15000")?)
     }
 
+    /// The same with care, for what is in dispute.
+    pub fn nmap_states_slowly(&self, address: IpAddr, ports: &str) -> Result<BTreeMap<u16, String>> {
+        states(&self.nmap_xml(address, ports, "300")?)
+    }
+
     /// `-T4` waits up to 1.25 s for an answer; nmap repeats a probe so often only where repeating has helped.
     fn nmap_xml(&self, address: IpAddr, ports: &str, per_second: &str) -> Result<String> {
         let address = address.to_string();
@@ -319,6 +324,19 @@ impl Node {
         let outcome = self.run_within(Duration::from_secs(300), &words)?;
         ensure!(outcome.code == Some(0), "{}: {}", self.said(&words), outcome.all());
         Ok(outcome.stdout)
+    }
+
+    /// Every UDP port's state. nmap takes a second for each closed one.
+    pub fn nmap_udp_states(&self, address: IpAddr, ports: &str) -> Result<BTreeMap<u16, String>> {
+        let address = address.to_string();
+        let mut words = vec!["nmap", "-sU", "-Pn", "-n", "-T4", "--max-retries", "3"];
+        if address.contains(':') {
+            words.push("-6");
+        }
+        words.extend(["-p", ports, "-oX", "-", &address]);
+        let outcome = self.run_within(Duration::from_secs(120), &words)?;
+        ensure!(outcome.code == Some(0), "{}: {}", self.said(&words), outcome.all());
+        states(&outcome.stdout)
     }
 
     /// The ports that nmap calls open.
@@ -534,8 +552,8 @@ fn scan(xml: &str) -> Result<Scan> {
     Ok(scan)
 }
 
-/// Ports that nmap sums up are listed as ranges in the reasons of each sum.
-fn states(xml: &str) -> Result<BTreeMap<u16, String>> {
+/// Every port's state by nmap's XML. Ports that it sums up are listed as ranges in the reasons of each sum.
+pub fn states(xml: &str) -> Result<BTreeMap<u16, String>> {
     let asked = scan(xml)?;
     let mut all = asked.ports;
     for sum in xml.split("<extraports ").skip(1) {

@@ -18,6 +18,10 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("unshare", "util-linux"),
     ("ps", "procps"),
     ("nmap", "nmap"),
+    // Measured beside.
+    ("masscan", "masscan"),
+    ("iptables-nft", "iptables"),
+    ("python3", "python3-venv"),
     ("xmllint", "libxml2-utils"),
     ("sshd", "openssh-server"),
     ("ssh", "openssh-client"),
@@ -50,6 +54,9 @@ const BPF_LINKER: &[&str] = &[
     "--features",
     "llvm-22",
 ];
+/// A reader of nmap's XML that others wrote, in a folder of its own below cargo's.
+const LIBNMAP: &str = "python-libnmap==0.7.3";
+
 const CARGO_DENY: &[&str] = &["install", "cargo-deny", "--version", "0.20.2", "--locked"];
 
 /// How often a download is tried.
@@ -64,7 +71,9 @@ pub fn setup() -> Result<()> {
     packages.sort_unstable();
     packages.dedup();
     let deny = find("cargo-deny").is_none();
-    if packages.is_empty() && !linker && !deny {
+    let python = python_folder();
+    let libnmap = !has_libnmap(&python);
+    if packages.is_empty() && !linker && !deny && !libnmap {
         println!("setup: everything is there");
         return Ok(());
     }
@@ -84,7 +93,24 @@ pub fn setup() -> Result<()> {
     if deny {
         timed("cargo-deny 0.20.2, about three minutes", &mut cargo_install(CARGO_DENY))?;
     }
+    if libnmap {
+        timed("a folder for Python", Command::new("python3").args(["-m", "venv"]).arg(&python))?;
+        let mut pip = Command::new(python.join("bin/pip"));
+        timed(LIBNMAP, pip.args(["install", "--quiet", "--disable-pip-version-check", LIBNMAP]))?;
+    }
     Ok(())
+}
+
+fn python_folder() -> PathBuf {
+    let target =
+        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| crate::root().join("target"), PathBuf::from);
+    target.join("python")
+}
+
+fn has_libnmap(folder: &Path) -> bool {
+    let mut python = Command::new(folder.join("bin/python3"));
+    let asked = python.args(["-c", "import libnmap.parser"]).stderr(Stdio::null()).status();
+    asked.is_ok_and(|status| status.success())
 }
 
 fn missing_packages() -> Vec<&'static str> {

@@ -44,7 +44,8 @@ pub enum Fate {
     Delivered { address: IpAddr, port: Port },
     /// Got through on its way to another machine or a container.
     Forwarded { address: IpAddr, port: Port },
-    /// Answered by a socket (a SYN-ACK, a datagram); only where replies were asked for.
+    /// Answered by a socket (a SYN-ACK, a datagram) where replies were asked for; or taken
+    /// by a proxy: a transparent one's socket, or netfilter's own for SYNs.
     Answered,
     /// Answered by a TCP reset before any socket: a reject rule. Where replies were asked for, a closed
     /// port as well.

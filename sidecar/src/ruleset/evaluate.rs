@@ -354,6 +354,10 @@ struct Limit {
     over: bool,
 }
 
+fn ct_count_is_over(value: &Value) -> bool {
+    value["ct count"].get("inv").and_then(Value::as_bool).unwrap_or(false)
+}
+
 /// The limit in a statement, if the rule then decides anything by it.
 fn limit_of(rule: &Rule, statement: &Statement) -> Option<Limit> {
     let Statement::Maybe(json) = statement else { return None };
@@ -371,6 +375,10 @@ fn limit_of(rule: &Rule, statement: &Statement) -> Option<Limit> {
         return None;
     }
     let value: Value = serde_json::from_str(json).ok()?;
+    if value.get("ct count").is_some() {
+        // Probes count as connections for some milliseconds.
+        return Some(Limit { per_second: 100.0, over: ct_count_is_over(&value) });
+    }
     let body = match (value.get("limit"), value.get("set").or(value.get("meter"))) {
         (Some(limit), _) => limit,
         // A limit for each source, or each port, is not for all together.

@@ -38,8 +38,8 @@ use frame::{Kind, Shape, frame};
 use keeper::{Keeper, Unfinished};
 use lock::Lock;
 use programs::{Attached, Place, Programs};
-use route::Origin;
 pub(crate) use route::Routes;
+use route::{Door, Origin};
 use tables::Tables;
 
 /// What to sweep: every protocol on every address, as it looks through one device.
@@ -143,11 +143,7 @@ pub fn sweep_by(
     // A kernel without types runs no netfilter programs either.
     let offsets = if means.programs { known(btf::read()) } else { None };
     let around = format!("attach the audit's programs around {name}");
-    let watch = |tcx: bool| programs.watch(request.link.index, request.link.ethernet, tcx);
-    let _watch = match if means.tcx { known(watch(true)) } else { None } {
-        Some(attached) => attached,
-        None => watch(false).with_context(|| around.clone())?,
-    };
+    let mut watched: Vec<(u32, Attached)> = Vec::new();
     let mut sweeps = Vec::new();
     for family in Family::ALL {
         let addresses: Vec<IpAddr> =
@@ -161,9 +157,20 @@ pub fn sweep_by(
                 Some(source) => routes.chosen(&request.link, to, source)?,
                 None => routes.origin(&request.link, to, &request.named, &mut random)?,
             };
+            let Door { index, neighbour } = routes.door(&request.link, to, origin.base)?;
+            if !watched.iter().any(|(device, _)| *device == index) {
+                let watch = |tcx: bool| programs.watch(index, request.link.ethernet, tcx);
+                let attached = match if means.tcx { known(watch(true)) } else { None } {
+                    Some(attached) => attached,
+                    None => watch(false).with_context(|| around.clone())?,
+                };
+                watched.push((index, attached));
+            }
             for proto in &request.protos {
-                let order = order(request, offsets.unwrap_or_default(), &origin, *proto);
-                shapes.push((*proto, origin, Shape { order, to, mac: device.mac }));
+                let mut order = order(request, offsets.unwrap_or_default(), &origin, *proto);
+                order.index = index;
+                let from = neighbour.unwrap_or(frame::NOBODY);
+                shapes.push((*proto, origin, Shape { order, to, mac: device.mac, from }));
             }
         }
         // Reading kernel memory takes CAP_PERFMON, which a table does without.
@@ -377,6 +384,7 @@ fn order(request: &Request, offsets: btf::Offsets, origin: &Origin, proto: Proto
         frame_bytes: 0,
         skb_head: offsets.head,
         skb_network_header: offsets.network_header,
+        skb_sk: offsets.sk,
         source: origin.words(),
         // Fresh each time, for what remains of an earlier sweep would answer differently;
         // from the range that clients use.
@@ -398,7 +406,7 @@ fn fate(trace: &Trace, family: Family) -> Fate {
         ends::FORWARD => to().map_or(Fate::Lost, |(address, port)| Fate::Forwarded { address, port }),
         ends::RESET => Fate::Reset,
         ends::UNREACHABLE => Fate::Unreachable { icmp_type: trace.icmp_type, code: trace.icmp_code },
-        ends::ANSWERED => Fate::Answered,
+        ends::ANSWERED | ends::TAKEN => Fate::Answered,
         _ if trace.seen != 0 => Fate::Dropped,
         _ => Fate::Lost,
     }

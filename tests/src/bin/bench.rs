@@ -3,6 +3,8 @@
 
 #[path = "../bench/apply.rs"]
 mod apply;
+#[path = "../bench/audit.rs"]
+mod audit;
 #[path = "../bench/figures.rs"]
 mod figures;
 #[path = "../bench/idle.rs"]
@@ -27,17 +29,19 @@ use serde_json::json;
 
 /// One part of the run, by the name that chooses it. `true`: few rounds.
 type Measure = fn(bool) -> Result<Section>;
-const SECTIONS: [(&str, Measure); 5] = [
+const SECTIONS: [(&str, Measure); 6] = [
     ("repair", repair::measure),
     ("apply", apply::measure),
     ("listeners", listeners::measure),
     ("packets", packets::measure),
     ("idle", idle::measure),
+    ("audit", audit::measure),
 ];
 
 const PLAIN: Shape = Shape { mesh: Mesh::Plain, container: false };
 
-const USAGE: &str = "usage: bench [--quick] [--json FILE] [repair] [apply] [listeners] [packets] [idle]
+const USAGE: &str =
+    "usage: bench [--quick] [--json FILE] [repair] [apply] [listeners] [packets] [idle] [audit]
 Measures beside the peers, all of it (10 minutes) or the named parts.
   --quick      few rounds: figures for a look, not for a claim (2 minutes)
   --json FILE  also writes every figure there";

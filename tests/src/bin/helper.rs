@@ -165,7 +165,10 @@ fn listen(name: &str, what: &[&str]) -> Result<()> {
                     TcpListener::bind(address).map(|socket| (Socket::Tcp(socket), kind == "web"))
                 }
                 "udp" => UdpSocket::bind(address).map(|socket| (Socket::Udp(socket), false)),
-                _ => bail!("{word}: tcp, web or udp"),
+                "v6only" | "reuseport" | "full" => {
+                    special(kind, address).map(|socket| (Socket::Tcp(socket), false))
+                }
+                _ => bail!("{word}: tcp, web, udp, v6only, reuseport or full"),
             };
             sockets.push(socket.with_context(|| format!("bind {kind} {address}"))?);
         }
@@ -189,6 +192,35 @@ fn listen(name: &str, what: &[&str]) -> Result<()> {
             }
         }
     }
+}
+
+/// TCP listeners with an option of their own. `full`: its queue is full and nobody ever accepts.
+fn special(kind: &str, address: SocketAddr) -> std::io::Result<TcpListener> {
+    use rustix::net::{AddressFamily, SocketType, bind, listen, socket, sockopt};
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let socket = socket(family, SocketType::STREAM, None)?;
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    match kind {
+        "v6only" => sockopt::set_ipv6_v6only(&socket, true)?,
+        "reuseport" => sockopt::set_socket_reuseport(&socket, true)?,
+        _ => {}
+    }
+    bind(&socket, &address)?;
+    listen(&socket, if kind == "full" { 0 } else { 16 })?;
+    let listener = TcpListener::from(socket);
+    if kind == "full" {
+        // A backlog of 0 takes one; the rest of the loop is for kernels that take more.
+        for _ in 0..8 {
+            match std::net::TcpStream::connect_timeout(&address, Duration::from_millis(300)) {
+                Ok(stream) => std::mem::forget(stream),
+                Err(_) => break,
+            }
+        }
+        // Nobody looks at it again: it must not be among those that are polled.
+        std::mem::forget(listener.try_clone()?);
+        return TcpListener::bind((address.ip(), 0));
+    }
+    Ok(listener)
 }
 
 fn answer(socket: &Socket, name: &str, web: bool) -> std::io::Result<()> {

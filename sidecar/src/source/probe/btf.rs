@@ -1,4 +1,4 @@
-//! Where the kernel keeps what the netfilter programs read of a packet: two offsets in
+//! Where the kernel keeps what the netfilter programs read of a packet: offsets in
 //! `struct sk_buff`, from the kernel's own type information. Pure but for one file.
 
 use anyhow::{Context as _, bail};
@@ -9,6 +9,8 @@ use super::super::netlink::{u16_at, u32_at};
 pub struct Offsets {
     pub head: u32,
     pub network_header: u32,
+    /// 0: this kernel keeps it elsewhere.
+    pub sk: u32,
 }
 
 pub fn read() -> anyhow::Result<Offsets> {
@@ -66,7 +68,8 @@ fn offsets(bytes: &[u8]) -> anyhow::Result<Offsets> {
     let find = |name: &str| {
         all.member(sk_buff, name.as_bytes(), DEPTH_MAX).with_context(|| format!("no field {name}"))
     };
-    Ok(Offsets { head: find("head")?, network_header: find("network_header")? })
+    let sk = all.member(sk_buff, b"sk", DEPTH_MAX).unwrap_or(0);
+    Ok(Offsets { head: find("head")?, network_header: find("network_header")?, sk })
 }
 
 impl Types<'_> {
@@ -133,7 +136,7 @@ mod tests {
 
     #[test]
     fn fields_are_found_inside_unnamed_structs() {
-        assert_eq!(offsets(&small()).expect("offsets"), Offsets { head: 8, network_header: 6 });
+        assert_eq!(offsets(&small()).expect("offsets"), Offsets { head: 8, network_header: 6, sk: 0 });
     }
 
     #[test]
@@ -156,6 +159,9 @@ mod tests {
     fn this_kernel_has_them() {
         // A kernel without BTF runs no netfilter programs either.
         let Ok(found) = read() else { return };
-        assert!(found.head % 8 == 0 && found.network_header % 2 == 0 && found.head < 512, "{found:?}");
+        assert!(
+            found.head % 8 == 0 && found.network_header % 2 == 0 && found.head < 512 && found.sk > 0,
+            "{found:?}"
+        );
     }
 }

@@ -12,7 +12,12 @@ pub struct Shape {
     pub to: IpAddr,
     /// All zero for devices without link layer, which never see it.
     pub mac: [u8; 6],
+    /// The neighbour whom they seem to come through.
+    pub from: [u8; 6],
 }
+
+/// Locally administered: no vendor's.
+pub const NOBODY: [u8; 6] = [2, 0, 0, 0x53, 0x47, 1];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -73,8 +78,7 @@ pub fn frame(shape: &Shape, port: u16, kind: Kind) -> Frame {
     let bytes = &mut frame.bytes;
     bytes[..6].copy_from_slice(&shape.mac);
     if shape.mac != [0; 6] {
-        // Locally administered: no vendor's.
-        bytes[6..12].copy_from_slice(&[2, 0, 0, 0x53, 0x47, 1]);
+        bytes[6..12].copy_from_slice(&shape.from);
     }
     let mut source = [0; 16];
     for (bytes, word) in source.chunks_exact_mut(4).zip(order.source_of(port)) {
@@ -150,7 +154,7 @@ mod tests {
             proto,
             ..Order::default()
         };
-        Shape { order, to, mac: [2, 1, 2, 3, 4, 5] }
+        Shape { order, to, mac: [2, 1, 2, 3, 4, 5], from: NOBODY }
     }
 
     /// A sum over a part that contains its own checksum folds to 0xffff.

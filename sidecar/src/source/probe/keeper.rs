@@ -35,6 +35,7 @@ const BYTES_MAX: u64 = 1 << 20;
 pub struct Unfinished {
     to: IpAddr,
     mac: [u8; 6],
+    from: [u8; 6],
     index: u32,
     head: u32,
     token: u32,
@@ -56,12 +57,12 @@ impl Unfinished {
                 _ => ranges.push((*port, *port)),
             }
         }
-        let Shape { to, mac, .. } = *shape;
-        Self { to, mac, index, head, token, source, source_port, spread_mask, proto, ports: ranges }
+        let Shape { to, mac, from, .. } = *shape;
+        Self { to, mac, from, index, head, token, source, source_port, spread_mask, proto, ports: ranges }
     }
 
     fn shape(&self) -> Shape {
-        let Self { to, mac, index, head, token, source, source_port, spread_mask, proto, .. } = *self;
+        let Self { to, mac, from, index, head, token, source, source_port, spread_mask, proto, .. } = *self;
         let family = if to.is_ipv4() { sidecar_ebpf::IPV4 } else { sidecar_ebpf::IPV6 } as u8;
         let mut order = Order {
             head,
@@ -76,7 +77,7 @@ impl Unfinished {
             ..Order::default()
         };
         order.frame_bytes = frame::length(&order) as u32;
-        Shape { order, to, mac }
+        Shape { order, to, mac, from }
     }
 
     fn ports(&self) -> Vec<Port> {
@@ -107,7 +108,7 @@ impl Unfinished {
         let mut programs = Programs::load().context("load the audit's programs")?;
         let mut order = self.shape().order;
         let offsets = super::known(btf::read());
-        let btf::Offsets { head, network_header } = offsets.unwrap_or_default();
+        let btf::Offsets { head, network_header, .. } = offsets.unwrap_or_default();
         (order.skb_head, order.skb_network_header) = (head, network_header);
         programs.orders.set(0, order);
         let hooked = offsets.and_then(|_| super::known(programs.hook(Family::of(self.to), place)));
@@ -261,7 +262,7 @@ mod tests {
                 reply: 1,
                 ..Order::default()
             };
-            let shape = Shape { order, to, mac: [2, 1, 2, 3, 4, 5] };
+            let shape = Shape { order, to, mac: [2, 1, 2, 3, 4, 5], from: [2, 0, 0, 0, 0, 9] };
             let ports: Vec<Port> = [22, 80, 81, 65535].into_iter().filter_map(Port::new).collect();
             let what = Unfinished::new(&shape, &ports);
             let text = serde_json::to_string(&what).expect("text");

@@ -51,11 +51,24 @@ impl Origin {
     }
 }
 
+/// Where packets of strangers come in for a device, and as whose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Door {
+    pub index: u32,
+    /// The neighbour whom strangers come through, if he is known.
+    pub neighbour: Option<[u8; 6]>,
+}
+
 pub struct Routes(Netlink);
 
 const PROTOCOL: isize = netlink_sys::protocols::NETLINK_ROUTE;
 const RTM_GETLINK: u16 = 18;
 const RTM_GETROUTE: u16 = 26;
+const RTM_GETNEIGH: u16 = 30;
+const NDA_DST: u16 = 1;
+const NDA_LLADDR: u16 = 2;
+const AF_BRIDGE: u8 = 7;
+const RTA_GATEWAY: u16 = 5;
 const IFLA_ADDRESS: u16 = 1;
 const RTA_DST: u16 = 1;
 const RTA_SRC: u16 = 2;
@@ -87,9 +100,70 @@ impl Routes {
         found.first().copied().with_context(|| format!("no interface {index}"))
     }
 
+    /// Of a bridge, the port behind which the gateway is: its chains and those of the
+    /// bridge family are on a stranger's way, too.
+    pub fn door(&mut self, link: &Link, to: IpAddr, origin: IpAddr) -> anyhow::Result<Door> {
+        let Some(hop) = self.way(to, origin)?.map(|(_, gateway)| gateway.unwrap_or(origin)) else {
+            return Ok(Door { index: link.index, neighbour: None });
+        };
+        let family = if to.is_ipv4() { 2 } else { 10 };
+        let mut neighbour = None;
+        self.neighbours(family, |index, address, mac| {
+            if index == link.index && address == Some(hop) {
+                neighbour = mac;
+            }
+        })?;
+        let mut index = link.index;
+        if let Some(neighbour) = neighbour {
+            let ports: Vec<u32> = links::read()?
+                .into_iter()
+                .filter(|l| l.master == Some(link.index))
+                .map(|l| l.index)
+                .collect();
+            if !ports.is_empty() {
+                self.neighbours(AF_BRIDGE, |port, _, mac| {
+                    if mac == Some(neighbour) && ports.contains(&port) {
+                        index = port;
+                    }
+                })?;
+            }
+        }
+        Ok(Door { index, neighbour })
+    }
+
+    /// Calls with the device, the address and the link-layer address of each entry.
+    fn neighbours(
+        &mut self,
+        family: u8,
+        mut each: impl FnMut(u32, Option<IpAddr>, Option<[u8; 6]>),
+    ) -> anyhow::Result<()> {
+        // struct ndmsg: family, padding, device, state, flags, type.
+        let request = [family, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        let found = self.0.dump(RTM_GETNEIGH, &request, |payload, out| {
+            let (mut address, mut mac) = (None, None);
+            for attribute in attributes(payload.get(12..).unwrap_or(&[])) {
+                match attribute? {
+                    (NDA_DST, value) => address = ip(value),
+                    (NDA_LLADDR, value) => mac = value.try_into().ok(),
+                    _ => {}
+                }
+            }
+            out.extend(u32_at(payload, 4).map(|index| (index, address, mac)));
+            Ok(())
+        });
+        let found = found.context("read neighbours")?;
+        found.into_iter().for_each(|(index, address, mac)| each(index, address, mac));
+        Ok(())
+    }
+
     /// The device that a packet from `from` (an address of this host) to `to` leaves by.
     /// `None`: there is no route.
     pub fn leaves_by(&mut self, from: IpAddr, to: IpAddr) -> anyhow::Result<Option<u32>> {
+        Ok(self.way(from, to)?.map(|(index, _)| index))
+    }
+
+    /// The same with the gateway, if the way leads by one.
+    fn way(&mut self, from: IpAddr, to: IpAddr) -> anyhow::Result<Option<(u32, Option<IpAddr>)>> {
         let (family, bits) = if to.is_ipv4() { (2u8, 32u8) } else { (10, 128) };
         // struct rtmsg: family, bits of destination and source, tos, table, protocol,
         // scope, type, flags.
@@ -105,13 +179,16 @@ impl Routes {
         }
         const UNICAST: u8 = 1;
         let found = self.0.request(RTM_GETROUTE, &request, |payload, out| {
-            let unicast = payload.get(7) == Some(&UNICAST);
+            let (mut index, mut gateway) = (None, None);
             for attribute in attributes(payload.get(12..).unwrap_or(&[])) {
-                if let (RTA_OIF, value) = attribute?
-                    && unicast
-                {
-                    out.extend(u32_at(value, 0));
+                match attribute? {
+                    (RTA_OIF, value) => index = u32_at(value, 0),
+                    (RTA_GATEWAY, value) => gateway = ip(value),
+                    _ => {}
                 }
+            }
+            if payload.get(7) == Some(&UNICAST) {
+                out.extend(index.map(|index| (index, gateway)));
             }
             Ok(())
         });
@@ -172,6 +249,14 @@ impl Routes {
             bail!("no route back to the source {source} through {}", link.name);
         }
         Ok(Origin { base: source, spread: false })
+    }
+}
+
+fn ip(octets: &[u8]) -> Option<IpAddr> {
+    match octets.len() {
+        4 => <[u8; 4]>::try_from(octets).ok().map(IpAddr::from),
+        16 => <[u8; 16]>::try_from(octets).ok().map(IpAddr::from),
+        _ => None,
     }
 }
 
