@@ -3,9 +3,8 @@
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::time::Duration;
 
 use aya::programs::{SchedClassifier, TcAttachType};
 use lab::{
@@ -252,48 +251,6 @@ fn our_own_counters_do_not_count_the_probes() {
     lab.internet.flood_udp(SocketAddr::new(SPOKE_PUBLIC, 9), 1000).unwrap();
     let after = incoming(before + 1000);
     assert!(after < before + 3000, "{before} packets, then {after}");
-}
-
-#[test]
-fn real_traffic_is_undisturbed_and_disturbs_nothing() {
-    if lacking(&[Need::Lab]) {
-        return;
-    }
-    let lab = Lab::plain();
-    let _web = lab.spoke.web().unwrap();
-    lab.spoke
-        .nft(
-            "table inet t { chain i { type filter hook input priority filter; policy drop;
-             ct state established accept; tcp dport 443 accept; }; }",
-        )
-        .unwrap();
-    let over = AtomicBool::new(false);
-    let to = SocketAddr::new(SPOKE_PUBLIC, 443);
-    let (made, sweeps) = std::thread::scope(|scope| {
-        let traffic = scope.spawn(|| {
-            lab.internet.inside(|| {
-                let mut made = 0;
-                let start = Instant::now();
-                while !over.load(Ordering::Relaxed) {
-                    TcpStream::connect_timeout(&to, Duration::from_secs(1))?;
-                    made += 1;
-                    // A thousand a second.
-                    std::thread::sleep((Duration::from_millis(1) * made).saturating_sub(start.elapsed()));
-                }
-                Ok(made)
-            })
-        });
-        let all: Vec<Sweep> =
-            (0..3).flat_map(|_| swept(&lab, &request(&lab, &[SPOKE_PUBLIC], &Proto::ALL))).collect();
-        over.store(true, Ordering::Relaxed);
-        (traffic.join().unwrap(), all)
-    });
-    assert!(made.expect("a connection failed") > 100);
-    for sweep in sweeps {
-        let through: Vec<u16> =
-            sweep.fates.iter().filter(|(_, f)| *f != Fate::Dropped).map(|(p, _)| p.get()).collect();
-        assert_eq!(through, if sweep.proto == Proto::Tcp { vec![443] } else { vec![] });
-    }
 }
 
 #[test]

@@ -191,7 +191,8 @@ pub fn keep(run_dir: &Path) -> anyhow::Result<()> {
     // Behind the sweep's own programs, which are to see the answers first.
     let (mut programs, _hooked) = what.hold(Place::Behind)?;
     write_down(run_dir, &what)?;
-    println!("{HELD}");
+    // Nobody may be left to hear it.
+    let _ = writeln!(std::io::stdout(), "{HELD}");
     let mut word = [0];
     if stdin.read(&mut word).context("wait for the audit's end")? == 1 && word[0] == DONE {
         return Ok(());
