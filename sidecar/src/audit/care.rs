@@ -42,7 +42,13 @@ impl View<'_> {
         self.rules.seen().filter(|rules| has_limits(rules))?;
         let site = Site::new(self, interface, address, source, proto);
         let mut slowest: HashMap<usize, Option<f64>> = HashMap::new();
-        let mut rate = |port: Port| *slowest.entry(site.group(port)).or_insert_with(|| site.limited(port));
+        let mut rate = |port: Port| {
+            // It comes before every rule, and tells ports apart by itself.
+            if site.guarded(port).is_some() {
+                return None;
+            }
+            *slowest.entry(site.group(port)).or_insert_with(|| site.limited(port))
+        };
         let behind: Vec<(Port, f64)> =
             asked.to_vec().into_iter().filter_map(|port| Some((port, rate(port)?))).collect();
         let likely: HashSet<Port> = self.likely(proto, asked).into_iter().collect();

@@ -421,6 +421,9 @@ impl<'a> Site<'a> {
         let Some(evaluator) = &self.evaluator else { return ports.map(|p| (p, Fate::Lost)).collect() };
         let mut known: HashMap<usize, (Port, Fate)> = HashMap::new();
         let mut fate = |port: Port| {
+            if self.guarded(port).is_some() {
+                return Fate::Dropped;
+            }
             let (asked, fate) = known.entry(self.group(port)).or_insert_with(|| {
                 let judgement = evaluator.judge_alone(&self.packet(port, self.source), self.view);
                 (port, self.fate(port, &judgement))
@@ -465,6 +468,10 @@ impl<'a> Site<'a> {
         }
         let mut known: HashMap<usize, Option<Place>> = HashMap::new();
         let mut rejects = |port: Port| {
+            // Dropped before any rule could reject it.
+            if self.guarded(port).is_some() {
+                return None;
+            }
             let by = known.entry(self.group(port)).or_insert_with(|| {
                 let judgement = self.judge(port, self.source)?;
                 if judgement.verdict == Says::Reject { judgement.by } else { None }
@@ -537,12 +544,14 @@ impl<'a> Site<'a> {
     }
 
     /// Why the guard refuses it, which comes before every rule.
-    fn guarded(&self, port: Port) -> Option<&'static str> {
+    pub(super) fn guarded(&self, port: Port) -> Option<&'static str> {
         let rules = self.view.desired?.guard.as_ref().filter(|rules| !rules.audit)?;
-        let here = self.proto == Proto::Tcp && self.view.guarded.iter().any(|name| name == self.interface);
+        if self.proto != Proto::Tcp || !self.view.guarded.iter().any(|name| name == self.interface) {
+            return None;
+        }
         let syn = Syn { source: self.source, destination: self.address, port: port.get(), onward: None };
-        // Without openings that end: who asks here was dropped.
-        rules.judge(&syn, Boot(0)).filter(|_| here).map(DropReason::name)
+        // At the time at which no opening has ended yet: what is refused then always is.
+        rules.judge(&syn, Boot(0)).map(DropReason::name)
     }
 
     /// Which rule holds the port back, by the evaluator of rules.

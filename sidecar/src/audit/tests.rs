@@ -353,6 +353,11 @@ fn the_evaluators_opinion_is_one_of_ports_that_could_answer() {
     let of = |number: u16| told.fates.iter().find(|(p, _)| *p == port(number)).map(|(_, fate)| fate.clone());
     assert_eq!(of(443), Some(here("203.0.113.7", 443)));
     assert_eq!(of(5432), Some(Fate::Dropped));
+    // What the guard refuses gets to no rule, be there any or not.
+    let flushed = Reading::Seen(Default::default());
+    let view = View { rules: &flushed, ..view };
+    let told = opinion(&view, "eth0", ip("203.0.113.7"), ip(OUTSIDER), Proto::Tcp, &[port(443), port(5432)]);
+    assert_eq!(told.fates, [(port(443), here("203.0.113.7", 443)), (port(5432), Fate::Dropped)]);
     let links = snapshot.links.clone();
     let gone = Reading::Blind(Gap::new("no nft"));
     let view =
