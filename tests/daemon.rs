@@ -307,6 +307,11 @@ fn daemon_does_not_fight_for_ever() {
     let lab = Lab::plain();
     let daemon = lab.spoke.daemon(&lab.policy()).unwrap();
     let wanted = lab.spoke.ok(&TABLE).unwrap();
+    // What it asks from outside at start is no part of what a fight costs.
+    wait_until(3 * LONG, "the first audit", || {
+        (!status(&lab.spoke, &daemon)["daemon"]["audit"].is_null()).then_some(())
+    })
+    .unwrap();
     let enemy = nft_called(&lab, "enemy");
     for (change, code) in [
         ("delete table inet spokeguard", "firewall-missing"),

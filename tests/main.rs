@@ -18,3 +18,4 @@ mod look;
 mod metrics;
 mod netns;
 mod privileges;
+mod proof;

@@ -331,8 +331,18 @@ fn metrics_count_every_drop_and_follow_the_verdict() {
     let lab = Lab::plain();
     let sshd = lab.spoke.sshd(22, &["10.84.0.16", "fd84::16"], "").unwrap();
     let _web = lab.spoke.web().unwrap();
-    let _daemon = lab.spoke.daemon(&(plain_policy(&lab) + UNGUARDED)).unwrap();
+    let daemon = lab.spoke.daemon(&(plain_policy(&lab) + UNGUARDED)).unwrap();
+    // While it asks from outside, drops are told a moment later.
+    wait_until(3 * LONG, "the first audit", || {
+        (!crate::daemon::status(&lab.spoke, &daemon)["daemon"]["audit"].is_null()).then_some(())
+    })
+    .unwrap();
     let before = fresh(&lab.hub);
+    assert_eq!(
+        sum(&before, "dropped_packets_total", &[("rule", "public-udp")]),
+        0.0,
+        "probes are no strangers"
+    );
     let syns = 7;
     for (address, family) in [(SPOKE_PUBLIC, "ipv4"), (SPOKE_PUBLIC_V6, "ipv6")] {
         for (port, rule) in [(22, "ssh"), (5432, "public-tcp")] {

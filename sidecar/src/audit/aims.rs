@@ -69,6 +69,30 @@ pub fn aims(view: &View, interface: Option<&str>, address: Option<IpAddr>) -> Ve
     out
 }
 
+/// The aims of each interface, in the order of the interfaces.
+pub fn by_link(aims: &[Aim]) -> Vec<(&Link, Vec<&Aim>)> {
+    let mut out: Vec<(&Link, Vec<&Aim>)> = Vec::new();
+    for aim in aims {
+        match out.last_mut() {
+            Some((link, list)) if link.index == aim.link.index => list.push(aim),
+            _ => out.push((&aim.link, vec![aim])),
+        }
+    }
+    out
+}
+
+/// Neighbouring ports as ranges; the list is in order.
+pub fn ranges(ports: &[Port]) -> Vec<std::ops::RangeInclusive<u16>> {
+    let mut out: Vec<std::ops::RangeInclusive<u16>> = Vec::new();
+    for port in ports {
+        match out.last_mut() {
+            Some(last) if last.end().checked_add(1) == Some(port.get()) => *last = *last.start()..=port.get(),
+            _ => out.push(port.get()..=port.get()),
+        }
+    }
+    out
+}
+
 impl View<'_> {
     /// The ports at which anything could answer: where sockets wait, which rules publish,
     /// and of which the policy speaks.
@@ -179,6 +203,12 @@ pub struct Ports(Vec<(Port, Port)>);
 impl Ports {
     pub fn all() -> Self {
         Self(vec![(FIRST, LAST)])
+    }
+
+    /// Of ports in order.
+    pub fn of(ports: &[Port]) -> Self {
+        let ends = ranges(ports).into_iter();
+        Self(ends.filter_map(|run| Port::new(*run.start()).zip(Port::new(*run.end()))).collect())
     }
 
     pub fn contains(&self, port: Port) -> bool {

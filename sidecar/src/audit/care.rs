@@ -4,6 +4,8 @@
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 
+use serde::{Deserialize, Serialize};
+
 use super::join::{Site, View};
 use super::{Fate, Ports};
 use crate::ruleset::evaluate::has_limits;
@@ -17,7 +19,7 @@ const SLOWEST: f64 = 2.0;
 const SECONDS_MAX: u32 = 10;
 
 /// How one address and protocol is to be swept.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Care {
     pub address: IpAddr,
     pub proto: Proto,

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::observed::{Fate, Sweep};
 use crate::report::Verdict;
 use crate::terms::{Actor, Family, Port, Proto, Stamp};
 
@@ -17,46 +18,10 @@ mod tests;
 mod text;
 mod xml;
 
-pub use aims::{Aim, Ports, aims, stranger};
+pub use aims::{Aim, Ports, aims, by_link, ranges, stranger};
 pub use care::Care;
 pub use join::{View, opinion};
 pub use services::service_name;
-
-/// What became of the probes of one sweep: one protocol, one address, one interface.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Sweep {
-    pub interface: String,
-    pub address: IpAddr,
-    pub proto: Proto,
-    /// Where the probes said they came from (the first of them, where each has its own).
-    pub source: IpAddr,
-    /// In the order of the ports; no port twice.
-    pub fates: Vec<(Port, Fate)>,
-    /// Ports that were not probed, in order: their fates are what the rules say.
-    pub unproven: Vec<Port>,
-}
-
-/// What one probe met, after every table, NAT and program of the host had its say.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Fate {
-    /// Got through to this host itself, at this port after any DNAT or redirect. Whether a
-    /// socket is there, the listeners tell.
-    Delivered { address: IpAddr, port: Port },
-    /// Got through on its way to another machine or a container.
-    Forwarded { address: IpAddr, port: Port },
-    /// Answered by a socket (a SYN-ACK, a datagram) where replies were asked for; or taken
-    /// by a proxy: a transparent one's socket, or netfilter's own for SYNs.
-    Answered,
-    /// Answered by a TCP reset before any socket: a reject rule. Where replies were asked for, a closed
-    /// port as well.
-    Reset,
-    /// Answered by ICMP (type, code): a reject rule, or no route behind a DNAT.
-    Unreachable { icmp_type: u8, code: u8 },
-    /// No trace of it: dropped.
-    Dropped,
-    /// We can't tell; it was never seen to arrive.
-    Lost,
-}
 
 /// What a scan of another host heard: one protocol, one address.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -8,7 +8,7 @@ use clap::Args;
 use ipnet::IpNet;
 
 use super::{Format, Global};
-use crate::audit::{Aim, Audit, Ports, Sweep, View, aims, opinion, stranger};
+use crate::audit::{Aim, Audit, Ports, Sweep, View, aims, by_link, opinion, ranges, stranger};
 use crate::desired::Desired;
 use crate::diff::glass::openings_in;
 use crate::observed::{Link, Reading};
@@ -64,6 +64,9 @@ Examples:
   spokeguard audit --format xml         as nmap's -oX
 
 Exit codes: 0 as the policy says, 1 it differs, 2 could not tell.";
+
+/// The daemon's audits take less than a second; another operator's may take longer, which is said.
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(3);
 
 pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
     let audit = if options.targets.is_empty() { local(global, options)? } else { remote(global, options)? };
@@ -127,18 +130,6 @@ fn local(global: &Global, options: &Options) -> anyhow::Result<Audit> {
     Ok(audit)
 }
 
-/// The aims of each interface, in the order of the interfaces.
-fn by_link(aims: &[Aim]) -> Vec<(&Link, Vec<&Aim>)> {
-    let mut out: Vec<(&Link, Vec<&Aim>)> = Vec::new();
-    for aim in aims {
-        match out.last_mut() {
-            Some((link, list)) if link.index == aim.link.index => list.push(aim),
-            _ => out.push((&aim.link, vec![aim])),
-        }
-    }
-    out
-}
-
 /// What all sweeps of one audit share.
 struct Sight<'a> {
     view: &'a View<'a>,
@@ -188,7 +179,7 @@ impl Sight<'_> {
             };
             let clock = clock::Uptime::start();
             let mut before = (0u64, None);
-            let found = probe::sweep(&request, &mut |at| {
+            let found = probe::sweep_when_free(&request, PATIENCE, &mut |at| {
                 let now = Some((at.address, at.proto));
                 if before.1 != now {
                     before = (before.0 + u64::from(at.of), now);
@@ -230,18 +221,6 @@ impl Sight<'_> {
         }
         out
     }
-}
-
-/// Neighbouring ports as ranges; the list is in order.
-fn ranges(ports: &[Port]) -> Vec<std::ops::RangeInclusive<u16>> {
-    let mut out: Vec<std::ops::RangeInclusive<u16>> = Vec::new();
-    for port in ports {
-        match out.last_mut() {
-            Some(last) if last.end().checked_add(1) == Some(port.get()) => *last = *last.start()..=port.get(),
-            _ => out.push(port.get()..=port.get()),
-        }
-    }
-    out
 }
 
 /// Why there is nothing to probe.

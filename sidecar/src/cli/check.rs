@@ -1,20 +1,38 @@
-//! `check`: one look, and what differs.
+//! `check`: one look, from the inside and from the outside, and what differs.
 
-use super::{Format, Global};
+use clap::Args;
+
+use super::{Format, Global, Places};
 use crate::apply::trial::Ledger;
+use crate::audit::View;
 use crate::daemon::confirm;
-use crate::diff;
+use crate::desired::Desired;
+use crate::diff::{self, Assessment};
+use crate::observed::{Facet, Probed, Reading, Snapshot};
 use crate::report::Report;
 use crate::source::Eyes;
+use crate::source::outside::{self, Extent};
 use crate::sys::clock;
 
-pub fn run(global: &Global) -> anyhow::Result<u8> {
+#[derive(Args)]
+pub struct Options {
+    /// Do not probe this host from outside: believe what sockets and rules say
+    #[arg(long)]
+    no_probe: bool,
+}
+
+pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
     let now = clock::now();
     let (_, desired) = super::policy::load(global, now)?;
     let places = global.places()?;
     let mut eyes = Eyes::new(&places.pin);
     let snapshot = eyes.look(&desired, now);
-    let mut assessment = diff::assess(&desired, &snapshot, now);
+    let (snapshot, mut assessment) = if options.no_probe {
+        let assessment = diff::assess(&desired, &snapshot, now);
+        (snapshot, assessment)
+    } else {
+        probed(&desired, &places, &mut eyes, snapshot)
+    };
     let ledger = Ledger::new(&places);
     let fingerprint = crate::policy::fingerprint(&desired.policy);
     let refused = ledger.refused().filter(|refused| refused.fingerprint == fingerprint);
@@ -25,7 +43,46 @@ pub fn run(global: &Global) -> anyhow::Result<u8> {
     let report = Report::new(&desired, &snapshot, assessment, now);
     global.print(&match global.format {
         Format::Json => report.to_json(),
-        Format::Text | Format::Xml => report.to_text(global.width(), global.colour()),
+        Format::Text | Format::Xml => {
+            let note = if options.no_probe { NOT_PROBED } else { "" };
+            format!("{}{note}", report.to_text(global.width(), global.colour()))
+        }
     })?;
     Ok(report.exit_code())
+}
+
+const NOT_PROBED: &str =
+    "\nNot probed from outside (--no-probe): what is said of strangers is what the rules say.\n";
+
+/// The same look, and what probes met. Where they leave a doubt, the host is looked at and
+/// asked a second time.
+fn probed(
+    desired: &Desired,
+    places: &Places,
+    eyes: &mut Eyes,
+    mut snapshot: Snapshot,
+) -> (Snapshot, Assessment) {
+    let now = snapshot.at;
+    let errand = |snapshot: &Snapshot, extent: &Extent| {
+        outside::errand(&View::of(desired, snapshot), &places.run, extent)
+    };
+    let first = match snapshot.links.gap() {
+        None => outside::run(&errand(&snapshot, &Extent::All)).map(|sweeps| Probed::new(&sweeps)),
+        Some(gap) => Err(anyhow::anyhow!("the interfaces could not be read: {}", gap.reason)),
+    };
+    snapshot.audit = Some(outside::reading(first));
+    let assessment = diff::assess(desired, &snapshot, now);
+    if assessment.disputed.is_empty() {
+        return (snapshot, assessment);
+    }
+    let facets = [Facet::Nftables, Facet::Listeners, Facet::Links];
+    let mut snapshot = eyes.look_again(desired, snapshot, &facets, now);
+    let asked = outside::run(&errand(&snapshot, &Extent::Doubts(assessment.disputed.clone())));
+    if let Some(Reading::Seen(probed)) = &mut snapshot.audit {
+        // Not to be asked again is no reason to keep what was found to oneself.
+        let later = Probed::new(&asked.unwrap_or_default());
+        probed.update(&later.sweeps, &assessment.disputed);
+    }
+    let assessment = diff::assess(desired, &snapshot, now);
+    (snapshot, assessment)
 }

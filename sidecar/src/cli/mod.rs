@@ -22,7 +22,7 @@ mod run;
 mod status;
 
 pub use policy::load_policy;
-pub use run::{INTERNAL_HTTP, INTERNAL_LOAD, INTERNAL_LOAD_BINDS};
+pub use run::{INTERNAL_HTTP, INTERNAL_LOAD, INTERNAL_LOAD_BINDS, INTERNAL_PROBE};
 
 /// Declares, enforces, observes and reports what this host exposes.
 ///
@@ -92,7 +92,7 @@ pub enum Format {
 #[derive(Subcommand)]
 pub enum Command {
     /// Look once and print what differs from the policy
-    Check,
+    Check(check::Options),
     /// Show what apply would change; changes nothing
     Plan,
     /// Put the policy in force once, and read it back
@@ -138,6 +138,9 @@ pub enum Command {
     /// Ends what a killed audit began (run by the audit itself)
     #[command(name = crate::source::probe::keeper::VERB, hide = true)]
     InternalKeep { run_dir: PathBuf },
+    /// Probes this host from outside (run by the daemon itself)
+    #[command(name = INTERNAL_PROBE, hide = true)]
+    InternalProbe,
 }
 
 /// The directories of this instance. In a network namespace other than the first one the
@@ -223,7 +226,7 @@ pub fn main() -> ExitCode {
     let result = match command {
         Command::Audit(options) => audit::run(&global, &options),
         _ if global.format == Format::Xml => Err(anyhow::anyhow!("--format xml is for audit only")),
-        Command::Check => check::run(&global),
+        Command::Check(options) => check::run(&global, &options),
         Command::Plan => plan::run(&global),
         Command::Apply(options) => apply::run(&global, &options),
         Command::Confirm => apply::confirm(&global),
@@ -241,6 +244,7 @@ pub fn main() -> ExitCode {
         }
         Command::InternalHttp => run::serve_http(),
         Command::InternalKeep { run_dir } => crate::source::probe::keeper::keep(&run_dir).map(|()| 0),
+        Command::InternalProbe => run::probe(),
     };
     match result {
         Ok(code) => ExitCode::from(code),

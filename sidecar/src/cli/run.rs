@@ -17,6 +17,8 @@ pub const INTERNAL_LOAD_BINDS: &str = "internal-load-binds";
 
 /// The same for the metrics server, which is given a socket as stdin.
 pub const INTERNAL_HTTP: &str = "internal-http";
+/// Another: reads on stdin what to ask from outside, and writes what was met to stdout.
+pub const INTERNAL_PROBE: &str = "internal-probe";
 
 pub fn run(global: &Global) -> anyhow::Result<u8> {
     crate::sys::memory::limit_arenas();
@@ -69,5 +71,10 @@ pub fn load_bpf(pin_dir: &Path, guard_only: bool) -> anyhow::Result<u8> {
     if omitted != bpf::Omitted::default() {
         eprintln!("some services are not counted one by one: {omitted:?}");
     }
+    Ok(0)
+}
+
+pub fn probe() -> anyhow::Result<u8> {
+    crate::source::outside::run_from_stdin()?;
     Ok(0)
 }

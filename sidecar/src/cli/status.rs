@@ -53,6 +53,10 @@ fn about(status: &Status, width: usize) -> String {
         Rules::NotInForce => "  what the policy file says is NOT in force\n".to_owned(),
     };
     text.push_str(&stands);
+    let _ = match &daemon.audit {
+        Some(audit) => writeln!(text, "Probed from outside at {}, in {:.2} s", audit.at, audit.seconds),
+        None => writeln!(text, "Not probed from outside yet"),
+    };
     for event in daemon.events.iter().rev().take(EVENTS) {
         let line: String = event.to_line().chars().take(width.saturating_sub(2)).collect();
         let _ = writeln!(text, "  {line}");

@@ -46,6 +46,7 @@ pub mod privileges;
 pub mod server;
 pub mod socket;
 
+mod audits;
 mod binds;
 mod glass;
 mod guarding;
@@ -54,6 +55,7 @@ mod reload;
 mod seccomp;
 mod suspects;
 
+use audits::Audits;
 use confirm::Standing;
 use eventlog::{Event, EventKind, EventLog};
 use front::{Call, Front};
@@ -148,6 +150,7 @@ struct Daemon {
     repairs: BTreeMap<(ActionKind, RepairOutcome), u64>,
     /// The last repair of this kind that was tried failed, or could not be tried.
     repair_fails: bool,
+    audits: Audits,
 }
 
 /// Facts of the last look.
@@ -226,6 +229,7 @@ impl Daemon {
             drifts: BTreeMap::new(),
             repairs: BTreeMap::new(),
             repair_fails: false,
+            audits: Audits::new(Instant::now()),
         }
     }
 
@@ -307,6 +311,9 @@ impl Daemon {
                 self.renew_guard();
             }
             let trial_due = self.trial_due();
+            // What to ask from outside is read off the last look.
+            // In a fight it would be out of date before it is had.
+            let ask = self.audits.due().filter(|_| look.is_none() && !self.pace.is_spent());
             // In no order: whoever floods one source must not silence the others.
             tokio::select! {
                 event = maybe(commits.as_mut().map(NftEvents::next)) => match event {
@@ -346,6 +353,12 @@ impl Daemon {
                 () = sleep_until(self.glass.ends()) => {
                     self.glass.ended();
                     self.wake([Facet::Nftables], Duration::ZERO);
+                }
+                () = sleep_until(ask) => self.ask(),
+                () = self.audits.ended() => {
+                    if self.audits.is_fresh() {
+                        self.wake([Facet::Listeners, Facet::Audit], Duration::ZERO);
+                    }
                 }
                 event = maybe(link_events.as_mut().map(links::LinkEvents::next)) => match event {
                     Ok(_) => self.wake([Facet::Links, Facet::Wireguard, Facet::Listeners], SETTLE),
@@ -462,10 +475,23 @@ impl Daemon {
     /// What has been announced meanwhile is taken together: in a fight, an answer to each
     /// commit would be an answer to one of long ago.
     fn on_commits(&mut self, first: NftEvent, commits: &mut Option<NftEvents>) {
+        let later = std::iter::from_fn(|| commits.as_mut()?.announced());
+        let events: Vec<NftEvent> = std::iter::once(first).chain(later).take(COMMITS_AT_ONCE).collect();
+        let (events, of_audits): (Vec<NftEvent>, Vec<NftEvent>) =
+            events.into_iter().partition(NftEvent::matters);
+        for event in of_audits {
+            // The rules are what they were; only the number of the generation is another.
+            if self.generation == Some(event.generation.wrapping_sub(1)) {
+                self.audits.generation_moved(event.generation.wrapping_sub(1), event.generation);
+                self.generation = Some(event.generation);
+            }
+        }
+        if events.is_empty() {
+            return;
+        }
         self.wake([Facet::Nftables], SETTLE);
         let (mut touched, mut own_touched, mut strangers) = (false, false, VecDeque::new());
-        let later = std::iter::from_fn(|| commits.as_mut()?.announced());
-        for event in std::iter::once(first).chain(later).take(COMMITS_AT_ONCE) {
+        for event in events {
             // Our own repairs are announced as well, at times after somebody has undone them.
             let ours = |pid: u32| pid == std::process::id() || nft::committed(pid);
             if event.actor.as_ref().is_some_and(|(pid, _)| ours(*pid)) {
@@ -594,7 +620,10 @@ impl Daemon {
             self.looked_for = std::mem::take(&mut self.suspects);
         }
         self.follow();
-        let (desired, snapshot) = (Arc::clone(&self.desired), self.snapshot.take());
+        let (desired, mut snapshot) = (Arc::clone(&self.desired), self.snapshot.take());
+        if let Some(snapshot) = &mut snapshot {
+            self.audits.tell(snapshot);
+        }
         let (budget, uptime) = (Arc::clone(&self.budget), self.uptime);
         let (gap, replay) = (self.counter_gap.clone(), self.replay.is_none());
         let cut = facets.contains(&Facet::Nftables) && self.glass.take_cut(self.standing.is_on_trial());
@@ -611,6 +640,13 @@ impl Daemon {
             pass.took += uptime.elapsed() - begun;
             pass
         }))
+    }
+
+    /// Asks from outside what is due.
+    fn ask(&mut self) {
+        let Some(snapshot) = &self.snapshot else { return };
+        let run_dir = &self.places.run;
+        self.audits.begin(&self.desired, snapshot, self.generation, run_dir, Instant::now(), self.uptime);
     }
 
     fn finish(&mut self, pass: Pass) {
@@ -731,6 +767,8 @@ impl Daemon {
             peers: snapshot.wireguard.seen().and_then(Option::as_ref).map(|device| device.peers.clone()),
             blind: Facet::ALL.into_iter().filter(|facet| snapshot.gap(*facet).is_some()).collect(),
         };
+        let (proof, disputed) = (assessment.proof.take(), std::mem::take(&mut assessment.disputed));
+        self.audits.looked(&self.desired, &snapshot, self.generation, proof, disputed, Instant::now());
         let report = Report::new(&self.desired, &snapshot, assessment, now);
         notify::status(&headline(&report));
         self.snapshot = Some(snapshot);
@@ -877,7 +915,9 @@ impl Daemon {
         let mut drops = nft_counters::read().ok();
         if let Some(drops) = &mut drops {
             self.guarding.add_to(drops);
+            self.audits.discount(drops);
         }
+        let audit = self.audits.metrics();
         let blind: Vec<Facet> = report.blind.iter().map(|blind| blind.facet).collect();
         let state = metrics::State {
             now: clock::now(),
@@ -898,7 +938,7 @@ impl Daemon {
             drops: drops.as_ref(),
             binds: self.binds.tally(),
             peers: self.seen.peers.as_deref(),
-            audit: None,
+            audit: audit.as_ref(),
             openings: self.glass.count(),
             openings_end: self.glass.last_end(),
             cycles: self.cycles,
@@ -984,6 +1024,7 @@ impl Daemon {
             last_cycle_seconds: self.cycle_took.as_secs_f64(),
             repairs: self.repairs.iter().filter_map(done).sum(),
             guard: self.guarding.told(),
+            audit: self.audits.last(),
             events: self.recent.iter().cloned().collect(),
             privileges: self.privileges.with(self.front.confinement().cloned()),
         };

@@ -15,6 +15,7 @@ use rustix::process::{Resource, Rlimit, setrlimit};
 use serde::{Deserialize, Serialize};
 
 use super::seccomp;
+use crate::source::probe::Means;
 use crate::sys::attempt::Attempt;
 use crate::sys::descriptors;
 
@@ -22,7 +23,7 @@ use crate::sys::descriptors;
 const KEPT: [Capability; 6] = [
     // nftables, WireGuard, tc, nfnetlink and rtnetlink groups.
     Capability::CAP_NET_ADMIN,
-    // Maps, links and the loader child; PERFMON for the tracepoint.
+    // Maps, links, the loader child and the audits; PERFMON for the tracepoint.
     Capability::CAP_BPF,
     Capability::CAP_PERFMON,
     // Which process holds a socket: /proc/PID/fd of other users.
@@ -31,6 +32,12 @@ const KEPT: [Capability; 6] = [
     // `[metrics] port` may be below 1024.
     Capability::CAP_NET_BIND_SERVICE,
 ];
+
+/// Before Linux 6.6, audits see what arrives by a packet socket.
+fn kept() -> Vec<Capability> {
+    let raw = (!Means::of_this_kernel().tcx).then_some(Capability::CAP_NET_RAW);
+    KEPT.into_iter().chain(raw).collect()
+}
 
 /// What the daemon has left, and what it found when it tried to get more.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -90,7 +97,7 @@ pub fn confine_daemon() -> Privileges {
     if let Err(error) = descriptors::keep_from_children() {
         log::debug!("children inherit what this process was started with: {error}");
     }
-    let dropped = drop_capabilities(&KEPT).unwrap_or_else(|error| {
+    let dropped = drop_capabilities(&kept()).unwrap_or_else(|error| {
         gaps.push(format!("capabilities could not be dropped: {error:#}"));
         CapsHashSet::new()
     });
@@ -114,7 +121,7 @@ pub fn confine_server(descriptors_max: u64) -> Confinement {
     // has dropped: not past no_new_privs.
     match caps::read(None, CapSet::Permitted) {
         Ok(had) => gaps.extend(
-            had.iter().filter(|c| !KEPT.contains(c)).map(|c| format!("{} came back at exec", name(*c))),
+            had.iter().filter(|c| !kept().contains(c)).map(|c| format!("{} came back at exec", name(*c))),
         ),
         Err(error) => gaps.push(format!("capabilities can't be read: {error}")),
     }

@@ -21,6 +21,7 @@ use tokio::sync::Semaphore;
 
 use super::eventlog::Event;
 use super::privileges::Privileges;
+use crate::observed::Probing;
 use crate::policy;
 use crate::report::Report;
 use crate::terms::{Stamp, printable};
@@ -66,6 +67,9 @@ pub struct Daemon {
     /// The second layer: the interfaces that the tc guard is on, or why it is not active.
     #[serde(default)]
     pub guard: String,
+    /// The last whole look from outside; `null`: none yet.
+    #[serde(default)]
+    pub audit: Option<Probing>,
     /// The last events, oldest first.
     pub events: Vec<Event>,
     pub privileges: Privileges,
@@ -305,6 +309,7 @@ mod tests {
             policy: "0123456789abcdef".into(),
             cycle: 7,
             last_cycle_seconds: 0.25,
+            audit: None,
             repairs: 2,
             guard: String::new(),
             events: Vec::new(),

@@ -42,7 +42,7 @@ struct Entry {
 
 impl Code {
     /// In the order of the catalogue: by severity, then as declared.
-    pub const ALL: [Code; 27] = [
+    pub const ALL: [Code; 28] = [
         Code::FirewallMissing,
         Code::ListenerExposed,
         Code::DnatExposed,
@@ -60,6 +60,7 @@ impl Code {
         Code::BindRefused,
         Code::PolicyRolledBack,
         Code::PolicyNotLoaded,
+        Code::ProofDisagrees,
         Code::GuardMissing,
         Code::ListenerWide,
         Code::SshPassword,
@@ -89,7 +90,7 @@ impl Code {
     }
 
     const fn entry(self) -> Entry {
-        use Facet::{Binds, Counters, Files, Links, Listeners, Nftables, Sshd, Wireguard};
+        use Facet::{Audit, Binds, Counters, Files, Links, Listeners, Nftables, Sshd, Wireguard};
         match self {
             Code::FirewallMissing => Entry {
                 name: "firewall-missing",
@@ -434,13 +435,32 @@ impl Code {
             Code::AuditExposed => Entry {
                 name: "audit-exposed",
                 severity: Severity::Critical,
-                facets: &[],
-                meaning: "A probe from outside got an answer from a port that the policy does not open.",
-                why: "This is not a conclusion from rules and sockets but an answer from the wire, so\n\
-                      nothing on the host explains it away.",
-                remedy: "Compare with `spokeguard check`: the listener or published port behind it is\n\
-                         usually named there. If it is not, something answers in front of this host.",
-                example: "  198.51.100.7 tcp/5432\n  wanted  closed\n  found   open (syn-ack)",
+                facets: &[Audit, Listeners],
+                meaning: "A probe from outside got to something that the policy does not open, and no other\n\
+                          finding says so: the rules, as far as we can read them, hold it or can't be judged.",
+                why: "This is not a conclusion from rules and sockets but what a packet met, so nothing on\n\
+                      the host explains it away.",
+                remedy: "`found` puts the three opinions side by side: who listens, what the rules say, and\n\
+                         where the probe came to. Close what it came to; then look for what took it past the\n\
+                         rules. `spokeguard audit` shows all ports at once.",
+                example: "  tcp/198.51.100.7:8443\n  wanted  closed to strangers\n  \
+                          found   sockets: none of this host's; rules: cannot tell, it depends on xt;\n          \
+                          probe: is sent on to 172.17.0.2:443 through eth0 as 73.9.1.4",
+            },
+            Code::ProofDisagrees => Entry {
+                name: "proof-disagrees",
+                severity: Severity::High,
+                facets: &[Audit, Listeners, Nftables],
+                meaning: "Sockets and rules say one thing of a port, and a probe from outside met another: high\n\
+                          where a wanted port is shut, low where the policy is kept all the same.",
+                why: "Something decides about packets that is not in the rules: a tc or XDP program, a\n\
+                      flowtable, policy routing. What it does today to one port it can do to any.",
+                remedy: "`found` has all three opinions. Look at `tc filter show dev eth0 ingress`, `ip link`\n\
+                         (XDP), `ip rule` and `nft list flowtables`. The port was asked twice, so it is no\n\
+                         accident of the moment.",
+                example: "  tcp/198.51.100.7:80\n  wanted  open to anyone\n  \
+                          found   sockets: nginx listens on 0.0.0.0:80; rules: let it in;\n          \
+                          probe: is dropped through eth0 as 73.9.1.4",
             },
         }
     }
@@ -504,8 +524,8 @@ mod tests {
         assert!(Code::ALL.windows(2).all(|pair| pair[0].severity() <= pair[1].severity()));
         names.sort_unstable();
         names.dedup();
-        // SealedRules is the last variant declared.
-        assert_eq!(names.len(), Code::SealedRules as usize + 1);
+        // ProofDisagrees is the last variant declared.
+        assert_eq!(names.len(), Code::ProofDisagrees as usize + 1);
         for code in Code::ALL {
             // The name in JSON, the name in text and the name that is parsed are one.
             let json = serde_json::to_value(code).expect("a code");

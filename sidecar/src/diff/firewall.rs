@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::sight::{Reach, Sight, is_ours, place, someone_in, told};
+use super::sight::{Reach, Sight, held, is_ours, place, someone_in, told};
 use super::{Assessment, Code, Finding, Severity, listed};
 use crate::desired::{BREAK_GLASS, Desired, Service, TABLE};
 use crate::observed::{Facet, Link, Snapshot};
@@ -170,31 +170,32 @@ fn blocked_in(
                     break;
                 }
                 // Ours is compared rule by rule elsewhere.
-                (Verdict::Drop | Verdict::Reject, Some(by)) if !is_ours(&by) => stopped = Some((verb, by)),
-                (Verdict::Drop | Verdict::Reject, _) => {}
+                (Verdict::Drop | Verdict::Reject, Some(by)) if is_ours(&by) => {}
+                // Without a place it was the probe that told.
+                (Verdict::Drop | Verdict::Reject, by) => stopped = Some((verb, by)),
             }
         }
         let Some((verb, by)) = stopped else { continue };
+        let (by, found) = match by {
+            Some(by) => (place(&by), format!("{verb} by {}", place(&by))),
+            None => ("the rules".to_owned(), held(None)),
+        };
         let from = match service.scope {
             Scope::Public if service.from.is_none() => "by anyone",
             Scope::Public => "from the listed addresses",
             _ => "through the mesh",
         };
         let next = if is_ssh {
-            format!("Let {} accept tcp/{port} on {}: the way in for the hub is shut.", place(&by), link.name)
+            format!("Let {by} accept tcp/{port} on {}: the way in for the hub is shut.", link.name)
         } else {
-            format!(
-                "Let {} accept {proto}/{port} on {}, or take the port out of the policy.",
-                place(&by),
-                link.name
-            )
+            format!("Let {by} accept {proto}/{port} on {}, or take the port out of the policy.", link.name)
         };
         out.add(Finding::new(
             Code::FirewallBlocked,
             if is_ssh { Severity::High } else { Severity::Medium },
             &subject,
             format!("reachable {from} at {destination} on {}", link.name),
-            format!("{verb} by {}", place(&by)),
+            found,
             next,
         ));
         return;
@@ -323,6 +324,13 @@ fn dnat(sight: &Sight, rule: &Published, out: &mut Assessment) {
     }
     approaches.sort_by_key(|(door, address)| (door.index, *address));
     approaches.dedup_by_key(|(door, address)| (door.index, *address));
+    // A rule that does not say which ports it takes, or not in a way that we understand: the
+    // probe names them one by one.
+    let any_port = first.get() == 1 && last.get() == u16::MAX;
+    let mut asked = approaches.iter().filter(|(_, address)| !super::sight::is_link_local(*address));
+    if any_port && asked.all(|(door, address)| sight.is_probed(door, *address, *proto)) {
+        return;
+    }
     let declared = |port| sight.desired.services.iter().any(|s| is_declared(s, *proto, port));
     let step = unwanted.len().div_ceil(TRIED_MAX).max(1);
     let tried = unwanted.iter().step_by(step).chain(unwanted.last());
@@ -338,8 +346,7 @@ fn dnat(sight: &Sight, rule: &Published, out: &mut Assessment) {
     }
     ways.sort();
     ways.dedup();
-    let ports = if first == last { format!("{proto}/{first}") } else { format!("{proto}/{first}-{last}") };
-    let subject = format!("{ports} -> {target}");
+    let subject = published_subject(rule);
     let what = format!("{} sends it to {target}", place(by));
     let (severity, found) = match (ways.is_empty(), doubt, held) {
         (false, ..) => (
@@ -364,6 +371,13 @@ fn dnat(sight: &Sight, rule: &Published, out: &mut Assessment) {
         "Publish it on a mesh or loopback address only (with Docker `-p ADDRESS:PORT:PORT`), or declare \
          the port under [public] or as an [[exception]].",
     ));
+}
+
+/// "tcp/5432 -> 172.17.0.2:5432".
+pub(super) fn published_subject(rule: &Published) -> String {
+    let Published { proto, first, last, target, .. } = rule;
+    let ports = if first == last { format!("{proto}/{first}") } else { format!("{proto}/{first}-{last}") };
+    format!("{ports} -> {target}")
 }
 
 /// Whether anybody at all may use this port. One for some sources only is judged like a

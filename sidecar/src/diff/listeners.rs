@@ -109,7 +109,7 @@ fn allowance(sight: &Sight, listener: &Listener) -> Allowance {
 }
 
 /// Sockets that every such host has: the DHCP client's, and the tunnel's own.
-fn is_expected(sight: &Sight, listener: &Listener, tunnel: Option<Port>) -> bool {
+pub(super) fn is_expected(sight: &Sight, listener: &Listener, tunnel: Option<Port>) -> bool {
     const DHCP_CLIENT: [u16; 2] = [68, 546];
     const TAILSCALE: u16 = 41_641;
     let mesh = &sight.policy.mesh;

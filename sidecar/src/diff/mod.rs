@@ -12,7 +12,7 @@ use std::fmt::Display;
 use serde::{Deserialize, Serialize};
 
 use crate::desired::Desired;
-use crate::observed::{Facet, Snapshot};
+use crate::observed::{Dispute, Facet, Snapshot};
 use crate::policy::MeshKind;
 use crate::terms::{Actor, Stamp, printable};
 
@@ -25,12 +25,14 @@ pub mod glass;
 mod guard;
 mod listeners;
 pub(crate) mod mesh;
+mod proof;
 mod sight;
 mod ssh;
 #[cfg(test)]
 pub(crate) mod stage;
 
 pub use catalogue::{UnknownCode, explain};
+pub use proof::Proof;
 use sight::Sight;
 
 /// Everything that differs, the worst first: by severity, then code, then subject.
@@ -51,6 +53,7 @@ pub fn assess(desired: &Desired, snapshot: &Snapshot, now: Stamp) -> Assessment 
     listeners::compare(&sight, snapshot, &mut out);
     ssh::compare(&sight, snapshot, &mut out);
     mesh::compare(&sight, snapshot, &mut out);
+    proof::compare(&sight, snapshot, &mut out);
     exceptions::compare(declared, &mut out);
     glass::compare(&openings, now, &mut out);
     files::compare(desired, snapshot, &mut out);
@@ -66,7 +69,8 @@ pub fn needed(desired: &Desired) -> Vec<Facet> {
     Facet::ALL
         .into_iter()
         .filter(|facet| match facet {
-            Facet::Nftables | Facet::Listeners | Facet::Links | Facet::Sshd | Facet::Counters => true,
+            Facet::Nftables | Facet::Listeners | Facet::Links | Facet::Sshd => true,
+            Facet::Counters | Facet::Audit => true,
             Facet::Wireguard => policy.mesh.kind == MeshKind::Wireguard,
             Facet::Files => !policy.files.is_empty(),
             // A second layer, not on every host to be had: its absence is a finding, and what
@@ -83,6 +87,10 @@ pub struct Assessment {
     /// Questions that matter and have no answer although the facet was read: a rule that
     /// we do not understand stands in the way. Each makes the verdict unknown.
     pub doubts: Vec<(Facet, String)>,
+    /// `None`: nobody has asked from outside.
+    pub proof: Option<Proof>,
+    /// What probes should ask once more before it is told, or before it decides.
+    pub disputed: Vec<Dispute>,
 }
 
 /// More doubts than this say nothing new; the last one then counts the rest.
@@ -198,6 +206,7 @@ pub enum Code {
     PolicyRolledBack,
     PolicyNotLoaded,
     SealedRules,
+    ProofDisagrees,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -9,9 +9,9 @@ use ipnet::IpNet;
 
 use super::listed;
 use crate::desired::{Desired, TABLE};
-use crate::observed::{Link, Listener, Reading, Snapshot};
+use crate::observed::{Dispute, Fate, Link, Listener, Probe, Probed, Reading, Snapshot};
 use crate::policy::{Mode, Policy};
-use crate::ruleset::{Evaluator, Host, Judgement, Packet, Place, Ruleset, TableFamily, Verdict};
+use crate::ruleset::{Evaluator, Host, Judgement, Packet, Place, Rewritten, Ruleset, TableFamily, Verdict};
 use crate::terms::{Family, IfacePattern, Port, Proto, Scope, Stamp};
 
 /// The readings side by side, and the packets that were judged already.
@@ -28,6 +28,10 @@ pub(super) struct Sight<'a> {
     local: HashSet<IpAddr>,
     strangers: [Vec<IpAddr>; 2],
     judged: RefCell<HashMap<Question, Judgement>>,
+    /// What probes from outside met.
+    probed: Option<&'a Probed>,
+    /// Ports at which a probe would decide, if it met the same once more.
+    disputed: RefCell<BTreeSet<Dispute>>,
 }
 
 type Question = (u32, IpAddr, IpAddr, Proto, Port);
@@ -92,6 +96,8 @@ impl<'a> Sight<'a> {
             local,
             strangers: strangers(desired, links),
             judged: RefCell::default(),
+            probed: snapshot.audit.as_ref().and_then(Reading::seen),
+            disputed: RefCell::default(),
         }
     }
 
@@ -186,9 +192,7 @@ impl<'a> Sight<'a> {
                         }
                     }
                     Verdict::Drop | Verdict::Reject => {
-                        if let Some(by) = &judgement.by {
-                            holder.get_or_insert_with(|| format!("held by {}", place(by)));
-                        }
+                        holder.get_or_insert_with(|| held(judgement.by.as_ref()));
                     }
                     Verdict::Unknown(why) => {
                         doubt.get_or_insert_with(|| format!("it depends on {why}"));
@@ -204,8 +208,67 @@ impl<'a> Sight<'a> {
         }
     }
 
-    /// What one packet meets; `None` where the rules could not be read.
+    /// What one packet meets; `None` where the rules could not be read. Where they leave it
+    /// open, a probe of that very port decides, if one was sent.
     pub fn judge(
+        &self,
+        link: &Link,
+        source: IpAddr,
+        destination: IpAddr,
+        proto: Proto,
+        port: Port,
+    ) -> Option<Judgement> {
+        let judgement = self.rules(link, source, destination, proto, port)?;
+        let Verdict::Unknown(why) = &judgement.verdict else { return Some(judgement) };
+        // The probe came as somebody of whom no rule and no policy knows.
+        if !self.sources(destination).contains(&source) {
+            return Some(judgement);
+        }
+        let probe = Probe { interface: link.name.clone(), address: destination, proto, port };
+        let dispute = Dispute { probe, rules: None };
+        let met = self.probed.and_then(|p| Some((p.of(&dispute.probe)?, p.is_confirmed(&dispute))));
+        let decided = match met {
+            None => judgement,
+            Some((Fate::Delivered { address, port }, _) | (Fate::Forwarded { address, port }, _)) => {
+                let here = (address, port) == (destination, dispute.probe.port);
+                let by = || judgement.by.clone().unwrap_or_else(nowhere);
+                let rewritten = || Rewritten { address: Some(address), port: Some(port), by: by() };
+                let rewritten = (!here).then(|| judgement.rewritten.clone().unwrap_or_else(rewritten));
+                Judgement { verdict: Verdict::Accept, by: None, rewritten }
+            }
+            Some((Fate::Answered, _)) => Judgement { verdict: Verdict::Accept, by: None, ..judgement },
+            // A limit that others have used up lets the next stranger in.
+            Some(_) if is_limited(why) => judgement,
+            Some((_, false)) => {
+                let mut disputed = self.disputed.borrow_mut();
+                if disputed.len() < super::proof::DISPUTED_MAX {
+                    disputed.insert(dispute);
+                }
+                judgement
+            }
+            Some((fate, true)) => {
+                let verdict = if fate == Fate::Dropped { Verdict::Drop } else { Verdict::Reject };
+                Judgement { verdict, by: None, rewritten: None }
+            }
+        };
+        Some(decided)
+    }
+
+    /// What should be asked once more from outside, because the answer would decide.
+    pub fn disputed(&self) -> BTreeSet<Dispute> {
+        self.disputed.take()
+    }
+
+    /// Every port of this way in was asked from outside.
+    pub fn is_probed(&self, link: &Link, destination: IpAddr, proto: Proto) -> bool {
+        let ends = [Port::new(1), Port::new(u16::MAX)].into_iter().flatten();
+        self.probed.is_some_and(|probed| {
+            ends.clone().all(|port| probed.fate(&link.name, destination, proto, port).is_some())
+        })
+    }
+
+    /// What the rules alone say of one packet.
+    pub fn rules(
         &self,
         link: &Link,
         source: IpAddr,
@@ -260,7 +323,7 @@ impl<'a> Sight<'a> {
 
     /// Whether the socket takes packets that arrive on this link. A device without
     /// addresses of its own may be a VRF, which stands for all its members.
-    fn admits(&self, listener: &Listener, door: &Link) -> bool {
+    pub fn admits(&self, listener: &Listener, door: &Link) -> bool {
         let Some(index) = listener.device else { return true };
         let device = self.links.seen().and_then(|links| links.iter().find(|l| l.index == index));
         match device {
@@ -318,6 +381,25 @@ pub(super) fn is_link_local(address: IpAddr) -> bool {
 
 pub(super) fn is_ours(place: &Place) -> bool {
     place.family == TableFamily::Inet && place.table == TABLE
+}
+
+/// "held by table inet filter chain input"; without a place it was the probe that told.
+pub(super) fn held(by: Option<&Place>) -> String {
+    match by {
+        Some(by) => format!("held by {}", place(by)),
+        None => "held, as a probe from outside found; the rules do not tell by what".to_owned(),
+    }
+}
+
+/// The text of a doubt names a rule that lets only so many through.
+fn is_limited(why: &str) -> bool {
+    ["limit", "quota", "ct count", "numgen", "meter"].iter().any(|word| why.contains(word))
+}
+
+/// The place of a rule that nobody could name.
+fn nowhere() -> Place {
+    let (table, chain) = ("unknown".to_owned(), "unknown".to_owned());
+    Place { family: TableFamily::Inet, table, chain, handle: None, comment: None }
 }
 
 /// "table inet filter chain input".

@@ -1,6 +1,7 @@
 //! A host for tests: by default one that is exactly as its policy says, so that every
 //! finding comes from what a test changed.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
@@ -81,6 +82,7 @@ impl Stage {
                 counters: Reading::Seen(Counters::default()),
                 binds: Reading::Seen(Binds::default()),
                 guard: Guard::There { rules: GuardState::Declared, attached: vec!["eth0".into()] },
+                audit: None,
             },
             foreign: Vec::new(),
             ours: Some,
@@ -143,6 +145,51 @@ impl Stage {
             Facet::Files => self.snapshot.files = Reading::blind(reason),
             Facet::Counters => self.snapshot.counters = Reading::blind(reason),
             Facet::Binds => self.snapshot.binds = Reading::blind(reason),
+            Facet::Audit => self.snapshot.audit = Some(Reading::blind(reason)),
+        }
+        self
+    }
+
+    /// Every port of an address through eth0 was asked from outside: what the listed ones
+    /// met, and what all others did.
+    pub fn probed(mut self, proto: Proto, address: &str, listed: &[(u16, Fate)], others: Fate) -> Self {
+        let address = ip(address);
+        let listed: BTreeMap<u16, &Fate> = listed.iter().map(|(n, fate)| (*n, fate)).collect();
+        let met = |number| (*listed.get(&number).unwrap_or(&&others)).clone();
+        let sweep = Sweep {
+            interface: "eth0".into(),
+            address,
+            proto,
+            source: ip(if address.is_ipv4() { "73.9.1.4" } else { "2600:1::1d" }),
+            fates: (1..=u16::MAX).map(|number| (port(number), met(number))).collect(),
+            unproven: Vec::new(),
+        };
+        let mut probed = match self.snapshot.audit.take() {
+            Some(Reading::Seen(probed)) => probed,
+            _ => Probed::default(),
+        };
+        probed.update(&[Runs::of(&sweep)], &[]);
+        self.snapshot.audit = Some(Reading::Seen(probed));
+        self
+    }
+
+    /// Asks again wherever a look left something in doubt, and meets the same.
+    pub fn asked_again(mut self) -> Self {
+        let again = |stage: Stage| -> (Stage, Vec<Dispute>) {
+            let Stage { policy, snapshot, foreign, ours, nftables_gap } = stage;
+            let same = Stage {
+                policy: policy.clone(),
+                snapshot: snapshot.clone(),
+                foreign: foreign.clone(),
+                ours,
+                nftables_gap: nftables_gap.clone(),
+            };
+            (Stage { policy, snapshot, foreign, ours, nftables_gap }, same.assess().disputed)
+        };
+        let (stage, disputed) = again(self);
+        self = stage;
+        if let Some(Reading::Seen(probed)) = &mut self.snapshot.audit {
+            probed.update(&[], &disputed);
         }
         self
     }
@@ -163,7 +210,7 @@ impl Stage {
 
     /// A line for each finding, and for each doubt.
     pub fn show(self) -> String {
-        let Assessment { findings, doubts } = self.assess();
+        let Assessment { findings, doubts, .. } = self.assess();
         let mut text = String::new();
         for f in findings {
             let by = f.by.map(|actor| format!(" [{}]", actor.process)).unwrap_or_default();

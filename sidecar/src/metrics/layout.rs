@@ -18,9 +18,10 @@ use super::{Control, RepairOutcome, TOLD};
 /// The contract's bound on all samples of one exposition together.
 pub const SERIES_MAX: usize = 150;
 /// Pairs of code and severity that are told apart; see `folded_findings`.
-pub(super) const FINDINGS_MAX: usize = 8;
-/// `audit_exposed_ports` for two families and two protocols, and `audit_age_seconds`.
-const AUDIT: usize = 5;
+pub(super) const FINDINGS_MAX: usize = 7;
+/// `audit_exposed_ports` for two families and two protocols, `audit_disagreements` and
+/// `audit_age_seconds`.
+const AUDIT: usize = 6;
 /// Series without labels, and the two info metrics: build, policy, start time, verdict,
 /// accepted findings, refused binds, cycle seconds, cycles, resident and BPF memory, refused
 /// connections.

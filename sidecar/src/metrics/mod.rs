@@ -17,7 +17,7 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::{Registry, Unit};
 use serde::Serialize;
 
-use crate::diff::Finding;
+use crate::diff::{Finding, Proof};
 use crate::observed::{Amount, BindTally, Counters, Facet, Peer};
 use crate::policy::{Mode, Role};
 use crate::repair::{ActionKind, Ended};
@@ -147,7 +147,7 @@ impl From<&Ended> for RepairOutcome {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Audit {
     pub at: Stamp,
-    pub exposed: BTreeMap<(Family, Proto), u64>,
+    pub proof: Proof,
 }
 
 /// The state as OpenMetrics 1.0 text, end mark included.
@@ -405,8 +405,14 @@ impl Exposition {
             "Ports that the last audit reached from outside against the policy",
             pairs.map(|(family, proto)| {
                 let labels = vec![("family", family.name().into()), ("proto", proto.name().into())];
-                (labels, Value::Whole(audit.exposed.get(&(family, proto)).copied().unwrap_or(0)))
+                (labels, Value::Whole(audit.proof.exposed.get(&(family, proto)).copied().unwrap_or(0)))
             }),
+        );
+        self.gauge(
+            "audit_disagreements",
+            None,
+            "Ports of which the rules say one thing and a probe from outside met another",
+            one(audit.proof.disagreements.values().sum()),
         );
         let age = state.now.seconds_since(audit.at);
         self.gauge("audit_age", Some(Unit::Seconds), "Time since the last audit", one(age));

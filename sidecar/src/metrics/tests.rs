@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::desired::{Desired, Service};
-use crate::diff::{Code, Severity};
+use crate::diff::{Code, Proof, Severity};
 use crate::observed::{AttemptKey, BindTally, CountedProto, Direction, TrafficKey};
 use crate::policy::*;
 use crate::ruleset::{Table, TableFamily};
@@ -214,7 +214,11 @@ impl World {
             blind: vec![Facet::Sshd],
             audit: Some(Audit {
                 at: Stamp::from_unix(999_000),
-                exposed: BTreeMap::from([((Family::Ipv6, Proto::Tcp), 2)]),
+                proof: Proof {
+                    exposed: BTreeMap::from([((Family::Ipv6, Proto::Tcp), 2)]),
+                    disagreements: BTreeMap::from([((Family::Ipv4, Proto::Udp), 3)]),
+                    standing: Vec::new(),
+                },
             }),
             ..World::default()
         };
@@ -296,6 +300,7 @@ fn a_busy_spoke_is_told_series_by_series() {
         ("spokeguard_wireguard_keepalive_seconds{peer=\"hub\"}", "25"),
         ("spokeguard_wireguard_handshake_age_seconds{peer=\"JQEBAQEB\"}", "+Inf"),
         ("spokeguard_audit_exposed_ports{family=\"ipv6\",proto=\"tcp\"}", "2"),
+        ("spokeguard_audit_disagreements", "3"),
         ("spokeguard_audit_age_seconds", "1000"),
         ("spokeguard_cycle_seconds", "0.0031"),
         ("spokeguard_resident_memory_bytes", "4200000"),
@@ -384,7 +389,7 @@ fn beyond_the_bound_the_worst_findings_keep_their_code() {
     findings.push(finding(Code::AuditExposed, Severity::Critical, false));
     let folded = folded_findings(&findings);
     assert_eq!(folded.get(&("audit-exposed".into(), "critical".into())), Some(&1));
-    assert_eq!(folded.get(&("other".into(), "low".into())), Some(&14));
+    assert_eq!(folded.get(&("other".into(), "low".into())), Some(&15));
     assert_eq!(folded.values().sum::<u64>(), 17);
 }
 

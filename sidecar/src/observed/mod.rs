@@ -11,6 +11,10 @@ use serde::{Deserialize, Serialize};
 use crate::ruleset::Ruleset;
 use crate::terms::{Actor, Family, Port, Proto, PublicKey, Stamp};
 
+mod probed;
+
+pub use probed::{Dispute, Fate, Probe, Probed, Probing, Run, Runs, Sweep};
+
 /// One thing we look at. The order is the order in reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -31,10 +35,12 @@ pub enum Facet {
     Counters,
     /// The bind guard.
     Binds,
+    /// Probes from the outside in.
+    Audit,
 }
 
 impl Facet {
-    pub const ALL: [Facet; 8] = [
+    pub const ALL: [Facet; 9] = [
         Facet::Nftables,
         Facet::Listeners,
         Facet::Links,
@@ -43,6 +49,7 @@ impl Facet {
         Facet::Files,
         Facet::Counters,
         Facet::Binds,
+        Facet::Audit,
     ];
 
     pub const fn name(self) -> &'static str {
@@ -55,6 +62,7 @@ impl Facet {
             Facet::Files => "files",
             Facet::Counters => "counters",
             Facet::Binds => "binds",
+            Facet::Audit => "audit",
         }
     }
 }
@@ -136,13 +144,26 @@ pub struct Snapshot {
     pub binds: Reading<Binds>,
     /// Read with the counters. No facet: nftables enforces the policy without it.
     pub guard: Guard,
+    /// `None`: nobody has asked from outside, or not yet.
+    pub audit: Option<Reading<Probed>>,
 }
 
 impl Snapshot {
     /// The gap of a facet, if it is blind.
     pub fn gap(&self, facet: Facet) -> Option<&Gap> {
-        let Self { at: _, nftables, listeners, links, wireguard, sshd, files, counters, binds, guard: _ } =
-            self;
+        let Self {
+            at: _,
+            nftables,
+            listeners,
+            links,
+            wireguard,
+            sshd,
+            files,
+            counters,
+            binds,
+            guard: _,
+            audit,
+        } = self;
         match facet {
             Facet::Nftables => nftables.gap(),
             Facet::Listeners => listeners.gap(),
@@ -152,7 +173,13 @@ impl Snapshot {
             Facet::Files => files.gap(),
             Facet::Counters => counters.gap(),
             Facet::Binds => binds.gap(),
+            Facet::Audit => audit.as_ref()?.gap(),
         }
+    }
+
+    /// Whether the facet was looked at, so that what is not there now is gone.
+    pub fn was_seen(&self, facet: Facet) -> bool {
+        self.gap(facet).is_none() && (facet != Facet::Audit || self.audit.is_some())
     }
 }
 
@@ -213,7 +240,7 @@ impl Listener {
 }
 
 /// A network interface and its addresses.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Link {
     pub index: u32,
     pub name: String,

@@ -71,7 +71,7 @@ impl History {
             }
         }
         for (key, finding) in before {
-            let looked = key.0.facets().iter().all(|facet| snapshot.gap(*facet).is_none());
+            let looked = key.0.facets().iter().all(|facet| snapshot.was_seen(*facet));
             if looked {
                 transitions.push(Transition::Cleared { finding });
             } else if self.known.len() < REMEMBERED_MAX {

@@ -60,7 +60,7 @@ impl Report {
     /// Blind and doubtful come before drift: what was found is listed all the same, but who
     /// could not look at everything must not be read as "this is all there is".
     pub fn new(desired: &Desired, snapshot: &Snapshot, assessment: Assessment, now: Stamp) -> Self {
-        let Assessment { findings, doubts } = assessment;
+        let Assessment { findings, doubts, .. } = assessment;
         let gaps = diff::needed(desired)
             .into_iter()
             .filter_map(|facet| Some(Blind { facet, reason: printable(&snapshot.gap(facet)?.reason, 600) }));

@@ -13,6 +13,7 @@ pub mod nft;
 pub mod nft_counters;
 pub mod nft_events;
 pub mod nft_xt;
+pub mod outside;
 pub mod owners;
 pub mod probe;
 pub mod scan;
@@ -56,6 +57,8 @@ impl Eyes {
             counters: bpf::read(&self.pins, &bpf::CounterConfig::new(&desired.services)),
             binds: self.binds(now),
             guard: self.guard(desired),
+            // Asked for by name: see `outside`.
+            audit: None,
             listeners,
         }
     }
@@ -79,6 +82,7 @@ impl Eyes {
                 Facet::Wireguard => snapshot.wireguard = wireguard(desired),
                 Facet::Sshd => snapshot.sshd = self.sshd(desired, &snapshot.listeners),
                 Facet::Files => snapshot.files = Reading::from_result(files::read(&desired.policy.files)),
+                Facet::Audit => {}
                 Facet::Counters => {
                     snapshot.counters = bpf::read(&self.pins, &bpf::CounterConfig::new(&desired.services));
                     snapshot.guard = self.guard(desired);

@@ -12,6 +12,7 @@ use rustix::net::{
     sockopt,
 };
 
+use super::probe;
 use crate::desired::TABLE;
 use crate::sys::sockets::Readable;
 use crate::terms::printable;
@@ -67,6 +68,13 @@ pub struct NftEvent {
     pub foreign_touched: bool,
     /// Events were lost: anything may have changed, by anyone.
     pub overrun: bool,
+}
+
+impl NftEvent {
+    /// `false`: it was about nothing but the table by which older kernels audit.
+    pub fn matters(&self) -> bool {
+        self.own_touched || self.foreign_touched || self.overrun
+    }
 }
 
 /// The stream of committed batches of this network namespace, from `open` on.
@@ -247,7 +255,7 @@ impl Batch {
                         .map(|name| name.strip_suffix(b"\0").unwrap_or(name));
                     if family == NFPROTO_INET && name == Some(TABLE.as_bytes()) {
                         self.own_touched = true;
-                    } else {
+                    } else if family != NFPROTO_INET || name != Some(probe::TABLE.as_bytes()) {
                         self.foreign_touched = true;
                     }
                 }

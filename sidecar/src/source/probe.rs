@@ -27,6 +27,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 use sidecar_ebpf::sweep::{self, CHUNK, Order, Trace, ends};
 
 use crate::audit::{Care, Fate, Sweep};
@@ -40,10 +41,11 @@ use lock::Lock;
 use programs::{Attached, Place, Programs};
 pub(crate) use route::Routes;
 use route::{Door, Origin};
+pub use tables::TABLE;
 use tables::Tables;
 
 /// What to sweep: every protocol on every address, as it looks through one device.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Request {
     pub link: Link,
     pub addresses: Vec<IpAddr>,
@@ -66,7 +68,8 @@ pub struct Request {
     pub keeper: Option<PathBuf>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Mode {
     /// Read and dropped behind the last chain: no socket, container or conntrack entry
     /// ever knows.
@@ -119,6 +122,29 @@ impl Means {
 /// One sweep for each address and protocol, in their order.
 pub fn sweep(request: &Request, progress: &mut dyn FnMut(Progress)) -> anyhow::Result<Vec<Sweep>> {
     sweep_by(Means::of_this_kernel(), request, progress)
+}
+
+/// The same, but waits so long for another audit to end. One that takes longer is
+/// [`SweepError::Busy`].
+pub fn sweep_when_free(
+    request: &Request,
+    patience: Duration,
+    progress: &mut dyn FnMut(Progress),
+) -> anyhow::Result<Vec<Sweep>> {
+    let deadline = Instant::now() + patience;
+    loop {
+        match sweep(request, progress) {
+            Err(error) if is_busy(&error) && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            result => return result,
+        }
+    }
+}
+
+/// Another audit is under way: asking again later may help.
+pub fn is_busy(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(SweepError::Busy(_)))
 }
 
 /// The same by older means, on a kernel that has the newer ones.

@@ -45,3 +45,10 @@ impl Uptime {
         self.0.elapsed()
     }
 }
+
+/// CPU time of this process so far, in user and kernel mode.
+pub fn cpu_time() -> std::time::Duration {
+    let spent = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    let seconds = u64::try_from(spent.tv_sec).unwrap_or(0);
+    std::time::Duration::new(seconds, u32::try_from(spent.tv_nsec).unwrap_or(0))
+}

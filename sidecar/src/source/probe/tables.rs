@@ -17,6 +17,7 @@ use sidecar_ebpf::sweep::{Order, Trace, ends};
 use super::super::nft;
 use crate::sys::probe::Mapped;
 
+/// The audit's own, for as long as one sweep takes.
 pub const TABLE: &str = "spokeguard_audit";
 /// Behind every chain of others, and before conntrack confirms what passed.
 const PRIORITY: i32 = i32::MAX - 7;
