@@ -253,6 +253,11 @@ fn guard_counts_what_it_refuses_once_whoever_comes_and_goes() {
     std::fs::write(folder.join("policy.toml"), policy + "[enforce]\nmode = \"audit\"\n").unwrap();
     let _daemon = lab.spoke.daemon_in(&folder, &[]).unwrap();
     let _all = lab.spoke.listen("all", &["tcp/[::]:5432"]).unwrap();
+    // Which of the drops that nftables counted during an audit were probes is known after it.
+    wait_until(3 * LONG, "the first audit", || {
+        fresh(&lab.hub).contains("spokeguard_audit_age_seconds").then_some(())
+    })
+    .unwrap();
     let before = fresh(&lab.hub);
     // From a network that has no answer for them: the kernel there would send resets.
     for (_, to) in FAMILIES {

@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tokio::task::JoinHandle;
@@ -60,6 +60,8 @@ pub struct Audits {
     /// They as they were when the audit that is under way began.
     before: BTreeMap<String, Amount>,
     ssh: Option<Port>,
+    /// Where `counted` outlives the daemon, as the counters do.
+    state: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -104,7 +106,15 @@ impl Audits {
             counted: BTreeMap::new(),
             before: BTreeMap::new(),
             ssh: None,
+            state: None,
         }
+    }
+
+    /// Takes up what an earlier daemon knew of the counters, and leaves it to the next one.
+    pub fn keep_in(mut self, state: &Path) -> Self {
+        self.counted = counted::read(state);
+        self.state = Some(state.to_owned());
+        self
     }
 
     /// Leaves only what strangers sent. The table's counters hold probes too, as nothing in
@@ -237,6 +247,11 @@ impl Audits {
                 let probes = amount.packets.saturating_sub(before).min(held(probed, &name, self.ssh, &weak));
                 *self.counted.entry(name).or_default() += probes;
             }
+            if let Some(state) = &self.state
+                && let Err(error) = counted::write(state, &self.counted)
+            {
+                log::debug!("probes among the drops, in {}: {error:#}", state.display());
+            }
         }
         let cost = match &answer {
             Ok(Answer::Probed { cost, .. }) => *cost,
@@ -366,6 +381,67 @@ async fn ask(errand: Errand, extent: Extent, uptime: Uptime) -> Ended {
     };
     let after = nft_counters::read().unwrap_or_default();
     Ended { answer, after, extent, at, took: uptime.elapsed() - begun }
+}
+
+/// How many of the drops that the kernel counts were probes, kept for as long as it counts:
+/// across restarts, and not across boots.
+mod counted {
+    use std::collections::BTreeMap;
+    use std::io::Read as _;
+    use std::path::Path;
+
+    use serde::{Deserialize, Serialize};
+
+    const FILE: &str = "probes.json";
+    /// A number for each drop counter stays far below this.
+    const MAX_BYTES: u64 = 1 << 16;
+
+    #[derive(Serialize, Deserialize)]
+    struct Stored {
+        boot: String,
+        probes: BTreeMap<String, u64>,
+    }
+
+    /// Empty where nothing readable is, which shows probes as drops and hides nothing.
+    pub fn read(state: &Path) -> BTreeMap<String, u64> {
+        let mut text = String::new();
+        let read =
+            std::fs::File::open(state.join(FILE)).and_then(|f| f.take(MAX_BYTES).read_to_string(&mut text));
+        let stored = read.ok().and_then(|_| serde_json::from_str::<Stored>(&text).ok());
+        stored
+            .filter(|stored| boot().is_some_and(|boot| boot == stored.boot))
+            .map_or_else(BTreeMap::new, |s| s.probes)
+    }
+
+    pub fn write(state: &Path, probes: &BTreeMap<String, u64>) -> anyhow::Result<()> {
+        let Some(boot) = boot() else { return Ok(()) };
+        let text = serde_json::to_string(&Stored { boot, probes: probes.clone() })?;
+        Ok(crate::daemon::eventlog::write_atomically(&state.join(FILE), text.as_bytes())?)
+    }
+
+    fn boot() -> Option<String> {
+        std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use super::*;
+
+        #[test]
+        fn kept_for_this_boot_and_no_other() {
+            let state = tempfile::tempdir().expect("a folder");
+            let probes = BTreeMap::from([("drop-public-tcp-ipv4".to_owned(), 65_530)]);
+            assert!(read(state.path()).is_empty());
+            write(state.path(), &probes).expect("written");
+            assert_eq!(read(state.path()), probes);
+            let file = state.path().join(FILE);
+            let text = std::fs::read_to_string(&file).expect("text");
+            std::fs::write(&file, text.replace(boot().expect("a boot").trim(), "another")).expect("written");
+            assert!(read(state.path()).is_empty());
+            std::fs::write(&file, "{").expect("written");
+            assert!(read(state.path()).is_empty());
+        }
+    }
 }
 
 #[cfg(test)]

@@ -199,6 +199,7 @@ impl Daemon {
             standing: Standing::new(&places, policy_hash.clone()),
             policy_hash,
             policy_file,
+            audits: Audits::new(Instant::now()).keep_in(&places.state),
             places,
             snapshot: None,
             queries: None,
@@ -229,7 +230,6 @@ impl Daemon {
             drifts: BTreeMap::new(),
             repairs: BTreeMap::new(),
             repair_fails: false,
-            audits: Audits::new(Instant::now()),
         }
     }
 
@@ -914,8 +914,9 @@ impl Daemon {
         });
         let mut drops = nft_counters::read().ok();
         if let Some(drops) = &mut drops {
-            self.guarding.add_to(drops);
+            // The guard counts no probes.
             self.audits.discount(drops);
+            self.guarding.add_to(drops);
         }
         let audit = self.audits.metrics();
         let blind: Vec<Facet> = report.blind.iter().map(|blind| blind.facet).collect();
