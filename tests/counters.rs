@@ -54,7 +54,13 @@ fn family(address: IpAddr) -> &'static str {
 }
 
 fn started(lab: &Lab, more: &str) -> Daemon {
-    lab.spoke.daemon(&(plain_policy(lab) + more)).unwrap()
+    let daemon = lab.spoke.daemon(&(plain_policy(lab) + more)).unwrap();
+    // Which of the drops during an audit were probes is known after it.
+    wait_until(3 * LONG, "the first audit", || {
+        fresh(&lab.hub).contains("spokeguard_audit_age_seconds").then_some(())
+    })
+    .unwrap();
+    daemon
 }
 
 #[test]

@@ -189,10 +189,13 @@ fn nothing_is_left_of_a_lab_whose_program_was_killed() {
     let lines = BufReader::new(child.stdout.take().unwrap()).lines();
     let prefix =
         lines.map_while(Result::ok).find_map(|line| Some(line.split_once("lab: ")?.1.to_string())).unwrap();
-    let pids = residents(&prefix);
-    assert!(named(&prefix) && pids.len() >= 4, "keepers and a sleeper in {prefix}: {pids:?}");
+    // A process enters its control group before its network.
+    let pids = lab::wait_until(Duration::from_secs(10), "keepers and a sleeper", || {
+        Some(residents(&prefix)).filter(|pids| named(&prefix) && pids.len() >= 4)
+    });
     child.kill().unwrap();
     child.wait().unwrap();
+    let pids = pids.unwrap();
     lab::wait_until(Duration::from_secs(10), "the reaper cleans up", || {
         let dir = std::env::temp_dir().join(prefix.trim_end_matches('-'));
         (!named(&prefix) && !dir.exists()).then_some(())

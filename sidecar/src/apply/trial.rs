@@ -281,7 +281,7 @@ impl Ledger {
         let stood = confirmed.as_ref().and_then(|confirmed| confirmed.table.as_ref());
         let nothing_new = match stood {
             Some(stood) => compare::changes(table, Some(stood)).is_empty(),
-            None => changes.is_empty() && trial.is_none(),
+            None => changes.is_empty() && trial.is_none() && self.copies().is_empty(),
         };
         // What drops nothing can't lock anybody out.
         if nothing_new || !drops(table) {

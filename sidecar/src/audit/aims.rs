@@ -62,7 +62,13 @@ pub fn aims(view: &View, interface: Option<&str>, address: Option<IpAddr>) -> Ve
         if is_public(&door.name) {
             // One that this host does not have (yet) is nowhere to be sent to.
             let here = |address: IpAddr| links.iter().any(|link| has(link, address));
-            let elsewhere = mesh.iter().filter(|a| !has(door, **a) && here(**a) && !is_link_local(**a));
+            // Where a door has no address of the family, no outsider could be answered there.
+            let speaks = |a: IpAddr| {
+                let global = door.addresses.iter().map(|net| net.addr()).filter(|own| !is_link_local(*own));
+                global.into_iter().any(|own| own.is_ipv4() == a.is_ipv4())
+            };
+            let elsewhere =
+                mesh.iter().filter(|a| !has(door, **a) && here(**a) && !is_link_local(**a) && speaks(**a));
             elsewhere.for_each(|address| aim(*address, true));
         }
     }

@@ -24,6 +24,8 @@ use crate::source::outside::{self, Answer, Errand, Extent};
 use crate::sys::clock::{self, Uptime};
 use crate::terms::{Family, Port, Proto, Stamp};
 
+/// A daemon that is started again and again does not probe again and again.
+const START: Duration = Duration::from_secs(2);
 const HOURLY: Duration = Duration::from_secs(3600);
 /// What findings stand on is asked about this often.
 const AGAIN: Duration = Duration::from_secs(60);
@@ -148,7 +150,7 @@ impl Audits {
         let seen = Asked::of(desired, snapshot, generation);
         let sooner = |known: Option<Instant>, due: Instant| Some(known.map_or(due, |known| known.min(due)));
         if self.last.is_none() && self.failures == 0 && self.under_way.is_none() {
-            self.whole = Some(now);
+            self.whole = Some(now + START);
         } else if seen.generation != self.asked.generation || seen.aims != self.asked.aims {
             // Changes come in droves; and an address that has just come is not used at once.
             self.whole = sooner(self.whole, now + REST_MIN);

@@ -93,7 +93,11 @@ impl Keeper {
             .flat_map(|link| link.addresses.iter().map(|net| net.addr()))
             .filter(|address| desired.in_mesh(*address))
             .collect();
-        let rules = BindRules::new(desired, &found);
+        let mut rules = BindRules::new(desired, &found);
+        // A policy that was rolled back to nothing refuses nothing.
+        if policy.enforce.firewall && desired.table.is_none() {
+            rules.mode = None;
+        }
         self.around = bind::surroundings(policy, links)?;
         guard.configure(&rules, &self.around, self.mark, links.is_some())?;
         self.rules = Some(rules);

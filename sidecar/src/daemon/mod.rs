@@ -442,7 +442,9 @@ impl Daemon {
         }
         match Desired::new(self.desired.policy.clone(), today) {
             // What never was confirmed does not come in by a change of date.
-            Ok(desired) if self.desired.table.is_none() => self.swap(Desired { table: None, ..desired }),
+            Ok(desired) if self.desired.table.is_none() => {
+                self.swap(Desired { table: None, guard: None, ..desired })
+            }
             Ok(desired) => self.swap(desired),
             Err(error) => log::error!("the policy no longer leaves a way in: {error}; the old rules stay"),
         }

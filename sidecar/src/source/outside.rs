@@ -114,13 +114,32 @@ pub fn errand(view: &View, run_dir: &Path, extent: &Extent) -> Errand {
     Errand { requests, patience: PATIENCE }
 }
 
-/// Runs it in this process. The first sweep that fails fails all: half a look is none.
+/// Runs it in this process. The first sweep that fails fails all: half a look is none. But
+/// an address that no stranger can be answered from, or whose interface is down, is passed over.
 pub fn run(errand: &Errand) -> anyhow::Result<Vec<Sweep>> {
     let mut sweeps = Vec::new();
+    let mut silent = None;
     for request in &errand.requests {
-        sweeps.extend(probe::sweep_when_free(request, errand.patience, &mut |_| {})?);
+        match probe::sweep_when_free(request, errand.patience, &mut |_| {}) {
+            Err(error) if probe::is_unreachable(&error) => silent = Some(error),
+            found => {
+                sweeps.extend(found?);
+                continue;
+            }
+        }
+        // One address without a way back to strangers says nothing of the others.
+        for address in &request.addresses {
+            let alone = Request { addresses: vec![*address], ..request.clone() };
+            match probe::sweep_when_free(&alone, errand.patience, &mut |_| {}) {
+                Err(error) if probe::is_unreachable(&error) => silent = Some(error),
+                found => sweeps.extend(found?),
+            }
+        }
     }
-    Ok(sweeps)
+    match silent {
+        Some(error) if sweeps.is_empty() => Err(error),
+        _ => Ok(sweeps),
+    }
 }
 
 /// What was found, or why nothing could be and what is believed instead.

@@ -99,6 +99,8 @@ pub enum SweepError {
     Loopback(String),
     #[error("probes put into {interface} never arrive at its tc ingress: an XDP program may drop them")]
     Lost { interface: String },
+    #[error("no route back to any outsider through {0} for {1}")]
+    NoWay(String, IpAddr),
 }
 
 /// How verdicts are read.
@@ -140,6 +142,11 @@ pub fn sweep_when_free(
             result => return result,
         }
     }
+}
+
+/// No stranger gets an answer by this way, whatever the rules say.
+pub fn is_unreachable(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(SweepError::NoWay(..) | SweepError::Down(_)))
 }
 
 /// Another audit is under way: asking again later may help.

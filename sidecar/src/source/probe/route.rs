@@ -10,6 +10,7 @@ use netlink_packet_route::link::{LinkFlags, LinkHeader};
 
 use super::super::links;
 use super::super::netlink::{Netlink, NetlinkError, attributes, hint, u32_at};
+use super::SweepError;
 use crate::observed::Link;
 use crate::terms::Family;
 
@@ -237,7 +238,7 @@ impl Routes {
                 }
             }
         }
-        bail!("no route back to any outsider through {} for {to}", link.name)
+        bail!(SweepError::NoWay(link.name.clone(), to))
     }
 
     /// As the operator chose; must be routed the same way.
