@@ -461,7 +461,7 @@ mod tests {
     impl Day {
         fn new() -> Self {
             let now = Instant::now();
-            Self { audits: Audits::new(now), now, begun: now }
+            Self { audits: Audits::new(now), now, begun: now + START }
         }
 
         fn look(&mut self, stage: Stage, generation: u32, disputed: Vec<Dispute>) {
@@ -560,6 +560,6 @@ mod tests {
             assert!(snapshot.gap(crate::observed::Facet::Audit).is_some());
             day.look(Stage::spoke(), 1, Vec::new());
         }
-        assert_eq!(waits, [0, 60, 120, 240, 480, 960, 1920, 3600, 3600]);
+        assert_eq!(waits, [2, 60, 120, 240, 480, 960, 1920, 3600, 3600]);
     }
 }
