@@ -68,7 +68,18 @@ impl Node {
         let daemon = self.daemon_on_trial(wrapper, folder, more)?;
         // As its operator would, so that its rules outlive the test; where there is nothing to confirm,
         // or no way to record it, that is the test's business.
-        self.spokeguard(&daemon.arguments(&["confirm"]))?;
+        let confirmed = self.spokeguard(&daemon.arguments(&["confirm", "--format", "json"]))?;
+        // The daemon follows a moment later; only then are binds refused, too.
+        if confirmed.code == Some(0) && confirmed.json()?["result"] == "confirmed" {
+            crate::wait_until(
+                Duration::from_secs(10),
+                "the daemon knows that its rules are confirmed",
+                || {
+                    let status = self.spokeguard(&daemon.arguments(&["status", "--format", "json"])).ok()?;
+                    (status.json().ok()?["daemon"]["rules"] != "on-trial").then_some(())
+                },
+            )?;
+        }
         Ok(daemon)
     }
 

@@ -51,9 +51,6 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
         // a boot those that are sealed.
         Ledger::new(&places).forget()?;
     }
-    if !options.dry_run {
-        bind::release(&places.pin).context("removal of the bind guard")?;
-    }
     let (text, result) = match options.dry_run {
         true => ("", "dry-run"),
         // The table first: if that fails, nothing was opened.
@@ -66,7 +63,10 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
             (false, false) => ("there was no table inet spokeguard\n", "nothing-to-release"),
         },
     };
+    // Last, so that what hinders it leaves neither rules behind nor the word of them unsaid.
+    let binds = if options.dry_run { Ok(false) } else { bind::release(&places.pin) };
     global.tell(text, serde_json::json!({ "version": 1, "result": result, "opens": opens }))?;
+    binds.context("removal of the bind guard")?;
     Ok(0)
 }
 

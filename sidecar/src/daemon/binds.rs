@@ -36,6 +36,9 @@ pub(super) struct Keeper {
     /// On the sockets of our own trials; a number that nobody else knows.
     mark: u32,
     loaded: Option<Instant>,
+    /// The rules wait for a confirmation: what they refuse is counted only, since a service
+    /// that a mistake keeps from starting may be the way in.
+    pub waits: bool,
     /// The last trial went as it must.
     proven: bool,
     /// A process that is refused often ends at once: its unit is asked when it is announced.
@@ -50,6 +53,7 @@ impl Keeper {
             if bind::release(&self.pins)? {
                 log::info!("[enforce] binds = false: the bind guard was taken away");
             }
+            (self.guard, self.rules, self.proven) = (None, None, false);
             return Ok(());
         }
         let mut mark = [0; 4];
@@ -97,6 +101,8 @@ impl Keeper {
         // A policy that was rolled back to nothing refuses nothing.
         if policy.enforce.firewall && desired.table.is_none() {
             rules.mode = None;
+        } else if self.waits && rules.mode == Some(Mode::Enforce) {
+            rules.mode = Some(Mode::Audit);
         }
         self.around = bind::surroundings(policy, links)?;
         guard.configure(&rules, &self.around, self.mark, links.is_some())?;

@@ -248,6 +248,7 @@ impl Daemon {
             self.counter_gap = Some(format!("the counters do not run: {error:#}"));
             warn("the counters do not run", error);
         }
+        self.binds.waits = self.standing.is_on_trial();
         if let Err(error) = self.binds.start(&self.desired, &self.places) {
             self.gap_of_binds(Some(format!("the bind guard does not run: {error:#}")));
         }
@@ -309,6 +310,8 @@ impl Daemon {
             if !Arc::ptr_eq(&stands.0, &guarded.0) || stands.1 != guarded.1 {
                 guarded = stands;
                 self.renew_guard();
+                self.renew_binds();
+                bind_events = bind_events.or_else(|| self.binds.events());
             }
             let trial_due = self.trial_due();
             // What to ask from outside is read off the last look.
@@ -462,9 +465,6 @@ impl Daemon {
             && let Err(error) = counters.configure(&self.config)
         {
             warn("the counters keep the services before", error);
-        }
-        if let Err(error) = self.binds.configure(&self.desired, None) {
-            warn("the bind guard keeps the rules before", error);
         }
         // The last text is of the layout before.
         self.show();
@@ -844,6 +844,18 @@ impl Daemon {
         let (Some(rules), Some(links)) = (&self.desired.guard, links) else { return };
         let kept = self.guarding.keep(rules, links, self.standing.is_on_trial());
         self.on_guard(kept);
+    }
+
+    /// The same for binds, which a reload may also have turned on.
+    fn renew_binds(&mut self) {
+        self.binds.waits = self.standing.is_on_trial();
+        let renewed = if self.binds.runs() == self.desired.policy.enforce.binds {
+            self.binds.configure(&self.desired, None)
+        } else {
+            self.binds.start(&self.desired, &self.places)
+        };
+        self.gap_of_binds(renewed.err().map(|error| format!("the bind guard does not run: {error:#}")));
+        self.wake([Facet::Links, Facet::Binds], Duration::ZERO);
     }
 
     /// Other rules stand than before, or the same ones more firmly.
