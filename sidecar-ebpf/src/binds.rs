@@ -4,6 +4,9 @@
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 
 #[cfg(target_arch = "bpf")]
+mod object;
+
+#[cfg(target_arch = "bpf")]
 mod guard {
     use core::ffi::c_void;
 
@@ -208,19 +211,6 @@ mod guard {
         }
     }
 }
-
-#[cfg(target_arch = "bpf")]
-#[panic_handler]
-fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
-    // Nothing in the programs panics; the verifier would refuse this loop if it could
-    // be reached.
-    loop {}
-}
-
-#[cfg(target_arch = "bpf")]
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
 
 /// For the host there is no program to build.
 #[cfg(not(target_arch = "bpf"))]

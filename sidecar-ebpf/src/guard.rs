@@ -5,6 +5,8 @@
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 
 #[cfg(target_arch = "bpf")]
+mod object;
+#[cfg(target_arch = "bpf")]
 #[allow(dead_code, reason = "shared with the counters, which read both directions")]
 mod packet;
 #[cfg(target_arch = "bpf")]
@@ -40,19 +42,6 @@ mod guard_maps {
     /// BPF_F_NO_PREALLOC.
     const NO_PREALLOC: u32 = 1;
 }
-
-#[cfg(target_arch = "bpf")]
-#[panic_handler]
-fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
-    // Nothing in the programs panics; the verifier would refuse this loop if it could
-    // be reached.
-    loop {}
-}
-
-#[cfg(target_arch = "bpf")]
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
 
 /// For the host there is no program to build.
 #[cfg(not(target_arch = "bpf"))]

@@ -15,24 +15,11 @@ mod ingress;
 #[cfg(target_arch = "bpf")]
 mod listen;
 #[cfg(target_arch = "bpf")]
+mod object;
+#[cfg(target_arch = "bpf")]
 mod packet;
 #[cfg(target_arch = "bpf")]
 mod state;
-
-#[cfg(target_arch = "bpf")]
-#[panic_handler]
-fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
-    // Nothing in the programs panics; the verifier would refuse this loop if it could
-    // be reached.
-    loop {}
-}
-
-/// MIT, as the whole project; the kernel knows it by this name among the licences that it
-/// lends its routing table to.
-#[cfg(target_arch = "bpf")]
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
 
 /// For the host there is no program to build: `cargo check --workspace --all-features`
 /// still compiles this file.

@@ -10,6 +10,8 @@ mod caught;
 #[cfg(target_arch = "bpf")]
 mod inject;
 #[cfg(target_arch = "bpf")]
+mod object;
+#[cfg(target_arch = "bpf")]
 mod recognise;
 #[cfg(target_arch = "bpf")]
 mod verdict;
@@ -29,19 +31,6 @@ mod probe_maps {
     #[map]
     pub static TRACES: Array<Trace> = Array::with_max_entries(65536, MMAPABLE);
 }
-
-#[cfg(target_arch = "bpf")]
-#[panic_handler]
-fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
-    // Nothing in the programs panics; the verifier would refuse this loop if it could
-    // be reached.
-    loop {}
-}
-
-#[cfg(target_arch = "bpf")]
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
 
 /// For the host there is no program to build.
 #[cfg(not(target_arch = "bpf"))]
