@@ -67,12 +67,6 @@ pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
 
 /// Where a tcx link is attached and what runs there.
 pub fn tcx_link(link: BorrowedFd<'_>) -> io::Result<TcxLink> {
-    #[repr(C)]
-    struct InfoByFd {
-        bpf_fd: u32,
-        info_len: u32,
-        info: u64,
-    }
     /// The head of `struct bpf_link_info`, up to the end of its tcx part.
     #[repr(C)]
     #[derive(Default)]
@@ -84,25 +78,7 @@ pub fn tcx_link(link: BorrowedFd<'_>) -> io::Result<TcxLink> {
         index: u32,
         attach_type: u32,
     }
-    let mut info = LinkInfo::default();
-    let attr = InfoByFd {
-        bpf_fd: link.as_raw_fd() as u32,
-        info_len: size_of::<LinkInfo>() as u32,
-        info: (&raw mut info) as u64,
-    };
-    // SAFETY: the kernel reads `attr` and writes at most `info_len` bytes to `info`,
-    // which is that long; both outlive the call.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            BPF_OBJ_GET_INFO_BY_FD,
-            &raw const attr,
-            size_of::<InfoByFd>() as libc::c_uint,
-        )
-    };
-    if result != 0 {
-        return Err(io::Error::last_os_error());
-    }
+    let info: LinkInfo = link_info(link)?;
     if info.kind != BPF_LINK_TYPE_TCX {
         return Err(io::Error::other("not a tcx link"));
     }
@@ -120,12 +96,6 @@ pub struct CgroupLink {
 /// Where a link to a control group is attached and what runs there.
 pub fn cgroup_link(link: BorrowedFd<'_>) -> io::Result<CgroupLink> {
     const BPF_LINK_TYPE_CGROUP: u32 = 3;
-    #[repr(C)]
-    struct InfoByFd {
-        bpf_fd: u32,
-        info_len: u32,
-        info: u64,
-    }
     /// The head of `struct bpf_link_info`, up to the end of its cgroup part.
     #[repr(C)]
     #[derive(Default)]
@@ -138,14 +108,31 @@ pub fn cgroup_link(link: BorrowedFd<'_>) -> io::Result<CgroupLink> {
         attach_type: u32,
         _end: u32,
     }
-    let mut info = LinkInfo::default();
+    let info: LinkInfo = link_info(link)?;
+    if info.kind != BPF_LINK_TYPE_CGROUP {
+        return Err(io::Error::other("not a link to a control group"));
+    }
+    Ok(CgroupLink { program_id: info.program_id, cgroup: info.cgroup })
+}
+
+/// What the kernel says of a link.
+///
+/// `T` is the head of `struct bpf_link_info`: `repr(C)`, integers only, no padding.
+fn link_info<T: Default>(link: BorrowedFd<'_>) -> io::Result<T> {
+    #[repr(C)]
+    struct InfoByFd {
+        bpf_fd: u32,
+        info_len: u32,
+        info: u64,
+    }
+    let mut info = T::default();
     let attr = InfoByFd {
         bpf_fd: link.as_raw_fd() as u32,
-        info_len: size_of::<LinkInfo>() as u32,
+        info_len: size_of::<T>() as u32,
         info: (&raw mut info) as u64,
     };
     // SAFETY: the kernel reads `attr` and writes at most `info_len` bytes to `info`,
-    // which is that long; both outlive the call.
+    // which is that long; both outlive the call. Every bit pattern is a value of integers.
     let result = unsafe {
         libc::syscall(
             libc::SYS_bpf,
@@ -154,13 +141,7 @@ pub fn cgroup_link(link: BorrowedFd<'_>) -> io::Result<CgroupLink> {
             size_of::<InfoByFd>() as libc::c_uint,
         )
     };
-    if result != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    if info.kind != BPF_LINK_TYPE_CGROUP {
-        return Err(io::Error::other("not a link to a control group"));
-    }
-    Ok(CgroupLink { program_id: info.program_id, cgroup: info.cgroup })
+    if result != 0 { Err(io::Error::last_os_error()) } else { Ok(info) }
 }
 
 /// Returns when every program that was running on any CPU at the call has ended: what it
