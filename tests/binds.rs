@@ -197,6 +197,23 @@ fn binds_are_refused_by_port_and_address_and_whoever_tried_is_named() {
     await_refused(spoke, &daemon, "tcp/198.51.100.8:5432");
 }
 
+/// What a mistaken policy keeps from starting may be the way in.
+#[test]
+fn rules_on_trial_count_what_they_will_refuse() {
+    if lacking(&NEEDS) {
+        return;
+    }
+    let lab = Lab::plain();
+    let folder = lab.dir.join("on-trial");
+    std::fs::create_dir_all(&folder).unwrap();
+    std::fs::write(folder.join("policy.toml"), service_policy(&lab)).unwrap();
+    let daemon = lab.spoke.daemon_on_trial(&[], &folder, &[]).unwrap();
+    const WIDE: &str = "tcp/0.0.0.0:5432";
+    assert_eq!(try_bind(&lab.spoke, WIDE), "0.0.0.0:5432");
+    assert_eq!(lab.spoke.spokeguard(&daemon.arguments(&["confirm"])).unwrap().code, Some(0));
+    await_refused(&lab.spoke, &daemon, WIDE);
+}
+
 #[test]
 fn the_guard_outlives_its_daemon_and_can_be_put_aside() {
     if lacking(&NEEDS) {

@@ -687,8 +687,8 @@ fn daemon_without_nft_says_so_and_puts_the_rules_in_force_when_it_comes_back() {
     let folder = new_folder(&lab, "no-nft", &(plain_policy(&lab) + UNGUARDED));
     let script =
         "for f in /usr/sbin/nft /sbin/nft; do mount --bind /dev/null $f 2>/dev/null || :; done; exec \"$@\"";
-    let daemon =
-        lab.spoke.daemon_under(&["unshare", "--mount", "sh", "-c", script, "sh"], &folder, &[]).unwrap();
+    let wrapper = ["unshare", "--mount", "sh", "-c", script, "sh"];
+    let mut daemon = lab.spoke.daemon_under(&wrapper, &folder, &[]).unwrap();
     let told = status(&lab.spoke, &daemon);
     assert_eq!(told["verdict"], "unknown", "{told}");
     let unproven = findings(&told, "control-unproven");
@@ -720,6 +720,19 @@ fn daemon_without_nft_says_so_and_puts_the_rules_in_force_when_it_comes_back() {
     wait_until(LONG, "nft is back and the rules are in force", || lab.spoke.ok(&TABLE).ok())
         .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.running.log()));
     await_finding(&lab.spoke, &daemon, "control-unproven", false, LONG);
+
+    // What was confirmed is in force in the second layer without nft: the daemon brings it in anew.
+    assert_eq!(lab.spoke.spokeguard(&daemon.arguments(&["confirm"])).unwrap().code, Some(0));
+    daemon.kill_9().unwrap();
+    nft(&lab.spoke, &["flush ruleset"]);
+    lab.spoke.sh("rm -r /sys/fs/bpf/spokeguard/guard1").unwrap();
+    wait_until(LONG, "both layers are gone", || {
+        (lab.internet.connect(public(5432), SHORT) == Answer::Open).then_some(())
+    })
+    .unwrap();
+    let _daemon = lab.spoke.daemon_under(&wrapper, &folder, &[]).unwrap();
+    assert!(lab.spoke.ok(&TABLE).is_err(), "nft is away");
+    assert_eq!(lab.internet.connect(public(5432), SHORT), Answer::Silent, "the second layer needs no nft");
 }
 
 #[test]

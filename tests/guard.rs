@@ -185,8 +185,16 @@ fn guard_refuses_while_the_rules_are_away_and_nobody_is_alive() {
         .unwrap();
     lab.spoke.sh("rm /sys/fs/bpf/spokeguard/guard1/links/*").unwrap();
     wait_until(LONG, "the guard is back", || (on(&lab) == ["eth0", "new0", "new1"]).then_some(())).unwrap();
+    // Taken away altogether, it is loaded anew.
+    lab.spoke.sh("rm -r /sys/fs/bpf/spokeguard/guard1").unwrap();
+    let pins = lab.spoke.path("/sys/fs/bpf/spokeguard");
+    wait_until(2 * LONG, "the guard is loaded anew", || {
+        let on = lab.spoke.inside(|| Guard::open(&pins)?.map(|guard| guard.attached()).transpose());
+        (on.ok()?? == ["eth0", "new0", "new1"]).then_some(())
+    })
+    .unwrap();
     let shown = |what: &str| sum(&fresh(&lab.hub), "control_enforced", &[("control", what)]);
-    assert_eq!(shown("guard"), 1.0);
+    wait_until(2 * LONG, "the guard is told", || (shown("guard") == 1.0).then_some(())).unwrap();
     let status = lab.spoke.spokeguard(&daemon.arguments(&["status", "--format", "json"])).unwrap();
     let status = status.json().unwrap().to_string();
     assert!(status.contains("on eth0, new0, new1"), "{status}");

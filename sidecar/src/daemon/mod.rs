@@ -842,7 +842,18 @@ impl Daemon {
     /// The guard has no events: it is looked at, and put right, at every tick.
     fn keep_guard(&mut self, links: Option<&[Link]>) {
         let (Some(rules), Some(links)) = (&self.desired.guard, links) else { return };
-        let kept = self.guarding.keep(rules, links, self.standing.is_on_trial());
+        let mut kept = self.guarding.keep(rules, links, self.standing.is_on_trial());
+        // Somebody took the pins away: what we hold of it can't be attached again.
+        if let Kept::Failed(_) = kept
+            && matches!(bpf::guard::Guard::open(&self.places.pin), Ok(None))
+        {
+            let failed = bpf::guard::spawn_loader(&self.places.pin).err().map(|error| format!("{error:#}"));
+            let waits = self.standing.is_on_trial();
+            self.guarding = Guarding::start(&self.places.pin, &self.desired, waits, failed);
+            if self.guarding.holds() {
+                kept = Kept::Restored("its pins were gone".to_owned());
+            }
+        }
         self.on_guard(kept);
     }
 
