@@ -19,3 +19,4 @@ mod metrics;
 mod netns;
 mod privileges;
 mod proof;
+mod systemd;

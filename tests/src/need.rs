@@ -22,6 +22,8 @@ pub enum Need {
     /// iptables-nft, and ufw on top of it.
     Iptables,
     Prometheus,
+    /// A container with systemd as its init.
+    Nspawn,
     /// The product's own program.
     Spokeguard,
 }
@@ -78,6 +80,10 @@ pub fn missing(needs: &[Need]) -> Vec<String> {
                 program("ufw", "ufw");
             }
             Need::Prometheus => program("prometheus", "prometheus"),
+            Need::Nspawn => {
+                program("systemd-nspawn", "systemd-container");
+                program("dbus-daemon", "dbus");
+            }
             Need::Spokeguard => {}
         }
     }

@@ -40,10 +40,12 @@ pub fn reap(prefix: &str, dir: &Path) {
             eprintln!("lab {prefix}: remove {path}: {error}");
         }
     }
-    if let Some(group) = cgroup(prefix).filter(|group| group.exists())
-        && let Err(error) = remove_cgroup(&group)
-    {
-        eprintln!("lab {prefix}: remove {}: {error}", group.display());
+    // A container's init makes itself one in systemd's old hierarchy as well, where there is that.
+    let old = Path::new("/sys/fs/cgroup/systemd").join(prefix.trim_end_matches('-'));
+    for group in cgroup(prefix).into_iter().chain([old]).filter(|group| group.exists()) {
+        if let Err(error) = remove_cgroup(&group) {
+            eprintln!("lab {prefix}: remove {}: {error}", group.display());
+        }
     }
     if dir.exists()
         && let Err(error) = fs::remove_dir_all(dir)
@@ -55,7 +57,7 @@ pub fn reap(prefix: &str, dir: &Path) {
 /// With the groups that a test made in it.
 fn remove_cgroup(group: &Path) -> std::io::Result<()> {
     for inner in fs::read_dir(group)?.flatten().filter(|entry| entry.path().is_dir()) {
-        fs::remove_dir(inner.path())?;
+        remove_cgroup(&inner.path())?;
     }
     fs::remove_dir(group)
 }

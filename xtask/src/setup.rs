@@ -35,6 +35,8 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("tcpdump", "tcpdump"),
     ("iperf3", "iperf3"),
     ("conntrack", "conntrack"),
+    ("systemd-nspawn", "systemd-container"),
+    ("dbus-daemon", "dbus"),
 ];
 
 /// A Rust compiler that comes with the source of its library, for the eBPF target.

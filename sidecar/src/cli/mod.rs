@@ -15,6 +15,7 @@ mod audit;
 mod break_glass;
 mod check;
 mod explain;
+mod install;
 mod plan;
 mod policy;
 mod release;
@@ -118,6 +119,10 @@ pub enum Command {
     /// Check or show the policy file
     #[command(subcommand)]
     Policy(policy::Verb),
+    /// Put the systemd units in place and start them
+    Install(install::Options),
+    /// Take the units away; the rules in force stay
+    Uninstall(install::Options),
     /// Completion script for a shell
     Completions { shell: clap_complete::Shell },
     /// The manual page, as roff
@@ -236,6 +241,8 @@ pub fn main() -> ExitCode {
         Command::Status => status::run(&global),
         Command::Explain { code } => explain::run(&global, code.as_deref()),
         Command::Policy(verb) => policy::run(&global, &verb),
+        Command::Install(options) => install::install(&global, &options),
+        Command::Uninstall(options) => install::uninstall(&global, &options),
         Command::Completions { shell } => completions(&global, shell),
         Command::Man => man(&global),
         Command::InternalLoad { pin_dir, guard_only } => run::load_bpf(&pin_dir, guard_only),

@@ -185,7 +185,11 @@ fn report(sight: &Sight, listener: &Listener, place: Option<Place>, out: &mut As
             return;
         }
     }
-    let who = listener.owner.as_ref().map_or("its owner", |owner| owner.process.as_str());
+    let who = match &listener.owner {
+        None => "its owner",
+        Some(owner) if owner.pid == 1 => "its socket unit (`systemctl list-sockets` names it)",
+        Some(owner) => owner.process.as_str(),
+    };
     let ssh = place.as_ref().is_some_and(|p| p.ssh);
     let subject = subject(listener);
     if let Reach::Doubtful(why) = &reach {

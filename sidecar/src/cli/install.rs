@@ -1,0 +1,337 @@
+//! `install` and `uninstall`: the units of a host with systemd.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io::{ErrorKind, Write as _};
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, bail, ensure};
+use clap::Args;
+
+use super::Global;
+
+#[derive(Args)]
+pub struct Options {
+    /// Write the files only, below this directory (an image that is being built)
+    #[arg(long, value_name = "DIR")]
+    root: Option<PathBuf>,
+}
+
+/// Every file of ours says so in its first line: nothing else is replaced or removed.
+const MARK: &str = "# Of spokeguard: ";
+const UNITS: &str = "etc/systemd/system";
+const SERVICE: &str = "spokeguard.service";
+const BOOT: &str = "spokeguard-boot.service";
+/// Where the binary goes, if it isn't where the system keeps programs already.
+const PROGRAM: &str = "/usr/local/sbin/spokeguard";
+const PROGRAM_FOLDERS: [&str; 6] =
+    ["/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin", "/bin", "/sbin"];
+
+/// Path below the root, and text.
+const FILES: [(&str, &str); 6] = [
+    ("usr/lib/spokeguard/shut.nft", include_str!("../../../contrib/systemd/shut.nft")),
+    (
+        "etc/systemd/system/spokeguard-shut.service",
+        include_str!("../../../contrib/systemd/spokeguard-shut.service"),
+    ),
+    (
+        "etc/systemd/system/spokeguard-boot.service",
+        include_str!("../../../contrib/systemd/spokeguard-boot.service"),
+    ),
+    ("etc/systemd/system/spokeguard.service", include_str!("../../../contrib/systemd/spokeguard.service")),
+    (
+        "etc/systemd/system/ssh.service.d/spokeguard.conf",
+        include_str!("../../../contrib/systemd/ssh.service.d/spokeguard.conf"),
+    ),
+    (
+        "etc/systemd/system/ssh.socket.d/spokeguard.conf",
+        include_str!("../../../contrib/systemd/ssh.socket.d/spokeguard.conf"),
+    ),
+];
+
+/// Puts the program and its units in place and, on a running host with a policy, starts
+/// them. What is there already stays as it is.
+pub fn install(global: &Global, options: &Options) -> anyhow::Result<u8> {
+    let root = Root::new(options)?;
+    ensure!(
+        !root.path("etc/NIXOS").exists(),
+        "this is NixOS, which makes its units itself: use the NixOS module (services.spokeguard)"
+    );
+    let nft = find("nft").context("nft is missing: install nftables first (apt install nftables)")?;
+    root.all_ours_or_absent()?;
+    let program = root.program()?;
+    let mut told = root.put(&program, &nft)?;
+    if !root.is_running() {
+        let wants = |target: &str, unit: &str| root.link(&format!("{UNITS}/{target}.wants/{unit}"), unit);
+        wants("sysinit.target", BOOT)?;
+        wants("multi-user.target", SERVICE)?;
+        told.push("enabled for the next boot; nothing was started".to_owned());
+        global.print(&(told.join("\n") + "\n"))?;
+        return Ok(0);
+    }
+    systemctl(&["daemon-reload"])?;
+    systemctl(&["enable", "--quiet", BOOT, SERVICE])?;
+    let policy = super::policy::load(global, crate::sys::clock::now());
+    match policy {
+        Ok(_) => {
+            systemctl(&["restart", SERVICE])?;
+            told.push(
+                "started. Its rules are on trial: connect anew from the hub through the tunnel, or run\n\
+                 `spokeguard confirm`; else they go away again (`spokeguard status` says when)"
+                    .to_owned(),
+            );
+        }
+        Err(error) => told.push(format!(
+            "not started, for want of a policy:\n{error:#}\n\
+             then: spokeguard policy check && systemctl start spokeguard"
+        )),
+    }
+    global.print(&(told.join("\n") + "\n"))?;
+    Ok(0)
+}
+
+/// Takes program and units away. The rules in force stay, and policy and state are kept.
+pub fn uninstall(global: &Global, options: &Options) -> anyhow::Result<u8> {
+    let root = Root::new(options)?;
+    root.all_ours_or_absent()?;
+    if root.is_running() && root.path(&format!("{UNITS}/{SERVICE}")).exists() {
+        systemctl(&["disable", "--quiet", "--now", SERVICE])?;
+        systemctl(&["disable", "--quiet", BOOT])?;
+    }
+    for (target, unit) in [("sysinit.target", BOOT), ("multi-user.target", SERVICE)] {
+        remove(&root.path(&format!("{UNITS}/{target}.wants/{unit}")))?;
+    }
+    let mut told = root.take()?;
+    if remove(&root.path(PROGRAM.trim_start_matches('/')))? {
+        told.push(format!("removed {PROGRAM}"));
+    }
+    if root.is_running() {
+        systemctl(&["daemon-reload"])?;
+    }
+    if told.is_empty() {
+        told.push("there was nothing of ours".to_owned());
+    } else {
+        told.push(
+            "The rules in force stay until the next boot, and /etc/spokeguard and /var/lib/spokeguard are kept.\n\
+             To open the host now: nft delete table inet spokeguard; rm -r /sys/fs/bpf/spokeguard"
+                .to_owned(),
+        );
+    }
+    global.print(&(told.join("\n") + "\n"))?;
+    Ok(0)
+}
+
+struct Root(PathBuf);
+
+impl Root {
+    fn new(options: &Options) -> anyhow::Result<Self> {
+        let root = options.root.clone().unwrap_or_else(|| PathBuf::from("/"));
+        ensure!(root.is_dir(), "{}: not a directory", root.display());
+        Ok(Self(root))
+    }
+
+    fn path(&self, below: &str) -> PathBuf {
+        self.0.join(below)
+    }
+
+    /// Whether this is the host itself, with systemd running.
+    fn is_running(&self) -> bool {
+        self.0 == Path::new("/") && Path::new("/run/systemd/system").is_dir()
+    }
+
+    /// Asked first, so that nothing is done by halves.
+    fn all_ours_or_absent(&self) -> anyhow::Result<()> {
+        for (path, _) in FILES {
+            let path = self.path(path);
+            match fs::read_to_string(&path) {
+                Ok(text) if text.starts_with(MARK) => (),
+                Ok(_) => bail!("{}: not written by spokeguard install; move it away first", path.display()),
+                Err(error) if error.kind() == ErrorKind::NotFound => (),
+                Err(error) => return Err(error).with_context(|| path.display().to_string()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes every file that isn't there yet, and says what became of each.
+    fn put(&self, program: &Path, nft: &Path) -> anyhow::Result<Vec<String>> {
+        self.all_ours_or_absent()?;
+        let mut told = Vec::new();
+        for (path, text) in FILES {
+            let text = text
+                .replace("ExecStart=spokeguard ", &format!("ExecStart={} ", program.display()))
+                .replace("ExecStart=nft ", &format!("ExecStart={} ", nft.display()));
+            let verb = if self.write(path, &text)? { "wrote" } else { "is as it was:" };
+            told.push(format!("{verb} {}", self.path(path).display()));
+        }
+        Ok(told)
+    }
+
+    /// Removes every file of ours, and the folders that were for them alone.
+    fn take(&self) -> anyhow::Result<Vec<String>> {
+        self.all_ours_or_absent()?;
+        let mut told = Vec::new();
+        for (path, _) in FILES {
+            let path = self.path(path);
+            if remove(&path)? {
+                told.push(format!("removed {}", path.display()));
+            }
+            let own = |f: &&Path| f.ends_with("spokeguard") || f.extension() == Some(OsStr::new("d"));
+            if let Some(folder) = path.parent().filter(own) {
+                // Unless somebody else keeps something there.
+                let _ = fs::remove_dir(folder);
+            }
+        }
+        Ok(told)
+    }
+
+    /// Writes a file of ours; `false`: it was like that already.
+    fn write(&self, below: &str, text: &str) -> anyhow::Result<bool> {
+        let path = self.path(below);
+        if fs::read_to_string(&path).is_ok_and(|there| there == text) {
+            return Ok(false);
+        }
+        let folder = path.parent().context("a file has a folder")?;
+        fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+        replace(&path, text.as_bytes(), 0o644)?;
+        Ok(true)
+    }
+
+    fn link(&self, below: &str, unit: &str) -> anyhow::Result<()> {
+        let path = self.path(below);
+        let folder = path.parent().context("a link has a folder")?;
+        fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+        match std::os::unix::fs::symlink(format!("../{unit}"), &path) {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
+            result => result.with_context(|| path.display().to_string()),
+        }
+    }
+
+    /// Where the program is to be started from; copied there where that's not so yet.
+    fn program(&self) -> anyhow::Result<PathBuf> {
+        let running = std::env::current_exe().context("this program's own path")?;
+        let kept =
+            running.parent().is_some_and(|folder| PROGRAM_FOLDERS.iter().any(|f| folder == Path::new(f)));
+        if kept && self.0 == Path::new("/") {
+            return Ok(running);
+        }
+        let target = self.path(PROGRAM.trim_start_matches('/'));
+        let bytes = fs::read(&running).with_context(|| running.display().to_string())?;
+        if !fs::read(&target).is_ok_and(|there| there == bytes) {
+            let folder = target.parent().context("a program has a folder")?;
+            fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+            replace(&target, &bytes, 0o755)?;
+        }
+        Ok(PathBuf::from(PROGRAM))
+    }
+}
+
+/// The old file or the new one, whenever the power fails.
+fn replace(path: &Path, bytes: &[u8], mode: u32) -> anyhow::Result<()> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".new");
+    let new = PathBuf::from(name);
+    let written = (|| -> std::io::Result<()> {
+        let mut file =
+            fs::OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(&new)?;
+        // Whatever the umask.
+        file.set_permissions(fs::Permissions::from_mode(mode))?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&new, path)
+    })();
+    if written.is_err() {
+        let _ = fs::remove_file(&new);
+    }
+    written.with_context(|| format!("write {}", path.display()))
+}
+
+/// `false`: it was not there.
+fn remove(path: &Path) -> anyhow::Result<bool> {
+    match fs::remove_file(path) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error).with_context(|| format!("remove {}", path.display())),
+    }
+}
+
+fn find(program: &str) -> Option<PathBuf> {
+    PROGRAM_FOLDERS.iter().map(|folder| Path::new(folder).join(program)).find(|path| path.is_file())
+}
+
+fn systemctl(arguments: &[&str]) -> anyhow::Result<()> {
+    let doing = || format!("systemctl {}", arguments.join(" "));
+    let output =
+        Command::new("systemctl").args(arguments).stdin(Stdio::null()).output().with_context(doing)?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let text = String::from_utf8_lossy(&output.stderr);
+    bail!("{}: {}", doing(), crate::terms::printable(text.trim(), 400))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn relative(root: &Path) -> Vec<String> {
+        let mut out = Vec::new();
+        let mut waiting = vec![root.to_path_buf()];
+        while let Some(folder) = waiting.pop() {
+            for entry in fs::read_dir(folder).unwrap().flatten() {
+                match entry.file_type().unwrap().is_dir() {
+                    true => waiting.push(entry.path()),
+                    false => out.push(entry.path().strip_prefix(root).unwrap().display().to_string()),
+                }
+            }
+        }
+        out.sort();
+        out
+    }
+
+    #[test]
+    fn an_image_gets_everything_once_and_loses_it_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = Root(folder.path().to_owned());
+        let nft = Path::new("/usr/sbin/nft");
+        assert!(root.put(Path::new(PROGRAM), nft).unwrap().iter().all(|line| line.starts_with("wrote ")));
+        let files = relative(folder.path());
+        assert_eq!(files.len(), FILES.len());
+        for path in &files {
+            let text = fs::read_to_string(root.path(path)).unwrap();
+            assert!(text.starts_with(MARK), "{path}");
+            assert!(!text.contains("ExecStart=nft") && !text.contains("ExecStart=spokeguard"), "{path}");
+        }
+        assert!(
+            root.put(Path::new(PROGRAM), nft).unwrap().iter().all(|line| line.starts_with("is as it was:"))
+        );
+        // Nobody else's drop-in goes with ours.
+        let other = root.path("etc/systemd/system/ssh.service.d/other.conf");
+        fs::write(&other, "[Service]\n").unwrap();
+        assert_eq!(root.take().unwrap().len(), FILES.len());
+        assert_eq!(relative(folder.path()), ["etc/systemd/system/ssh.service.d/other.conf"]);
+        assert!(
+            !root.path("usr/lib/spokeguard").exists()
+                && !root.path("etc/systemd/system/ssh.socket.d").exists()
+        );
+    }
+
+    #[test]
+    fn what_others_wrote_is_neither_replaced_nor_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = Root(folder.path().to_owned());
+        let unit = root.path("etc/systemd/system/spokeguard.service");
+        fs::create_dir_all(unit.parent().unwrap()).unwrap();
+        fs::write(&unit, "[Service]\n").unwrap();
+        for done in [root.put(Path::new(PROGRAM), Path::new("/usr/sbin/nft")), root.take()] {
+            let text = format!("{:#}", done.unwrap_err());
+            assert!(
+                text.ends_with("spokeguard.service: not written by spokeguard install; move it away first"),
+                "{text}"
+            );
+        }
+        assert_eq!(relative(folder.path()), ["etc/systemd/system/spokeguard.service"], "nothing by halves");
+    }
+}
