@@ -40,7 +40,7 @@ fn syn(from: u16, to: u16) -> Vec<u8> {
 }
 
 /// Opening segments from as many ports, each sent once: no kernel repeats them.
-fn send_syns(node: &Node, to: IpAddr, port: u16, count: u16) {
+pub fn send_syns(node: &Node, to: IpAddr, port: u16, count: u16) {
     use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, ipproto, sendto, socket_with};
     node.inside(|| {
         let family = if to.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
@@ -203,6 +203,21 @@ fn guard_refuses_while_the_rules_are_away_and_nobody_is_alive() {
     assert!(daemon.running.stop().unwrap().success());
     gone();
     assert_eq!(reach(&lab, 5432), [Answer::Silent; 2], "in force without a daemon");
+    // Another version's, in force beside ours, as an upgrade that was broken off leaves it.
+    let pins = "/sys/fs/bpf/spokeguard";
+    lab.spoke.sh(&format!("mv {pins}/guard1 {pins}/guard7")).unwrap();
+    assert_eq!(reach(&lab, 22), [Answer::Silent; 2]);
+    // It waits its turn: whoever has the lock may be about to put rules in.
+    let lock = std::fs::File::open(daemon.run_dir.join("rollback/lock")).unwrap();
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    let program = lab::spokeguard().unwrap().display().to_string();
+    let words: Vec<String> = [program].into_iter().chain(daemon.arguments(&["release"])).collect();
+    let mut waits = lab.spoke.spawn(&words).unwrap();
+    crate::daemon::over(Duration::from_millis(700));
+    assert!(!waits.has_ended(), "{}", waits.log());
+    waits.signal(lab::Signal::KILL).unwrap();
+    waits.wait(LONG).unwrap();
+    drop(lock);
     let said = lab.spoke.spokeguard(&daemon.arguments(&["release"])).unwrap();
     assert!(said.stdout.contains("the tc guard is gone"), "{}", said.all());
     open_soon(&lab, 5432);

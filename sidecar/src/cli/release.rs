@@ -28,8 +28,9 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
         return lift_binds(global, &places.pin);
     }
     // The lock and not the socket: a daemon that is busy, or has only just begun, is one all the same.
-    let lock = if options.dry_run { None } else { Some(socket::Lock::take(&places.run)) };
-    let _lock = lock.transpose().context("a daemon would put the rules back (systemctl stop spokeguard)")?;
+    let daemon = if options.dry_run { None } else { Some(socket::Lock::take(&places.run)) };
+    let _daemon =
+        daemon.transpose().context("a daemon would put the rules back (systemctl stop spokeguard)")?;
     let opens = match opened(global, &places.pin) {
         Ok(opens) => Some(opens),
         Err(error) => {
@@ -46,10 +47,13 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
             None => String::new(),
         })?;
     }
-    if !options.dry_run {
+    let ledger = Ledger::new(&places);
+    // No other command's change comes in between, and none after it finds half of this.
+    let change = if options.dry_run { None } else { Some(ledger.lock()?) };
+    if let Some(lock) = &change {
         // An apply that waits for its confirmation would put the rules before it back later, and
         // a boot those that are sealed.
-        Ledger::new(&places).forget()?;
+        ledger.forget(lock)?;
     }
     let (text, result) = match options.dry_run {
         true => ("", "dry-run"),

@@ -4,7 +4,6 @@
 //! unjudged. What they hold is the policy's, in maps that only [`Guard::configure`] writes.
 
 use std::collections::BTreeSet;
-use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
 use std::net::{IpAddr, Ipv6Addr};
@@ -258,7 +257,7 @@ pub fn load_and_pin(pin_dir: &Path, cgroup: Option<&Path>) -> anyhow::Result<()>
     }
     let map = object.map_mut(maps::BUILD).context("the object has no map BUILD")?;
     Array::try_from(map)?.set(0, build_number(), 0).context("write of the build number")?;
-    for other in others(pin_dir)? {
+    for other in pins::others(&root)? {
         fs::remove_dir_all(&other).with_context(|| format!("removal of {}", other.display()))?;
     }
     Ok(())
@@ -272,7 +271,7 @@ pub fn release(pin_dir: &Path) -> anyhow::Result<bool> {
     {
         forbid_nonlocal(known.nonlocal);
     }
-    let mut found = others(pin_dir)?;
+    let mut found = pins::others(&root(pin_dir))?;
     found.extend(Some(root(pin_dir)).filter(|root| root.exists()));
     for root in &found {
         fs::remove_dir_all(root).with_context(|| format!("removal of {}", root.display()))?;
@@ -480,22 +479,6 @@ fn forbid_nonlocal(bits: u32) {
 /// Everything of one ABI lies below this.
 fn root(pin_dir: &Path) -> PathBuf {
     pin_dir.join(format!("binds{}", bind::ABI))
-}
-
-/// What other versions pinned.
-fn others(pin_dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    let ours = root(pin_dir);
-    let entries = match fs::read_dir(pin_dir) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(error).with_context(|| format!("list of {}", pin_dir.display())),
-    };
-    let is_guard = |name: &OsStr| {
-        let number = name.to_str().and_then(|name| name.strip_prefix("binds"));
-        number.is_some_and(|number| number.parse::<u32>().is_ok())
-    };
-    let paths = entries.flatten().filter(|entry| is_guard(&entry.file_name())).map(|entry| entry.path());
-    Ok(paths.filter(|path| *path != ours).collect())
 }
 
 /// The hash of the embedded object; never 0, which stands for "not complete".

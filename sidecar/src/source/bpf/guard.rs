@@ -171,7 +171,15 @@ impl Guard {
             let keep: Vec<u32> = public(rules, links).map(|link| link.index).collect();
             self.attachments.retain(&keep)?;
         }
-        self.attach(rules, links)
+        self.attach(rules, links)?;
+        // That of another version goes when this one stands in its place: it would judge by
+        // the rules of its day for ever.
+        if self.force()? == Force::Newest {
+            for other in pins::others(&self.attachments.root)? {
+                fs::remove_dir_all(&other).with_context(|| format!("removal of {}", other.display()))?;
+            }
+        }
+        Ok(())
     }
 
     pub fn force(&self) -> anyhow::Result<Force> {
@@ -400,17 +408,22 @@ pub fn spawn_loader(pin_dir: &Path) -> anyhow::Result<()> {
     super::spawn_loader(&verb, &super::CounterConfig::default())
 }
 
-/// Takes the guard away, also what a loader left half done. `false`: there was none.
+/// Takes the guard away, also what a loader left half done or another version made.
+/// `false`: there was none.
 pub fn release(pin_dir: &Path) -> anyhow::Result<bool> {
-    let attachments = attachments(pin_dir);
-    let root = &attachments.root;
-    if !root.try_exists().with_context(|| format!("look for {}", root.display()))? {
-        return Ok(false);
+    let ours = attachments(pin_dir);
+    let mut found = pins::others(&ours.root)?;
+    if ours.root.try_exists().with_context(|| format!("look for {}", ours.root.display()))? {
+        found.push(ours.root.clone());
     }
-    attachments.retain(&[])?;
-    fs::remove_dir_all(root).with_context(|| format!("removal of {}", root.display()))?;
+    found.iter().try_for_each(|root| take_away(&ours, root))?;
     let _ = fs::remove_dir(pin_dir);
-    Ok(true)
+    Ok(!found.is_empty())
+}
+
+fn take_away(ours: &Attachments, root: &Path) -> anyhow::Result<()> {
+    Attachments { root: root.to_path_buf(), ..ours.clone() }.retain(&[])?;
+    fs::remove_dir_all(root).with_context(|| format!("removal of {}", root.display()))
 }
 
 /// What a pinned program says of a packet (TC_ACT_UNSPEC or TC_ACT_SHOT), and nanoseconds

@@ -64,6 +64,24 @@ pub(super) fn make_dir(path: &Path) -> anyhow::Result<()> {
         .with_context(|| format!("directory {}", path.display()))
 }
 
+/// What other versions pinned beside this root: directories whose names differ in the number
+/// at their end only.
+pub(super) fn others(ours: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let name = |path: &Path| path.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
+    let (Some(dir), own) = (ours.parent(), name(ours)) else { return Ok(Vec::new()) };
+    let kind = own.trim_end_matches(|c: char| c.is_ascii_digit());
+    let entries = match std::fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error).with_context(|| format!("list of {}", dir.display())),
+    };
+    let is_another = |path: &PathBuf| {
+        let number = name(path).strip_prefix(kind).map(str::parse::<u32>);
+        matches!(number, Some(Ok(_))) && path != ours
+    };
+    Ok(entries.flatten().map(|entry| entry.path()).filter(is_another).collect())
+}
+
 /// Unpins; what isn't there needs no unpinning.
 pub(super) fn remove(path: &Path) -> anyhow::Result<()> {
     match std::fs::remove_file(path) {
@@ -82,6 +100,18 @@ mod tests {
     fn a_directory_elsewhere_is_taken_as_it_is() {
         let given = Path::new("/mnt/bpf/mine");
         assert_eq!(pin_dir(Some(given), false).expect("no look-up"), Some(given.to_path_buf()));
+    }
+
+    #[test]
+    fn other_versions_are_known_by_their_number() {
+        let dir = tempfile::tempdir().expect("a directory");
+        for name in ["guard1", "guard2", "guard17", "guard", "guardian3", "guard2x", "binds1"] {
+            std::fs::create_dir(dir.path().join(name)).expect("create");
+        }
+        let mut found = others(&dir.path().join("guard2")).expect("a list");
+        found.sort();
+        assert_eq!(found, ["guard1", "guard17"].map(|name| dir.path().join(name)));
+        assert!(others(&dir.path().join("none/guard2")).expect("nothing there").is_empty());
     }
 
     #[test]
