@@ -282,6 +282,95 @@ fn what_was_never_confirmed_goes_away_though_everything_of_ours_is_killed() {
 }
 
 #[test]
+fn a_trial_that_is_cut_short_ends_in_what_is_told() {
+    if lacking(&[Need::Lab, Need::Spokeguard]) {
+        return;
+    }
+    let lab = Lab::plain();
+    let with = |ports: &str, within: &str, more: &str| policy(&lab, ports, within) + more;
+    let folder = folder(&lab, "short", &with("[80, 443]", "60s", ""));
+    let daemon = lab.spoke.daemon_on_trial(&[], &folder, &[]).unwrap();
+    let events = Events::mark(&daemon);
+    let rollback = daemon.run_dir.join("rollback");
+    let tokens = || {
+        let names = fs::read_dir(&rollback).into_iter().flatten().flatten();
+        let names = names.filter_map(|entry| entry.file_name().into_string().ok());
+        names.filter(|name| name != "lock").collect::<Vec<String>>()
+    };
+    let kinds = |kind: &str| events.all().iter().filter(|event| event["kind"] == kind).count();
+    let is_back = |wanted: &str, table_then: &str| {
+        wait_until(LONG, wanted, || (table(&lab.spoke) == table_then).then_some(()))
+            .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.running.log()));
+    };
+
+    // Its token is taken away: nobody confirmed it, and nobody else will roll it back.
+    let armed = tokens().into_iter().find(|name| name.starts_with("armed.")).unwrap();
+    fs::remove_file(rollback.join(armed)).unwrap();
+    await_rules(&lab.spoke, &daemon, "rolled-back");
+    is_back("nothing of ours", "");
+    await_finding(&lab.spoke, &daemon, "policy-rolled-back", true);
+    let apply = |verb: &[&str]| {
+        let outcome = lab.spoke.spokeguard(&daemon.arguments(verb)).unwrap();
+        assert_eq!(outcome.code, Some(0), "{}", outcome.all());
+        outcome.stdout
+    };
+    apply(&["apply"]);
+    apply(&["confirm"]);
+    await_rules(&lab.spoke, &daemon, "confirmed");
+    let confirmed = table(&lab.spoke);
+    let first = status(&lab.spoke, &daemon)["daemon"]["policy"].clone();
+    events.wait(LONG, "told", |event| event["kind"] == "policy-confirmed");
+    // The same with all that there is, on top of a confirmed policy.
+    write(&folder, &with("[443]", "60s", ""));
+    await_rules(&lab.spoke, &daemon, "on-trial");
+    fs::remove_dir_all(&rollback).unwrap();
+    await_rules(&lab.spoke, &daemon, "rolled-back");
+    is_back("those confirmed before", &confirmed);
+    assert_eq!(kinds("policy-confirmed"), 1, "{:?}", events.all());
+
+    // A policy that wants no rules, while others are on trial: those before are back, at once, and it
+    // stays in force when their time would have come.
+    write(&folder, &with("[80]", "5s", ""));
+    await_rules(&lab.spoke, &daemon, "on-trial");
+    write(&folder, &with("[80]", "60s", "firewall = false\n"));
+    await_rules(&lab.spoke, &daemon, "confirmed");
+    is_back("those confirmed before", &confirmed);
+    let without = status(&lab.spoke, &daemon)["daemon"]["policy"].clone();
+    assert_ne!(without, first);
+    events.wait(LONG, "told", |event| event["found"].as_str().unwrap_or_default().contains("taken back"));
+    over(Duration::from_secs(6));
+    assert_eq!(status(&lab.spoke, &daemon)["daemon"]["policy"], without, "{}", daemon.running.log());
+    assert_eq!(rules(&lab.spoke, &daemon), "confirmed");
+    assert_eq!(tokens(), [] as [String; 0]);
+    await_finding(&lab.spoke, &daemon, "policy-rolled-back", false);
+
+    // A mistake while another is on trial ends nothing: its time runs out, and both are told.
+    write(&folder, &with("[80, 5432]", "4s", ""));
+    events.wait(LONG, "on trial", |event| {
+        event["kind"] == "policy-on-trial" && event["found"].as_str().unwrap_or_default().contains("confirm")
+    });
+    await_rules(&lab.spoke, &daemon, "on-trial");
+    write(&folder, "version = 1\nnonsense = 2\n");
+    await_finding(&lab.spoke, &daemon, "policy-not-loaded", true);
+    await_rules(&lab.spoke, &daemon, "rolled-back");
+    is_back("those confirmed before", &confirmed);
+    await_finding(&lab.spoke, &daemon, "policy-rolled-back", true);
+    await_finding(&lab.spoke, &daemon, "policy-not-loaded", true);
+    assert_eq!(status(&lab.spoke, &daemon)["daemon"]["policy"], first);
+
+    // What refuses nothing needs nobody's confirmation, also in place of a trial.
+    write(&folder, &with("[443]", "60s", ""));
+    await_rules(&lab.spoke, &daemon, "on-trial");
+    write(&folder, &with("[443]", "60s", "mode = \"audit\"\n"));
+    await_rules(&lab.spoke, &daemon, "confirmed");
+    wait_until(LONG, "counted only", || (public(&lab, 22) == Answer::Refused).then_some(())).unwrap();
+    assert_eq!(tokens(), [] as [String; 0]);
+    let recorded = fs::read_to_string(daemon.state_dir.join("confirmed.toml")).unwrap();
+    assert!(recorded.contains("audit"), "{recorded}");
+    await_finding(&lab.spoke, &daemon, "policy-not-loaded", false);
+}
+
+#[test]
 fn a_watchdog_that_is_killed_is_stood_in_for() {
     if lacking(&[Need::Lab, Need::Spokeguard]) {
         return;

@@ -14,6 +14,7 @@
 //! that was rolled back, so that neither a restart nor a boot tries that one again.
 
 use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
@@ -35,6 +36,7 @@ use crate::ruleset::{Change, Statement, Table, compare, render};
 use crate::source::evidence::{self, Sought};
 use crate::source::nft;
 use crate::sys::{clock, netns};
+use crate::terms::printable;
 
 /// The last confirmed policy, in its normal form.
 const CONFIRMED: &str = "confirmed.toml";
@@ -50,6 +52,8 @@ const FILE_MAX: u64 = 16 << 20;
 const LOCK_PATIENCE: Duration = Duration::from_secs(40);
 /// A watchdog that is this late is gone, or its nft fails: we do its work.
 const OVERDUE: Duration = Duration::from_secs(3);
+/// How long a service manager may take to start the timer.
+const TIMER_PATIENCE: Duration = Duration::from_secs(10);
 
 /// How a trial stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -106,8 +110,19 @@ pub enum Brought {
     Confirmed { changes: Vec<Change>, unrecorded: Option<anyhow::Error> },
     /// In force and on trial. `again`: it was before.
     OnTrial { changes: Vec<Change>, again: bool },
-    /// `[enforce] firewall = false`.
-    NotWanted,
+    /// `[enforce] firewall = false`. `taken_back`: the policy that was on trial till now;
+    /// the rules before it are back.
+    NotWanted { taken_back: Option<String> },
+}
+
+/// What became of a trial whose token is gone.
+#[derive(Debug)]
+pub enum End {
+    Confirmed,
+    /// Rules that needed no trial took its place.
+    Replaced(Box<Desired>),
+    /// Somebody took its files away. Nobody confirmed it.
+    Lost,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -261,7 +276,10 @@ impl Ledger {
     /// Puts a policy's rules in force: on trial, unless they change nothing that enforces.
     pub fn bring_in(&self, lock: &Lock, desired: &Desired, within: Duration) -> Result<Brought, BringError> {
         let before = BringError::Before;
-        let Some(table) = &desired.table else { return Ok(Brought::NotWanted) };
+        let Some(table) = &desired.table else {
+            let taken_back = self.take_back(lock, desired.today).map_err(before)?;
+            return Ok(Brought::NotWanted { taken_back });
+        };
         if let Err(error) = self.settle(lock, desired.today) {
             log::warn!("{error:#}");
         }
@@ -286,7 +304,10 @@ impl Ledger {
         // What drops nothing can't lock anybody out.
         if nothing_new || !drops(table) {
             apply_table(desired).map_err(|error| before(error.into()))?;
-            self.withdraw();
+            // A rollback that had begun may have come after these rules.
+            if self.withdraw() {
+                apply_table(desired).map_err(|error| before(error.into()))?;
+            }
             let unrecorded = self.record(&desired.policy, desired.today).err();
             return Ok(Brought::Confirmed { changes, unrecorded });
         }
@@ -365,6 +386,7 @@ impl Ledger {
             Some((phase @ (Phase::Armed | Phase::Firing), id))
                 if clock::monotonic() > trial.deadline + OVERDUE =>
             {
+                log::error!("the watchdog of a rollback is gone: putting the rules back instead of it");
                 self.fire(phase, &id)?;
             }
             _ => {}
@@ -444,7 +466,7 @@ impl Ledger {
 
     /// Forgets everything, for `release`: no way back, no confirmed rules, nothing that a
     /// boot would load.
-    pub fn forget(&self) -> anyhow::Result<()> {
+    pub fn forget(&self, _lock: &Lock) -> anyhow::Result<()> {
         self.withdraw();
         let _ = fs::remove_file(self.dir.join(UNRECORDED));
         for name in [sealed::FILE, CONFIRMED, REFUSED] {
@@ -460,15 +482,55 @@ impl Ledger {
     }
 
     /// The trial is over without a verdict: other rules took the place of those on trial.
-    fn withdraw(&self) {
-        while let Ok(Some((_, id))) = self.glance() {
-            if !self.clear(&id) {
+    /// `true`: a rollback had begun, and has ended.
+    fn withdraw(&self) -> bool {
+        let mut fired = false;
+        while let Ok(Some((phase, id))) = self.glance() {
+            fired |= self.retire(phase, &id);
+            if Phase::ALL.into_iter().any(|phase| self.token(phase, &id).exists()) {
                 break;
             }
         }
         for copy in self.copies() {
             let _ = fs::remove_file(copy);
         }
+        fired
+    }
+
+    /// Ends a trial before its time, for a policy that wants no rules: those before it are
+    /// back. The policy that was on trial.
+    fn take_back(&self, lock: &Lock, today: Date) -> anyhow::Result<Option<String>> {
+        if let Err(error) = self.settle(lock, today) {
+            log::warn!("{error:#}");
+        }
+        let glance = self.glance().context("look for a trial")?;
+        let Some((phase @ (Phase::Armed | Phase::Firing), id)) = &glance else { return Ok(None) };
+        let fingerprint = self.read(&glance).map_or_else(|| "?".to_owned(), |trial| trial.fingerprint);
+        self.fire(*phase, id)?;
+        self.withdraw();
+        Ok(Some(fingerprint))
+    }
+
+    /// What became of this trial, now that its token is gone. To be asked under the lock:
+    /// whoever holds it may be between two steps.
+    pub fn end_of(&self, _lock: &Lock, trial: &Trial, today: Date) -> End {
+        match self.confirmed(today) {
+            Some(last) if policy::fingerprint(&last.policy) == trial.fingerprint => End::Confirmed,
+            // Who confirms, replaces or releases takes the copy away as well.
+            Some(last) if !self.copy(&trial.id).exists() => End::Replaced(Box::new(last)),
+            _ => End::Lost,
+        }
+    }
+
+    /// A trial whose files were taken away is rolled back at once: nobody else would.
+    pub fn fall_back(&self, _lock: &Lock, trial: &Trial, today: Date) -> anyhow::Result<()> {
+        let whole = read_text(&self.copy(&trial.id)).unwrap_or_else(|_| {
+            let last = self.confirmed(today).and_then(|last| last.table);
+            anew(&last.as_ref().map(render::table).unwrap_or_default())
+        });
+        write_private(&self.dir.join(format!("whole.{}.nft", trial.id)), &whole)?;
+        write_private(&self.token(Phase::Firing, &trial.id), &trial.to_text())?;
+        self.fire(Phase::Firing, &trial.id)
     }
 
     fn arm(
@@ -540,8 +602,8 @@ impl Ledger {
     }
 
     /// Ends an earlier trial. One that is firing is waited for, so that its rules don't come
-    /// after ours.
-    fn retire(&self, phase: Phase, id: &str) {
+    /// after ours. `true`: it was.
+    fn retire(&self, phase: Phase, id: &str) -> bool {
         let disarmed = phase != Phase::Firing && fs::remove_file(self.token(phase, id)).is_ok();
         if !disarmed {
             let started = clock::Uptime::start();
@@ -550,46 +612,22 @@ impl Ledger {
             }
         }
         self.clear(id);
+        !disarmed
     }
 
     /// Starts what puts the old rules back: a timer of systemd's, or a process of its own.
     fn watch_over(&self, trial: &Trial, within: Duration, nft: &Path) -> anyhow::Result<()> {
-        let seconds = within.as_secs().max(1).to_string();
-        let words = |seconds: &str| {
-            ["/bin/sh", "-c", SCRIPT, "spokeguard-rollback", seconds]
-                .into_iter()
-                .map(std::ffi::OsString::from)
-                .chain([
-                    self.dir.clone().into(),
-                    trial.id.clone().into(),
-                    nft.into(),
-                    self.state.clone().into(),
-                ])
-                .collect::<Vec<std::ffi::OsString>>()
-        };
         // systemd's services live in the first network namespace.
         if Path::new("/run/systemd/system").is_dir() && netns::is_initial() {
-            let started = Command::new("systemd-run")
-                .args(["--quiet", "--collect", "--timer-property=AccuracySec=100ms"])
-                .arg(format!("--unit=spokeguard-rollback-{}", trial.id))
-                .arg(format!("--on-active={seconds}s"))
-                // Where the shell finds mv and cp is not the same on every distribution.
-                .arg(format!("--setenv=PATH={}", std::env::var("PATH").unwrap_or_default()))
-                .args(words("0"))
-                .stdin(Stdio::null())
-                .stdout(Stdio::null())
-                .stderr(Stdio::null())
-                .status();
-            match started {
-                Ok(status) if status.success() => return Ok(()),
-                Ok(status) => log::warn!("systemd-run: {status}; a process of ours keeps the way back"),
-                Err(error) => log::warn!("systemd-run: {error}; a process of ours keeps the way back"),
+            match self.by_timer(Path::new("systemd-run"), trial, within, nft) {
+                Ok(()) => return Ok(()),
+                Err(error) => log::warn!("{error:#}; a process of ours keeps the way back"),
             }
         }
         // A shell starts it and ends, so that whoever outlives it has no zombie of it.
         let status = Command::new("/bin/sh")
             .args(["-c", "\"$@\" &", "sh"])
-            .args(words(&seconds))
+            .args(self.watchdog(&seconds(within), trial, nft))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
@@ -601,9 +639,55 @@ impl Ledger {
         Ok(())
     }
 
+    /// A transient timer of systemd's, which asks of who comes nothing but root's number
+    /// (SO_PEERCRED): a daemon that has dropped its capabilities gets one as well.
+    fn by_timer(&self, program: &Path, trial: &Trial, within: Duration, nft: &Path) -> anyhow::Result<()> {
+        // Where the shell finds mv and cp is not the same on every distribution.
+        let path = std::env::var("PATH").ok().filter(|path| !path.is_empty());
+        let path = path.unwrap_or_else(|| "/usr/sbin:/usr/bin:/sbin:/bin".to_owned());
+        let mut child = Command::new(program)
+            .args(["--quiet", "--collect", "--timer-property=AccuracySec=100ms"])
+            .arg(format!("--unit=spokeguard-rollback-{}", trial.id))
+            .arg(format!("--on-active={}s", seconds(within)))
+            .arg(format!("--setenv=PATH={path}"))
+            .args(self.watchdog("0", trial, nft))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("start {}", program.display()))?;
+        let started = clock::Uptime::start();
+        let status = loop {
+            if let Some(status) = child.try_wait().context("wait for systemd-run")? {
+                break status;
+            }
+            if started.elapsed() > TIMER_PATIENCE {
+                // Fails only if it has ended already.
+                let _ = child.kill();
+                let _ = child.wait();
+                anyhow::bail!("systemd-run has not answered for {} s", TIMER_PATIENCE.as_secs());
+            }
+            std::thread::park_timeout(Duration::from_millis(5));
+        };
+        let mut said = Vec::new();
+        if let (false, Some(stderr)) = (status.success(), child.stderr.take()) {
+            let _ = stderr.take(1024).read_to_end(&mut said);
+        }
+        let said = String::from_utf8_lossy(&said);
+        let why = said.lines().next().map_or_else(|| status.to_string(), |line| printable(line, 200));
+        anyhow::ensure!(status.success(), "systemd-run: {why}");
+        Ok(())
+    }
+
+    /// The command line of the watchdog, which first sleeps for so many seconds.
+    fn watchdog(&self, seconds: &str, trial: &Trial, nft: &Path) -> Vec<OsString> {
+        let words = ["/bin/sh", "-c", SCRIPT, "spokeguard-rollback", seconds].map(OsString::from);
+        let files = [self.dir.as_os_str(), trial.id.as_ref(), nft.as_os_str(), self.state.as_os_str()];
+        words.into_iter().chain(files.map(OsString::from)).collect()
+    }
+
     /// The watchdog's work, by ourselves.
     fn fire(&self, phase: Phase, id: &str) -> anyhow::Result<()> {
-        log::error!("the watchdog of a rollback is gone: putting the rules back instead of it");
         let firing = self.token(Phase::Firing, id);
         if phase == Phase::Armed {
             match fs::rename(self.token(phase, id), &firing) {
@@ -611,7 +695,8 @@ impl Ledger {
                 result => result.with_context(|| format!("rename to {}", firing.display()))?,
             }
         }
-        let files = [self.dir.join(format!("keep.{id}.nft")), self.dir.join(format!("whole.{id}.nft"))];
+        let own = |name: &str| self.dir.join(format!("{name}.{id}.nft"));
+        let files = [own("keep"), own("whole"), self.copy(id)];
         let mut last = anyhow::anyhow!("no rules to go back to");
         for file in files.iter().filter(|file| file.exists()) {
             match nft::run_file(file) {
@@ -625,8 +710,8 @@ impl Ledger {
         Err(last.context("put the last confirmed rules back"))
     }
 
-    /// Removes every file of a trial, the token first. `false`: it stays.
-    fn clear(&self, id: &str) -> bool {
+    /// Removes every file of a trial, the token first.
+    fn clear(&self, id: &str) {
         for phase in Phase::ALL {
             let _ = fs::remove_file(self.token(phase, id));
         }
@@ -635,7 +720,6 @@ impl Ledger {
             let _ = fs::remove_file(path);
         }
         let _ = fs::remove_file(self.copy(id));
-        !Phase::ALL.into_iter().any(|phase| self.token(phase, id).exists())
     }
 
     /// The way back in the state directory.
@@ -679,6 +763,10 @@ impl Trial {
     pub fn left(&self) -> Duration {
         self.deadline.saturating_sub(clock::monotonic())
     }
+}
+
+fn seconds(within: Duration) -> String {
+    within.as_secs().max(1).to_string()
 }
 
 /// Whether a table refuses anything; one in audit mode counts only.
@@ -854,7 +942,8 @@ mod tests {
         let copies = place.ledger.copies();
         assert_eq!(copies, [place.ledger.copy("a")]);
         assert_eq!(read_text(&copies[0]).expect("read"), "before the first");
-        place.ledger.forget().expect("forgotten");
+        let lock = place.ledger.lock().expect("a lock");
+        place.ledger.forget(&lock).expect("forgotten");
         assert!(place.ledger.copies().is_empty());
     }
 
@@ -889,6 +978,90 @@ mod tests {
             assert!(std::time::Instant::now() < deadline);
             std::thread::yield_now();
         }
+        assert_eq!(place.log(), "");
+    }
+
+    /// As the daemon is held: six capabilities, no new ones, the filter of system calls.
+    fn confined<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+        std::thread::scope(|scope| {
+            let held = scope.spawn(|| {
+                crate::daemon::privileges::confine_daemon();
+                work()
+            });
+            held.join().expect("a thread")
+        })
+    }
+
+    #[test]
+    fn a_confined_daemon_gets_a_timer_of_systemds_and_that_does_the_rollback() {
+        let place = Place::new();
+        let socket = place.dir.path().join("private");
+        let manager = std::os::unix::net::UnixListener::bind(&socket).expect("a socket");
+        // Stands for systemd-run: tells the manager what to run, over its socket, and waits for the answer.
+        let program = place.dir.path().join("systemd-run");
+        let script = format!(
+            "#!/usr/bin/perl\nuse IO::Socket::UNIX;\n\
+             my $s = IO::Socket::UNIX->new(Peer => '{}') or die \"Failed to connect: $!\\n\";\n\
+             print $s join(\"\\0\", @ARGV); shutdown($s, 1);\n\
+             exit(<$s> eq 'ok' ? 0 : 1);\n",
+            socket.display()
+        );
+        fs::write(&program, script).expect("write");
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("chmod");
+        let lock = place.arm("a", "the old rules", Duration::from_secs(600));
+        let trial = place.ledger.read(&place.ledger.glance().expect("a glance")).expect("a trial");
+        let nft = place.dir.path().join("nft");
+        let start = || confined(|| place.ledger.by_timer(&program, &trial, Duration::from_secs(60), &nft));
+        let (asked, started) = std::thread::scope(|scope| {
+            let manager = scope.spawn(|| {
+                let (mut client, _) = manager.accept().expect("a client");
+                let who = rustix::net::sockopt::socket_peercred(&client).expect("who it is");
+                assert_eq!(who.uid, rustix::process::getuid());
+                let mut words = String::new();
+                client.read_to_string(&mut words).expect("words");
+                io::Write::write_all(&mut client, b"ok").expect("an answer");
+                words.split('\0').map(str::to_owned).collect::<Vec<_>>()
+            });
+            let started = start();
+            if started.is_err() {
+                // Nobody came: whoever waits for it is let go.
+                drop(std::os::unix::net::UnixStream::connect(&socket));
+            }
+            (manager.join().expect("a manager"), started)
+        });
+        started.expect("a timer");
+        assert!(asked.contains(&"--on-active=60s".to_owned()) && asked.contains(&"--collect".to_owned()));
+        assert!(asked.contains(&"--unit=spokeguard-rollback-a".to_owned()), "{asked:?}");
+        assert!(asked.iter().any(|word| word.starts_with("--setenv=PATH=/")), "{asked:?}");
+        // What systemd would take for variables of its own.
+        assert!(!asked.iter().any(|word| word.starts_with('$') || word.contains("${")), "{asked:?}");
+        let command = asked.iter().position(|word| word == "/bin/sh").expect("a command");
+        let status = Command::new(&asked[command]).args(&asked[command + 1..]).status().expect("the command");
+        assert!(status.success());
+        assert_eq!((place.log().as_str(), place.phase()), ("the old rules", Some(Phase::Fired)));
+        drop(lock);
+
+        // Whoever refuses is quoted.
+        drop(manager);
+        let error = start().expect_err("nobody listens").to_string();
+        assert!(error.contains("systemd-run: Failed to connect: Connection refused"), "{error}");
+    }
+
+    #[test]
+    fn a_trial_without_a_token_was_confirmed_replaced_or_robbed_of_it() {
+        let place = Place::new();
+        let lock = place.arm("a", "the old rules", Duration::from_secs(600));
+        let glance = place.ledger.glance().expect("a glance");
+        let trial = place.ledger.read(&glance).expect("a trial");
+        // Its files are there: it is not over.
+        assert!(matches!(place.ledger.end_of(&lock, &trial, samples::TODAY), End::Lost));
+        place.ledger.record(&samples::everything(), samples::TODAY).expect("recorded");
+        assert!(matches!(place.ledger.end_of(&lock, &trial, samples::TODAY), End::Lost));
+        place.ledger.withdraw();
+        let end = place.ledger.end_of(&lock, &trial, samples::TODAY);
+        assert!(matches!(end, End::Replaced(by) if by.policy == samples::everything()));
+        place.ledger.record(&samples::spoke(), samples::TODAY).expect("recorded");
+        assert!(matches!(place.ledger.end_of(&lock, &trial, samples::TODAY), End::Confirmed));
         assert_eq!(place.log(), "");
     }
 
@@ -933,7 +1106,8 @@ mod tests {
         assert!(place.ledger.unsealed(samples::TODAY).expect("a gap").contains("another policy"));
         fs::remove_file(&file).expect("remove");
         assert!(place.ledger.unsealed(samples::TODAY).expect("a gap").contains("can't be read"));
-        place.ledger.forget().expect("forgotten");
+        let lock = place.ledger.lock().expect("a lock");
+        place.ledger.forget(&lock).expect("forgotten");
         assert_eq!(place.ledger.unsealed(samples::TODAY), None);
     }
 }

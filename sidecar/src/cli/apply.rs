@@ -13,6 +13,14 @@ use crate::ruleset::Change;
 use crate::source::evidence::{self, Sought};
 use crate::sys::clock;
 
+/// For `--help` of whatever puts a policy in force.
+pub const ON_TRIAL: &str = "\
+A policy that refuses anything new is on trial: unless the hub opens a new
+connection through the tunnel in time (60s, or [enforce] confirm_within; its
+scrape will do, and a daemon or --wait looks for it), or you run `spokeguard
+confirm`, the policy confirmed before comes back. The very first has none
+before it: then no rules of ours stay. `status` and `check` tell.";
+
 #[derive(Args)]
 pub struct Options {
     /// Roll back after this long unless confirmed [default: the policy's, 60s]
@@ -49,8 +57,12 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
     let brought = ledger.bring_in(&lock, &desired, within);
     drop(lock);
     let (changes, again) = match brought {
-        Ok(Brought::NotWanted) => {
-            global.tell("[enforce] firewall = false: nothing to apply\n", said("not-wanted", &[]))?;
+        Ok(Brought::NotWanted { taken_back }) => {
+            let taken_back = taken_back.map_or_else(String::new, |policy| {
+                format!("; policy {policy}, which was on trial, was taken back")
+            });
+            let text = format!("[enforce] firewall = false: nothing to apply{taken_back}\n");
+            global.tell(&text, said("not-wanted", &[]))?;
             return Ok(0);
         }
         Ok(Brought::Confirmed { changes, unrecorded }) => {
@@ -77,13 +89,15 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
         Err(BringError::Before(error)) => return Err(error),
     };
     let left = ledger.glance().ok().and_then(|glance| Some(ledger.read(&glance)?.left())).unwrap_or(within);
+    let is_first = ledger.confirmed(desired.today).is_none();
     let text = match (again, changes.as_slice()) {
         (true, []) => "in force already, and not confirmed yet: nothing changed\n".to_owned(),
         (_, some) => format!(
-            "in force: {}; {}, else it is rolled back in {}\n",
+            "in force: {}; {}, else it is rolled back in {}{}\n",
             counted(some),
             keeps(&places, &desired, options.wait),
-            humantime::format_duration(Duration::from_secs(left.as_secs_f64().round() as u64))
+            humantime::format_duration(Duration::from_secs(left.as_secs_f64().round() as u64)),
+            if is_first { " to what was there before: no policy was confirmed yet" } else { "" }
         ),
     };
     guard::warn(guard::ready(&places.pin, &desired));

@@ -36,7 +36,8 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
     let ledger = Ledger::new(&places);
     let fingerprint = crate::policy::fingerprint(&desired.policy);
     let refused = ledger.refused().filter(|refused| refused.fingerprint == fingerprint);
-    let more = refused.map(|refused| confirm::rolled_back(&refused.fingerprint, None));
+    let before = ledger.confirmed(desired.today).map(|last| crate::policy::fingerprint(&last.policy));
+    let more = refused.map(|refused| confirm::rolled_back(&refused.fingerprint, before.as_deref()));
     assessment
         .extend(more.into_iter().chain(ledger.unsealed(desired.today).as_deref().map(confirm::unsealed)));
     crate::daemon::history::read(&places.state).date(&mut assessment.findings);

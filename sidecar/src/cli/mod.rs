@@ -97,6 +97,7 @@ pub enum Command {
     /// Show what apply would change; changes nothing
     Plan,
     /// Put the policy in force once, and read it back
+    #[command(after_help = apply::ON_TRIAL)]
     Apply(apply::Options),
     /// Keep the rules that apply put in force: disarm the rollback
     Confirm,
@@ -106,6 +107,7 @@ pub enum Command {
     #[command(subcommand)]
     BreakGlass(break_glass::Verb),
     /// The daemon: watch, repair what drifts, report
+    #[command(after_help = apply::ON_TRIAL)]
     Run,
     /// The running daemon's last report
     Status,

@@ -45,11 +45,26 @@ fn about(status: &Status, width: usize) -> String {
         Rules::Confirmed => String::new(),
         Rules::OnTrial => {
             let until = daemon.until.map(|until| format!(" at {until}")).unwrap_or_default();
-            format!("  policy {} is on trial: unless confirmed it is rolled back{until}\n", daemon.policy)
+            let back_to = match &daemon.before {
+                Some(policy) => format!(" to policy {policy}"),
+                None => "\n  to NO rules of ours, since none was ever confirmed".to_owned(),
+            };
+            format!(
+                "  policy {} is on trial: unless confirmed it is rolled back{until}{back_to};\n  \
+                 a new connection of the hub through the tunnel confirms it, or `spokeguard confirm`\n",
+                daemon.policy
+            )
         }
-        Rules::RolledBack => {
-            "  the policy file was ROLLED BACK: the rules confirmed before it count\n".to_owned()
-        }
+        Rules::RolledBack => match &daemon.before {
+            Some(policy) => format!(
+                "  the policy file was ROLLED BACK: the rules confirmed before it count (policy {policy})\n"
+            ),
+            None => {
+                "  the policy file was ROLLED BACK, and none was ever confirmed: NO rules of ours are in\n  \
+                     force; `spokeguard apply --wait` tries it again\n"
+                    .to_owned()
+            }
+        },
         Rules::NotInForce => "  what the policy file says is NOT in force\n".to_owned(),
     };
     text.push_str(&stands);

@@ -15,7 +15,7 @@ use tokio::time::Instant;
 
 use super::eventlog::EventKind;
 use super::{Daemon, warn};
-use crate::apply::trial::{BringError, Brought, Glance, Ledger, Phase, Trial};
+use crate::apply::trial::{BringError, Brought, End, Glance, Ledger, Phase, Trial};
 use crate::apply::{self, sealed};
 use crate::cli::Places;
 use crate::desired::Desired;
@@ -50,8 +50,12 @@ pub struct Standing {
     hindrance: Option<String>,
     /// The policy that was rolled back, while the file still says it.
     refused: Option<String>,
+    /// The trial that was last gone back from.
+    gone_back: Option<String>,
     /// Why a boot would not come up with the rules in force.
     unsealed: Option<String>,
+    /// The policy that was confirmed last, as of the last trial or rollback.
+    before: Option<String>,
 }
 
 /// A trial that is waiting for its evidence.
@@ -63,6 +67,8 @@ struct Watch {
     next: Instant,
     /// Connections could not be looked at, and it was said.
     blind: bool,
+    /// The way back was taken away, and it was said.
+    lost: bool,
 }
 
 impl Standing {
@@ -76,7 +82,9 @@ impl Standing {
             mistake: None,
             hindrance: None,
             refused: None,
+            gone_back: None,
             unsealed: None,
+            before: None,
         }
     }
 
@@ -88,6 +96,11 @@ impl Standing {
     /// Whether the rules in force may still be rolled back.
     pub fn is_on_trial(&self) -> bool {
         matches!(self.glance, Some((Phase::Armed | Phase::Firing, _)))
+    }
+
+    /// What a rollback leads back to, or led; `None`: to no rules of ours.
+    pub fn before(&self) -> Option<&str> {
+        self.before.as_deref()
     }
 
     /// For `status`: how the rules stand, and until when.
@@ -106,7 +119,7 @@ impl Standing {
         let file = file.display();
         let mut out = Vec::new();
         if let Some(refused) = &self.refused {
-            out.push(rolled_back(refused, Some(in_force)));
+            out.push(rolled_back(refused, self.before()));
         }
         for (what, next) in [
             (&self.mistake, "Correct it: `spokeguard policy check` shows every mistake."),
@@ -128,15 +141,21 @@ impl Standing {
     }
 }
 
-/// The finding for a policy that nobody confirmed.
-pub fn rolled_back(fingerprint: &str, in_force: Option<&str>) -> Finding {
-    let stands = in_force.map_or_else(String::new, |policy| format!("; policy {policy} is what counts"));
+/// The finding for a policy that nobody confirmed. `before`: the one that was confirmed last.
+pub fn rolled_back(fingerprint: &str, before: Option<&str>) -> Finding {
+    let stands = before.map_or_else(
+        || {
+            "what was there before is back: none was ever confirmed, and NO rules of ours are in force"
+                .to_owned()
+        },
+        |policy| format!("the rules before it are back; policy {policy} is what counts"),
+    );
     Finding::new(
         Code::PolicyRolledBack,
         Severity::High,
         format!("policy {fingerprint}"),
         "the policy of the file, confirmed and in force",
-        format!("nobody confirmed it in time, and the rules before it are back{stands}"),
+        format!("nobody confirmed it in time, and {stands}"),
         "Find out why the hub could not connect, then correct the policy, or `spokeguard apply` it again.",
     )
 }
@@ -233,7 +252,14 @@ impl Daemon {
             Ok(Brought::OnTrial { changes, .. }) => {
                 log::info!("rules put in force: {} changes in {took:.1?}", changes.len());
             }
-            Ok(Brought::NotWanted) => log::info!("[enforce] firewall = false: no rules of ours"),
+            Ok(Brought::NotWanted { taken_back }) => {
+                log::info!("[enforce] firewall = false: no rules of ours are kept");
+                if let Some(policy) = taken_back {
+                    let text =
+                        format!("policy {policy}: taken back, since the policy file wants no rules now");
+                    self.note_text(EventKind::PolicyRolledBack, text);
+                }
+            }
             Err(BringError::Half(error)) => {
                 self.repair_fails = true;
                 log::error!("the rules are NOT in force: {:#}", anyhow::Error::from(error));
@@ -284,14 +310,12 @@ impl Daemon {
             return false;
         }
         let before = std::mem::replace(&mut self.standing.glance, glance);
-        let id = |glance: &Glance| glance.as_ref().map(|(_, id)| id.clone());
         match self.standing.glance.clone() {
             Some((Phase::Armed, _)) => self.follow_trial(),
             Some((Phase::Firing | Phase::Fired, _)) => {
-                let known = self.standing.refused.is_some()
-                    && matches!(before, Some((Phase::Firing, _)))
-                    && id(&before) == id(&self.standing.glance);
-                if !known {
+                let id = self.standing.glance.as_ref().map(|(_, id)| id.clone());
+                if self.standing.gone_back != id {
+                    self.standing.gone_back = id;
                     let trial = self.standing.ledger.read(&self.standing.glance);
                     let fingerprint =
                         trial.map_or_else(|| self.policy_hash.clone(), |trial| trial.fingerprint);
@@ -299,11 +323,7 @@ impl Daemon {
                     self.go_back(&desired, fingerprint);
                 }
             }
-            Some((Phase::Confirmed, _)) | None => {
-                if let Some(watch) = self.standing.watch.take() {
-                    self.end_trial(&watch);
-                }
-            }
+            Some((Phase::Confirmed, _)) | None => return self.end_trial(before),
         }
         true
     }
@@ -346,7 +366,17 @@ impl Daemon {
             ),
             None => "nothing but `spokeguard confirm`".to_owned(),
         };
-        let text = format!("policy {}: {who} keeps it; else it is rolled back at {until}", trial.fingerprint);
+        let today = crate::cli::today(clock::now());
+        let before = self.standing.ledger.confirmed(today).map(|last| policy::fingerprint(&last.policy));
+        let back_to = before.as_ref().map_or_else(
+            || "no rules of ours, since none was ever confirmed".to_owned(),
+            |policy| format!("policy {policy}"),
+        );
+        self.standing.before = before;
+        let text = format!(
+            "policy {}: {who} keeps it; else it is rolled back at {until} to {back_to}",
+            trial.fingerprint
+        );
         self.note_text(EventKind::PolicyOnTrial, text);
         // A command that was killed may not have come to note them. Then all that are there
         // now are old ones.
@@ -356,41 +386,83 @@ impl Daemon {
             .old(&trial)
             .unwrap_or_else(|| self.standing.ledger.note_old(&trial, &self.desired));
         let next = Instant::now() + LOOK;
-        self.standing.watch = Some(Watch { trial, until, sought, old, next, blind: false });
+        self.standing.watch = Some(Watch { trial, until, sought, old, next, blind: false, lost: false });
     }
 
-    fn end_trial(&mut self, watch: &Watch) {
+    /// The trial that was watched has ended. `false`: how can't be told yet.
+    fn end_trial(&mut self, before: Glance) -> bool {
+        let Some(watch) = &mut self.standing.watch else { return true };
         let today = crate::cli::today(clock::now());
-        let confirmed = self.standing.ledger.confirmed(today);
-        let of = |desired: &Desired| policy::fingerprint(&desired.policy);
-        let recorded = confirmed.as_ref().map(of).as_ref() == Some(&watch.trial.fingerprint);
-        match confirmed {
-            // Other rules took its place without a trial: those that were confirmed before.
-            Some(confirmed) if !recorded && self.standing.glance.is_none() => {
-                self.standing.wanted = of(&confirmed);
-                self.swap(confirmed);
-            }
+        let replaced = match &self.standing.glance {
+            Some((_, id)) if *id == watch.trial.id => None,
             _ => {
-                let text = format!("policy {}", watch.trial.fingerprint);
-                self.note_text(EventKind::PolicyConfirmed, text);
+                let ledger = &self.standing.ledger;
+                let Ok(Some(lock)) = ledger.try_lock() else {
+                    self.standing.glance = before;
+                    return false;
+                };
+                if let Err(error) = ledger.settle(&lock, today) {
+                    warn("an earlier change", error);
+                }
+                self.standing.glance = ledger.glance().unwrap_or_default();
+                if self.standing.glance.is_some() {
+                    // Another trial has begun.
+                    self.standing.glance = before;
+                    return false;
+                }
+                match ledger.end_of(&lock, &watch.trial, today) {
+                    End::Confirmed => None,
+                    End::Replaced(stands) => Some(stands),
+                    End::Lost => {
+                        self.standing.glance = before;
+                        if !std::mem::replace(&mut watch.lost, true) {
+                            log::error!("the files of the rollback were taken away: it is done at once");
+                        }
+                        if let Err(error) = ledger.fall_back(&lock, &watch.trial, today) {
+                            log::debug!("{error:#}");
+                            return false;
+                        }
+                        drop(lock);
+                        return self.follow();
+                    }
+                }
+            }
+        };
+        let fingerprint = watch.trial.fingerprint.clone();
+        self.standing.watch = None;
+        match replaced {
+            Some(stands) => {
+                self.standing.wanted = policy::fingerprint(&stands.policy);
+                self.swap(*stands);
+            }
+            None => {
+                self.note_text(EventKind::PolicyConfirmed, format!("policy {fingerprint}"));
                 // What these rules refuse is cut now that they stay.
                 self.glass.closed();
                 self.wake([Facet::Nftables], Duration::ZERO);
             }
         }
         self.check_sealed();
+        true
     }
 
     /// The rules that were on trial are not in force any more.
     fn go_back(&mut self, of: &Desired, fingerprint: String) {
         self.standing.watch = None;
-        self.standing.pending = None;
-        self.standing.wanted.clone_from(&fingerprint);
-        self.standing.refused = Some(fingerprint.clone());
+        // What the file says meanwhile, and could not be put in force yet, was not refused.
+        let of_file =
+            self.standing.pending.take_if(|(desired, _)| policy::fingerprint(&desired.policy) == fingerprint);
+        drop(of_file);
+        if self.standing.pending.is_none() {
+            self.standing.wanted.clone_from(&fingerprint);
+            self.standing.refused = Some(fingerprint.clone());
+        }
         self.set_confirmed(of);
         let stands = match &self.desired.table {
             Some(_) => format!("policy {}, confirmed last, is in force", self.policy_hash),
-            None => "what was there before any was confirmed is back".to_owned(),
+            None => {
+                "what was there before any was confirmed is back: NO rules of ours are in force".to_owned()
+            }
         };
         let text = format!("policy {fingerprint}: nobody confirmed it in time; {stands}");
         log::error!("rolled back: {text}");
@@ -401,8 +473,14 @@ impl Daemon {
     /// The last confirmed policy, or if there is none, no rules of ours.
     fn set_confirmed(&mut self, otherwise: &Desired) {
         match self.standing.ledger.confirmed(crate::cli::today(clock::now())) {
-            Some(confirmed) => self.swap(confirmed),
-            None => self.swap(Desired { table: None, guard: None, ..otherwise.clone() }),
+            Some(confirmed) => {
+                self.standing.before = Some(policy::fingerprint(&confirmed.policy));
+                self.swap(confirmed);
+            }
+            None => {
+                self.standing.before = None;
+                self.swap(Desired { table: None, guard: None, ..otherwise.clone() });
+            }
         }
     }
 
@@ -444,6 +522,7 @@ impl Daemon {
                 if let Err(error) = self.standing.ledger.confirm(&lock, today) {
                     warn("confirmation", error);
                 }
+                drop(lock);
                 self.follow();
                 return;
             }
@@ -459,6 +538,7 @@ impl Daemon {
             if let Err(error) = self.standing.ledger.settle(&lock, today) {
                 warn("rollback", error);
             }
+            drop(lock);
             self.follow();
         }
     }

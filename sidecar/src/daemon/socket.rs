@@ -60,6 +60,9 @@ pub struct Daemon {
     /// When rules on trial are rolled back.
     #[serde(default)]
     pub until: Option<Stamp>,
+    /// The policy that a rollback leads back to, or led; `null`: to no rules of ours.
+    #[serde(default)]
+    pub before: Option<String>,
     pub cycle: u64,
     pub last_cycle_seconds: f64,
     /// Repairs that were done.
