@@ -119,6 +119,80 @@ fn counters_are_exact_for_every_scope_family_and_protocol() {
     }
 }
 
+#[test]
+fn drops_are_exact_whatever_audits_come_and_go() {
+    if lacking(&[Need::Lab, Need::Spokeguard]) {
+        return;
+    }
+    let lab = Lab::plain();
+    quiet(&lab);
+    // By the tc guard, which sees TCP first; and by nftables alone, where nothing is refused.
+    for (more, guarded) in [("", true), ("[enforce]\nmode = \"audit\"\n", false)] {
+        let daemon = lab.spoke.daemon(&(plain_policy(&lab) + more)).unwrap();
+        let counter = |rule: &str, family: &str| {
+            let name = format!("drop-{rule}-{family}");
+            let words = ["nft", "-j", "list", "counter", "inet", "spokeguard", &name];
+            let listed: serde_json::Value = serde_json::from_str(&lab.spoke.ok(&words).unwrap()).unwrap();
+            listed["nftables"][1]["counter"]["packets"].as_u64().unwrap()
+        };
+        let before = fresh(&lab.hub);
+        let nft_before = ["ipv4", "ipv6"].map(|family| counter("public-udp", family));
+        let mut sent = 0u32;
+        let mut strike = || {
+            for to in [SPOKE_PUBLIC, SPOKE_PUBLIC_V6] {
+                lab.internet.flood_udp(SocketAddr::new(to, 4000), 100).unwrap();
+                crate::guard::send_syns(&lab.internet, to, 5432, 20);
+                crate::guard::send_syns(&lab.internet, to, 22, 10);
+            }
+            sent += 1;
+        };
+        let program = lab::spokeguard().unwrap().display().to_string();
+        let words = |verb: &str| -> Vec<String> {
+            [program.clone()].into_iter().chain(daemon.arguments(&[verb])).collect()
+        };
+        // The daemon's first audit may be under way; whoever else audits waits for it, or is told.
+        for verb in ["check", "audit"] {
+            let mut asks = lab.spoke.spawn(&words(verb)).unwrap();
+            while !asks.has_ended() {
+                strike();
+                crate::daemon::over(Duration::from_millis(20));
+            }
+            assert!(asks.wait(LONG).unwrap().code().is_some(), "{}", asks.log());
+        }
+        // Killed, sooner and later.
+        for later in [40, 200] {
+            let mut killed = lab.spoke.spawn(&words("audit")).unwrap();
+            crate::daemon::over(Duration::from_millis(later));
+            strike();
+            killed.signal(lab::Signal::KILL).unwrap();
+            killed.wait(LONG).unwrap();
+        }
+        strike();
+        wait_until(3 * LONG, "the daemon's own audit", || {
+            (!crate::daemon::status(&lab.spoke, &daemon)["daemon"]["audit"].is_null()).then_some(())
+        })
+        .unwrap();
+        let after = fresh(&lab.hub);
+        for (at, family) in ["ipv4", "ipv6"].into_iter().enumerate() {
+            let dropped = ["public-udp", "public-tcp", "ssh"].map(|rule| {
+                let of =
+                    |body: &str| sum(body, "dropped_packets_total", &[("rule", rule), ("family", family)]);
+                of(&after) - of(&before)
+            });
+            // Conntrack knows nothing of a segment without a checksum, so the rules can't tell its port.
+            let each = if guarded { [100, 20, 10] } else { [100, 30, 0] };
+            let wanted = each.map(|each| f64::from(each * sent));
+            assert_eq!(dropped, wanted, "{family}, {}", if guarded { "both layers" } else { "nftables" });
+            let counted = counter("public-udp", family) - nft_before[at];
+            assert_eq!(counted, u64::from(100 * sent), "{family}: nft's own number");
+            // Whoever comes in is counted as ever, also by tc.
+            let udp = [("scope", "public"), ("direction", "in"), ("family", family), ("proto", "udp")];
+            let came = sum(&after, "packets_total", &udp) - sum(&before, "packets_total", &udp);
+            assert_eq!(came, f64::from(100 * sent), "{family} by tc");
+        }
+    }
+}
+
 /// Echo requests, each answered before the next.
 fn echo(node: &Node, to: IpAddr, count: u8) {
     use rustix::net::{

@@ -3,7 +3,7 @@
 
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_UNSPEC};
 use aya_ebpf::{macros::classifier, programs::TcContext};
-use sidecar_ebpf::sweep::MARK;
+use sidecar_ebpf::sweep::PRIORITY;
 
 use crate::probe_maps::{ORDERS, TRACES};
 use crate::recognise::probed;
@@ -50,12 +50,11 @@ fn see(port: u16) {
 }
 
 #[inline(always)]
-fn arrive<const IP: usize>(mut ctx: TcContext) -> i32 {
+fn arrive<const IP: usize>(ctx: TcContext) -> i32 {
     let Some(order) = ORDERS.get(0) else { return TC_ACT_UNSPEC };
     let Some((port, _)) = probed(&ctx, order, IP) else { return TC_ACT_UNSPEC };
     see(port);
-    let block = ctx.cb_mut();
-    block[0] = MARK[0];
-    block[1] = MARK[1];
+    // SAFETY: a writable field of the context.
+    unsafe { (*ctx.skb.skb).priority = PRIORITY };
     TC_ACT_UNSPEC
 }

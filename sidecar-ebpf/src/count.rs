@@ -10,7 +10,6 @@ use aya_ebpf::helpers::generated::bpf_fib_lookup;
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::info;
-use sidecar_ebpf::sweep::MARK;
 use sidecar_ebpf::{
     ANYONE, IN, IPV4, LISTED, NO_CLASS, SOURCE_KEY_HEAD_BITS, SourceKey, TCP, UDP, attempt_index, cell_index,
     port_index, row_index,
@@ -23,7 +22,7 @@ use crate::state::{CLASSES, NOTES, PORTS, ROWS, SOURCES};
 /// run, and the packet's fate is none of our business.
 #[inline(always)]
 pub fn count<const ETHERNET: bool, const SCOPE: usize, const DIRECTION: usize>(ctx: &TcContext) -> i32 {
-    if DIRECTION == IN && is_probe(ctx) {
+    if DIRECTION == IN && packet::is_probe(ctx) {
         return TC_ACT_UNSPEC;
     }
     let packet = packet::read::<ETHERNET, DIRECTION>(ctx);
@@ -55,14 +54,6 @@ pub fn count<const ETHERNET: bool, const SCOPE: usize, const DIRECTION: usize>(c
         row.attempts[attempt_index(family, allowed)] += 1;
     }
     TC_ACT_UNSPEC
-}
-
-/// Whether an audit of our own sent it; its program runs before this one.
-#[inline(always)]
-fn is_probe(ctx: &TcContext) -> bool {
-    // SAFETY: readable fields of the context.
-    let block = unsafe { (*ctx.skb.skb).cb };
-    block[0] == MARK[0] && block[1] == MARK[1]
 }
 
 /// Whether the routing table sends it on to another host: then it is no attempt on this

@@ -5,6 +5,7 @@
 
 use aya_ebpf::programs::TcContext;
 use aya_ebpf::programs::sk_buff::SkBuff;
+use sidecar_ebpf::sweep::{PRIORITY, TC_INDEX};
 use sidecar_ebpf::{ICMP, IN, IPV4, IPV6, OTHER, TCP, UDP, notes};
 
 const ETHERNET_BYTES: usize = 14;
@@ -282,4 +283,18 @@ unsafe fn be16(at: usize) -> u16 {
 unsafe fn byte(at: usize) -> u8 {
     // SAFETY: by the caller.
     unsafe { *(at as *const u8) }
+}
+
+/// Whether an audit of our own sent it. Then the rules behind this program are told, too: on
+/// kernels without tcx there is no other program to do it.
+#[inline(always)]
+pub fn is_probe(ctx: &TcContext) -> bool {
+    // SAFETY: fields of the context, the first readable, the second writable.
+    unsafe {
+        if (*ctx.skb.skb).tc_index != TC_INDEX {
+            return false;
+        }
+        (*ctx.skb.skb).priority = PRIORITY;
+    }
+    true
 }

@@ -16,7 +16,6 @@ use sidecar_ebpf::gate::{
     BANKS, PREFIX_HEAD_BITS, PrefixKey, TIMED_HEAD_BITS, TimedKey, kinds, open, reasons, refused_index,
     sides, state, word_index,
 };
-use sidecar_ebpf::sweep::MARK;
 use sidecar_ebpf::{IN, IPV4, IPV6, TCP, notes};
 
 use crate::guard_maps::{
@@ -84,7 +83,7 @@ fn guard<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
         return TC_ACT_UNSPEC;
     }
     // What an audit of our own sends is refused as a stranger's, and is no attack.
-    if !is_probe(ctx)
+    if !packet::is_probe(ctx)
         && let Some(count) = GUARD_REFUSED.get_ptr_mut(refused_index(reason, packet.family & 1, audit))
     {
         // SAFETY: a value of this map that belongs to this CPU; the receive path doesn't
@@ -112,13 +111,6 @@ fn is_for_this_device<const ETHERNET: bool>(ctx: &TcContext) -> bool {
 #[inline(always)]
 fn is_vlan(ctx: &TcContext) -> bool {
     ctx.load::<u16>(12).is_ok_and(|kind| matches!(u16::from_be(kind), 0x8100 | 0x88a8))
-}
-
-#[inline(always)]
-fn is_probe(ctx: &TcContext) -> bool {
-    // SAFETY: a readable field of the context.
-    let block = unsafe { (*ctx.skb.skb).cb };
-    block[0] == MARK[0] && block[1] == MARK[1]
 }
 
 #[inline(always)]

@@ -136,9 +136,16 @@ pub struct Trace {
 }
 const _: () = assert!(size_of::<Trace>() == 24);
 
-/// Left by `arrive` in the packet's control block for the tc programs behind it: a probe
-/// is no traffic, and our counters don't count it. Nothing from outside can write there.
-pub const MARK: [u32; 2] = [0x7370_6f6b, 0x6567_7561];
+/// By these our counters, the guard's and those of our nftables rules know a probe, which is
+/// no traffic, and don't count it. They decide on nothing, and nothing from outside can set
+/// them: the kernel clears both in what a device receives.
+///
+/// `skb->tc_index`, set by the injector: for tc programs.
+pub const TC_INDEX: u32 = 0x5347;
+/// `skb->priority`, set by the first of our programs at tc ingress, for what comes behind it;
+/// routing forgets it in IPv4 packets that are passed on. Not the mark, by which other
+/// people's rules and routes choose.
+pub const PRIORITY: u32 = 0x7370_6f6b;
 
 #[cfg(feature = "user")]
 mod user {

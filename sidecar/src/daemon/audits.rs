@@ -5,9 +5,9 @@
 //! child process, and each is paid for with a rest, so that neither a fight over the rules
 //! nor a process that calls listen() in a loop can keep the host busy with it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use tokio::task::JoinHandle;
@@ -15,14 +15,13 @@ use tokio::time::Instant;
 
 use crate::audit::{Aim, View, aims};
 use crate::cli::INTERNAL_PROBE;
-use crate::desired::{Desired, DropReason};
+use crate::desired::Desired;
 use crate::diff::Proof;
 use crate::metrics;
-use crate::observed::{Amount, Dispute, Fate, Listener, Probed, Probing, Reading, Runs, Snapshot};
-use crate::source::nft_counters;
+use crate::observed::{Dispute, Listener, Probed, Probing, Reading, Snapshot};
 use crate::source::outside::{self, Answer, Errand, Extent};
 use crate::sys::clock::{self, Uptime};
-use crate::terms::{Family, Port, Proto, Stamp};
+use crate::terms::{Port, Proto, Stamp};
 
 /// A daemon that is started again and again does not probe again and again.
 const START: Duration = Duration::from_secs(2);
@@ -57,13 +56,6 @@ pub struct Audits {
     asked: Asked,
     last: Option<Probing>,
     proof: Option<Proof>,
-    /// Of what our drop counters say, how much were probes.
-    counted: BTreeMap<String, u64>,
-    /// They as they were when the audit that is under way began.
-    before: BTreeMap<String, Amount>,
-    ssh: Option<Port>,
-    /// Where `counted` outlives the daemon, as the counters do.
-    state: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -76,8 +68,6 @@ struct Asked {
 /// What one audit came to.
 struct Ended {
     answer: anyhow::Result<Answer>,
-    /// The counters of our table after it.
-    after: BTreeMap<String, Amount>,
     extent: Extent,
     at: Stamp,
     took: Duration,
@@ -105,32 +95,6 @@ impl Audits {
             asked: Asked::default(),
             last: None,
             proof: None,
-            counted: BTreeMap::new(),
-            before: BTreeMap::new(),
-            ssh: None,
-            state: None,
-        }
-    }
-
-    /// Takes up what an earlier daemon knew of the counters, and leaves it to the next one.
-    pub fn keep_in(mut self, state: &Path) -> Self {
-        self.counted = counted::read(state);
-        self.state = Some(state.to_owned());
-        self
-    }
-
-    /// Leaves only what strangers sent. The table's counters hold probes too, as nothing in
-    /// nftables tells them from strangers, which is what makes them worth sending.
-    pub fn discount(&mut self, drops: &mut BTreeMap<String, Amount>) {
-        for (name, amount) in drops {
-            // How many of the newest are probes is known when they have all been sent.
-            if let (true, Some(before)) = (self.under_way.is_some(), self.before.get(name)) {
-                amount.packets = amount.packets.min(before.packets);
-            }
-            let Some(probes) = self.counted.get_mut(name) else { continue };
-            // Somebody has set it to 0 since.
-            *probes = (*probes).min(amount.packets);
-            amount.packets -= *probes;
         }
     }
 
@@ -195,8 +159,6 @@ impl Audits {
         let extent = self.choose(now);
         self.remember(&extent, Asked::of(desired, snapshot, generation));
         let errand = outside::errand(&View::of(desired, snapshot), run_dir, &extent);
-        self.ssh = Some(desired.policy.ssh.port);
-        self.before = nft_counters::read().unwrap_or_default();
         self.under_way = Some(tokio::spawn(ask(errand, extent, uptime)));
     }
 
@@ -239,22 +201,7 @@ impl Audits {
     }
 
     fn take(&mut self, ended: Ended, now: Instant) {
-        let Ended { answer, after, extent, at, took } = ended;
-        if let Ok(Answer::Probed { probed, .. }) = &answer {
-            let weak =
-                self.asked.aims.iter().filter(|aim| aim.must_not_answer).map(|aim| aim.address).collect();
-            for (name, amount) in after {
-                let before = self.before.get(&name).map_or(0, |amount| amount.packets);
-                // A stranger's packet may have come meanwhile; more probes than were dropped can't.
-                let probes = amount.packets.saturating_sub(before).min(held(probed, &name, self.ssh, &weak));
-                *self.counted.entry(name).or_default() += probes;
-            }
-            if let Some(state) = &self.state
-                && let Err(error) = counted::write(state, &self.counted)
-            {
-                log::debug!("probes among the drops, in {}: {error:#}", state.display());
-            }
-        }
+        let Ended { answer, extent, at, took } = ended;
         let cost = match &answer {
             Ok(Answer::Probed { cost, .. }) => *cost,
             _ => Duration::ZERO,
@@ -353,27 +300,6 @@ impl Asked {
     }
 }
 
-/// Probes that were dropped, of the kind that this counter counts. `ssh` is sshd's port, and
-/// `weak` are the addresses that must not answer.
-fn held(probed: &Probed, counter: &str, ssh: Option<Port>, weak: &BTreeSet<IpAddr>) -> u64 {
-    let Some((reason, family)) = DropReason::of_counter(counter) else { return 0 };
-    let sweeps = probed.sweeps.iter().filter(|s| Family::of(s.address) == family);
-    let all = |sweep: &Runs| -> u64 {
-        let dropped = sweep.runs.iter().filter(|run| run.fate == Fate::Dropped);
-        dropped.map(|run| u64::from(run.last.get() - run.first.get()) + 1).sum()
-    };
-    let one = |sweep: &Runs| u64::from(ssh.and_then(|port| sweep.fate(port)) == Some(Fate::Dropped));
-    let of = |sweep: &Runs| match (reason, sweep.proto) {
-        (DropReason::WeakHost, _) if weak.contains(&sweep.address) => all(sweep),
-        (DropReason::Ssh, Proto::Tcp) => one(sweep),
-        (DropReason::PublicTcp, Proto::Tcp) | (DropReason::PublicUdp, Proto::Udp) => all(sweep),
-        (DropReason::Forward, _) => all(sweep),
-        // By ways that probes do not come.
-        _ => 0,
-    };
-    sweeps.map(of).sum()
-}
-
 async fn ask(errand: Errand, extent: Extent, uptime: Uptime) -> Ended {
     let (at, begun) = (clock::now(), uptime.elapsed());
     let answer = if errand.requests.is_empty() {
@@ -381,69 +307,7 @@ async fn ask(errand: Errand, extent: Extent, uptime: Uptime) -> Ended {
     } else {
         outside::run_in_child(INTERNAL_PROBE, &errand).await
     };
-    let after = nft_counters::read().unwrap_or_default();
-    Ended { answer, after, extent, at, took: uptime.elapsed() - begun }
-}
-
-/// How many of the drops that the kernel counts were probes, kept for as long as it counts:
-/// across restarts, and not across boots.
-mod counted {
-    use std::collections::BTreeMap;
-    use std::io::Read as _;
-    use std::path::Path;
-
-    use serde::{Deserialize, Serialize};
-
-    const FILE: &str = "probes.json";
-    /// A number for each drop counter stays far below this.
-    const MAX_BYTES: u64 = 1 << 16;
-
-    #[derive(Serialize, Deserialize)]
-    struct Stored {
-        boot: String,
-        probes: BTreeMap<String, u64>,
-    }
-
-    /// Empty where nothing readable is, which shows probes as drops and hides nothing.
-    pub fn read(state: &Path) -> BTreeMap<String, u64> {
-        let mut text = String::new();
-        let read =
-            std::fs::File::open(state.join(FILE)).and_then(|f| f.take(MAX_BYTES).read_to_string(&mut text));
-        let stored = read.ok().and_then(|_| serde_json::from_str::<Stored>(&text).ok());
-        stored
-            .filter(|stored| boot().is_some_and(|boot| boot == stored.boot))
-            .map_or_else(BTreeMap::new, |s| s.probes)
-    }
-
-    pub fn write(state: &Path, probes: &BTreeMap<String, u64>) -> anyhow::Result<()> {
-        let Some(boot) = boot() else { return Ok(()) };
-        let text = serde_json::to_string(&Stored { boot, probes: probes.clone() })?;
-        Ok(crate::daemon::eventlog::write_atomically(&state.join(FILE), text.as_bytes())?)
-    }
-
-    fn boot() -> Option<String> {
-        std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()
-    }
-
-    #[cfg(test)]
-    mod tests {
-        use super::*;
-
-        #[test]
-        fn kept_for_this_boot_and_no_other() {
-            let state = tempfile::tempdir().expect("a folder");
-            let probes = BTreeMap::from([("drop-public-tcp-ipv4".to_owned(), 65_530)]);
-            assert!(read(state.path()).is_empty());
-            write(state.path(), &probes).expect("written");
-            assert_eq!(read(state.path()), probes);
-            let file = state.path().join(FILE);
-            let text = std::fs::read_to_string(&file).expect("text");
-            std::fs::write(&file, text.replace(boot().expect("a boot").trim(), "another")).expect("written");
-            assert!(read(state.path()).is_empty());
-            std::fs::write(&file, "{").expect("written");
-            assert!(read(state.path()).is_empty());
-        }
-    }
+    Ended { answer, extent, at, took: uptime.elapsed() - begun }
 }
 
 #[cfg(test)]
@@ -478,10 +342,7 @@ mod tests {
             self.audits.remember(&extent, Asked::of(&desired, &snapshot, Some(generation)));
             let answer = Ok(Answer::Probed { probed: Probed::default(), cost });
             let at = clock::now();
-            self.audits.take(
-                Ended { answer, after: Default::default(), extent: extent.clone(), at, took: cost },
-                self.now,
-            );
+            self.audits.take(Ended { answer, extent: extent.clone(), at, took: cost }, self.now);
             self.audits.fresh = None;
             ((self.now - self.begun).as_secs(), extent)
         }
@@ -547,13 +408,8 @@ mod tests {
             waits.push(due.saturating_duration_since(day.now).as_secs());
             day.now = day.now.max(due);
             let extent = day.audits.choose(day.now);
-            let ended = Ended {
-                after: Default::default(),
-                answer: Ok(Answer::Failed("no".into())),
-                extent,
-                at: clock::now(),
-                took: QUICK,
-            };
+            let ended =
+                Ended { answer: Ok(Answer::Failed("no".into())), extent, at: clock::now(), took: QUICK };
             day.audits.take(ended, day.now);
             let (_, mut snapshot) = Stage::spoke().set();
             day.audits.tell(&mut snapshot);

@@ -41,6 +41,8 @@ pub(super) struct Keeper {
     pub waits: bool,
     /// The last trial went as it must.
     proven: bool,
+    /// Why binds are not refused as they should be.
+    pub gap: Option<String>,
     /// A process that is refused often ends at once: its unit is asked when it is announced.
     units: BTreeMap<(u32, String), String>,
 }
@@ -189,4 +191,27 @@ impl Keeper {
 fn trial(rules: &BindRules, around: &Surroundings) -> Option<SocketAddr> {
     let mut wide = (1024..=u16::MAX).map(|port| SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)));
     wide.find(|at| rules.refuses(around, Proto::Tcp, *at, false))
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::cli::Places;
+    use crate::daemon::Daemon;
+    use crate::desired::Desired;
+    use crate::desired::samples;
+
+    #[test]
+    fn why_binds_are_not_refused_is_not_forgotten_while_a_look_is_under_way() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let at = |name: &str| dir.path().join(name);
+        let places = Places { state: at("state"), run: at("run"), pin: at("pin"), cgroup: None };
+        let desired = Desired::new(samples::spoke(), samples::TODAY).expect("a way in");
+        let mut daemon = Daemon::new(desired, "hash".into(), places, at("policy.toml"));
+        let eyes = daemon.eyes.take();
+        daemon.gap_of_binds(Some("the loader failed".into()));
+        assert!(daemon.wanted.contains(&crate::observed::Facet::Binds), "looked at again");
+        daemon.eyes = eyes;
+        daemon.tell_eyes();
+        assert_eq!(daemon.eyes.and_then(|eyes| eyes.binds_gap).as_deref(), Some("the loader failed"));
+    }
 }

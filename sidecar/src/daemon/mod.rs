@@ -199,7 +199,7 @@ impl Daemon {
             standing: Standing::new(&places, policy_hash.clone()),
             policy_hash,
             policy_file,
-            audits: Audits::new(Instant::now()).keep_in(&places.state),
+            audits: Audits::new(Instant::now()),
             places,
             snapshot: None,
             queries: None,
@@ -614,8 +614,8 @@ impl Daemon {
             // Before it is looked at: a new interface is not open for as long as a look takes.
             self.keep_guard(links::read().ok().as_deref());
         }
-        let mut eyes = self.eyes.take()?;
-        eyes.guard_gap = self.guarding.gap.clone();
+        self.tell_eyes();
+        let eyes = self.eyes.take()?;
         self.due = None;
         let facets: Vec<Facet> = std::mem::take(&mut self.wanted).into_iter().collect();
         if facets.contains(&Facet::Nftables) {
@@ -642,6 +642,13 @@ impl Daemon {
             pass.took += uptime.elapsed() - begun;
             pass
         }))
+    }
+
+    /// What no look can see for itself.
+    fn tell_eyes(&mut self) {
+        let Some(eyes) = &mut self.eyes else { return };
+        eyes.guard_gap.clone_from(&self.guarding.gap);
+        eyes.binds_gap.clone_from(&self.binds.gap);
     }
 
     /// Asks from outside what is due.
@@ -724,7 +731,7 @@ impl Daemon {
         for transition in &transitions {
             match transition {
                 Transition::Appeared { finding } | Transition::Changed { finding, .. } => {
-                    if let (false, Some(facet)) = (finding.accepted, finding.facet) {
+                    if let (true, Some(facet)) = (finding.is_drift(), finding.facet) {
                         *self.drifts.entry(facet).or_default() += 1;
                     }
                     let kind = glass::kind(finding, None).unwrap_or(EventKind::DriftAppeared);
@@ -829,12 +836,11 @@ impl Daemon {
 
     /// Why binds are not refused as they should be. Told once.
     fn gap_of_binds(&mut self, gap: Option<String>) {
-        let Some(eyes) = &mut self.eyes else { return };
-        if eyes.binds_gap != gap {
+        if self.binds.gap != gap {
             if let Some(gap) = &gap {
                 log::warn!("{gap}");
             }
-            eyes.binds_gap = gap;
+            self.binds.gap = gap;
             self.wake([Facet::Binds], Duration::ZERO);
         }
     }
@@ -939,8 +945,6 @@ impl Daemon {
         });
         let mut drops = nft_counters::read().ok();
         if let Some(drops) = &mut drops {
-            // The guard counts no probes.
-            self.audits.discount(drops);
             self.guarding.add_to(drops);
         }
         let audit = self.audits.metrics();
@@ -1042,6 +1046,7 @@ impl Daemon {
             file: Some(self.policy_file.clone()),
             rules,
             until,
+            before: self.standing.before().map(str::to_owned),
             pid: std::process::id(),
             started: self.started,
             mode: self.desired.policy.enforce.mode,
@@ -1232,7 +1237,7 @@ fn hub_of(desired: &Desired) -> Vec<IpNet> {
 }
 
 fn headline(report: &Report) -> String {
-    let open = report.findings.iter().filter(|finding| !finding.accepted).count();
+    let open = report.findings.iter().filter(|finding| finding.is_drift()).count();
     format!("{}: {open} findings, {} blind", report.verdict.name(), report.blind.len())
 }
 

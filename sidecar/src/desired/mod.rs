@@ -22,6 +22,9 @@ pub use table::DropReason;
 pub const TABLE: &str = "spokeguard";
 /// Before every firewall at `filter` (0) that composes with us, after conntrack and DNAT.
 pub const PRIORITY: i32 = -10;
+/// `meta priority` of the probes of our own audits, as nft writes it, and of no packet that
+/// a device received: only who has it is not counted among what is dropped.
+pub const PROBE_PRIORITY: &str = "7370:6f6b";
 /// What an opening is called among services and exceptions.
 pub const BREAK_GLASS: &str = "break-glass";
 /// Every rule of ours carries this comment prefix and then its rule id.

@@ -19,7 +19,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 
-use super::{COMMENT_PREFIX, PRIORITY, TABLE};
+use super::{COMMENT_PREFIX, PRIORITY, PROBE_PRIORITY, TABLE};
 use crate::observed::Amount;
 use crate::policy::{Bind, Exception, Mode, Policy, Role, Sources};
 use crate::ruleset::glass;
@@ -443,16 +443,42 @@ impl<'a> Build<'a> {
             Mode::Enforce => Statement::Drop,
             Mode::Audit => Statement::Accept,
         };
-        let count = |reason: DropReason| [Statement::CounterRef(reason.counter(family)), verdict.clone()];
+        let counter = |reason: DropReason| Statement::CounterRef(reason.counter(family));
         let mut rules = Vec::new();
         // Of what is not TCP nothing established comes this far.
         if !matches!(reason, DropReason::PublicUdp | DropReason::PublicOther) {
             let of_a_flow: Vec<Match> = matches.iter().cloned().chain([ct_state(&["established"])]).collect();
-            rules.push(rule(&format!("{id}-stale"), of_a_flow, count(DropReason::Stale)));
+            let then = [counter(DropReason::Stale), verdict.clone()];
+            rules.push(rule(&format!("{id}-stale"), of_a_flow, then));
         }
-        rules.push(rule(id, matches, count(reason)));
+        if !meets_probes(reason, family) {
+            rules.push(rule(id, matches, [counter(reason), verdict]));
+            return rules;
+        }
+        // One rule judges strangers and probes; only strangers are counted before it.
+        let of_strangers = matches.iter().cloned().chain([not_a_probe()]);
+        rules.push(rule(&id.replacen("drop-", "count-", 1), of_strangers, [counter(reason)]));
+        rules.push(rule(id, matches, [verdict]));
         rules
     }
+}
+
+/// Whether probes of our own audits come by this way, and are known there: forwarding gives
+/// IPv4 packets another priority.
+fn meets_probes(reason: DropReason, family: Family) -> bool {
+    match reason {
+        DropReason::Ssh | DropReason::PublicTcp | DropReason::PublicUdp | DropReason::WeakHost => true,
+        DropReason::Forward => family == Family::Ipv6,
+        DropReason::PublicOther
+        | DropReason::SpoofedMesh
+        | DropReason::Mesh
+        | DropReason::Local
+        | DropReason::Stale => false,
+    }
+}
+
+fn not_a_probe() -> Match {
+    Match { op: Op::Ne, ..meta("priority", PROBE_PRIORITY) }
 }
 
 /// Ports that become reachable: by the original port for flows that conntrack knows, by
@@ -934,6 +960,7 @@ mod tests {
             let table = built(policy);
             let names: BTreeSet<&str> = table.chains.iter().map(|chain| chain.name.as_str()).collect();
             assert_eq!(names.len(), table.chains.len());
+            let mut last = None;
             for rule in table.chains.iter().flat_map(|chain| &chain.rules) {
                 for statement in &rule.statements {
                     match statement {
@@ -947,14 +974,25 @@ mod tests {
                             assert_eq!(reason.counter(family), *name);
                         }
                         Statement::Drop => {
-                            assert!(matches!(
-                                rule.statements[rule.statements.len() - 2],
-                                Statement::CounterRef(_)
-                            ));
+                            let counts = |rule: &Rule| {
+                                rule.statements.iter().any(|s| matches!(s, Statement::CounterRef(_)))
+                            };
+                            let of_strangers = |before: &Rule| {
+                                let same: Vec<_> = rule
+                                    .statements
+                                    .iter()
+                                    .take(rule.statements.len() - 1)
+                                    .cloned()
+                                    .chain([Statement::Match(not_a_probe())])
+                                    .collect();
+                                counts(before) && before.statements[..before.statements.len() - 1] == same
+                            };
+                            assert!(counts(rule) || last.is_some_and(of_strangers), "{rule:?}");
                         }
                         _ => {}
                     }
                 }
+                last = Some(rule);
             }
         }
         assert_eq!(DropReason::of_counter("drop-ssh-ipv5"), None);

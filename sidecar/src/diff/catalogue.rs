@@ -191,7 +191,8 @@ impl Code {
                 severity: Severity::Medium,
                 facets: &[Listeners, Nftables, Links],
                 meaning: "A process listens on more addresses than the policy lets it, and only a firewall\n\
-                          keeps strangers out. Medium where we cannot tell whether it does.",
+                          keeps strangers out. Medium where we cannot tell whether it does; info, and no drift,\n\
+                          for clients that hold UDP 123, 323, 5353 or 5355 open (time and local names).",
                 why: "One layer holds. The day the firewall is reloaded, the port is open. `found` says\n\
                       who holds it now.",
                 remedy: "Bind the process to the addresses named in `wanted`, or declare the port.\n\

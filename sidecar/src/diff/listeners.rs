@@ -131,6 +131,19 @@ fn is_tailscaled(listener: &Listener) -> bool {
     listener.uid == 0 && listener.owner.as_ref().is_some_and(|owner| owner.process == "tailscaled")
 }
 
+/// Time and names of the local network: clients of these protocols keep their well-known port
+/// open on every address and can't be told otherwise. While the rules hold it, that is worth
+/// a word and no drift.
+fn is_chatter(listener: &Listener) -> bool {
+    const NTP: u16 = 123;
+    const CHRONY: u16 = 323;
+    const MDNS: u16 = 5353;
+    const LLMNR: u16 = 5355;
+    listener.proto == Proto::Udp
+        && listener.is_wildcard()
+        && [NTP, CHRONY, MDNS, LLMNR].contains(&listener.port.get())
+}
+
 /// A socket that may be where it is, though not for everybody: reported if a stranger gets
 /// to it all the same.
 fn admitted(sight: &Sight, listener: &Listener, meant: &str, out: &mut Assessment) {
@@ -198,6 +211,9 @@ fn report(sight: &Sight, listener: &Listener, place: Option<Place>, out: &mut As
     let (code, severity) = match (&reach, ssh) {
         (Reach::Open(_), _) => exposed(sight, listener, ssh),
         (_, true) => (Code::SshBind, Severity::Medium),
+        (Reach::Held(_), false) if place.is_none() && is_chatter(listener) => {
+            (Code::ListenerWide, Severity::Info)
+        }
         (Reach::Held(_), false) => (Code::ListenerWide, Severity::Low),
         (Reach::Doubtful(_) | Reach::Blind(_), false) => (Code::ListenerWide, Severity::Medium),
     };
@@ -512,6 +528,39 @@ mod tests {
             codes(Stage::spoke().listens("udp 0.0.0.0:161 snmpd")),
             ["low listener-wide udp/0.0.0.0:161"]
         );
+    }
+
+    #[test]
+    fn a_client_on_its_well_known_port_is_no_drift_while_the_rules_hold_it() {
+        use crate::report::{Report, Verdict};
+        let verdict = |stage: Stage| {
+            let (desired, snapshot) = stage.set();
+            let assessment = crate::diff::assess(&desired, &snapshot, snapshot.at);
+            Report::new(&desired, &snapshot, assessment, snapshot.at).verdict
+        };
+        for (socket, subject) in [
+            ("udp 0.0.0.0:323 chronyd", "udp/0.0.0.0:323"),
+            ("udp [::]:5353 avahi-daemon", "udp/[::]:5353"),
+            ("udp 0.0.0.0:5355 systemd-resolve", "udp/0.0.0.0:5355"),
+        ] {
+            let held = || Stage::spoke().listens(socket);
+            assert_eq!(codes(held()), [format!("info listener-wide {subject}")]);
+            assert_eq!(verdict(held()), Verdict::Ok);
+            assert_eq!(
+                codes(held().without_our_table()),
+                [format!("critical listener-exposed {subject}")],
+                "and when they don't, it is what it is"
+            );
+            assert_eq!(codes(held().blind(Facet::Nftables)), [format!("medium listener-wide {subject}")]);
+        }
+        for (socket, found) in [
+            ("tcp 0.0.0.0:5355 systemd-resolve", "low listener-wide tcp/0.0.0.0:5355"),
+            ("udp 203.0.113.7:5353 avahi-daemon", "low listener-wide udp/203.0.113.7:5353"),
+            ("udp 0.0.0.0:161 snmpd", "low listener-wide udp/0.0.0.0:161"),
+        ] {
+            assert_eq!(codes(Stage::spoke().listens(socket)), [found]);
+            assert_eq!(verdict(Stage::spoke().listens(socket)), Verdict::Drift);
+        }
     }
 
     #[test]

@@ -288,6 +288,12 @@ impl Finding {
         self
     }
 
+    /// Whether the host is not as the policy says because of it. What is accepted, and what is
+    /// merely worth knowing, is listed and changes no verdict.
+    pub fn is_drift(&self) -> bool {
+        !self.accepted && self.severity != Severity::Info
+    }
+
     /// Two findings with the same identity are the same finding at two moments.
     pub fn identity(&self) -> (Code, &str) {
         (self.code, &self.subject)

@@ -69,7 +69,7 @@ impl Report {
         let blind: Vec<Blind> = gaps.chain(doubts).collect();
         let verdict = if !blind.is_empty() {
             Verdict::Unknown
-        } else if findings.iter().any(|finding| !finding.accepted) {
+        } else if findings.iter().any(Finding::is_drift) {
             Verdict::Drift
         } else {
             Verdict::Ok

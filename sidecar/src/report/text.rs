@@ -43,7 +43,7 @@ pub(super) fn render(report: &Report, width: usize, colour: bool) -> String {
 }
 
 fn headline(report: &Report, page: &mut Page) {
-    let drift = report.findings.iter().any(|f| !f.accepted && f.code != Code::ControlUnproven);
+    let drift = report.findings.iter().any(|f| f.is_drift() && f.code != Code::ControlUnproven);
     let (says, shade) = match (report.verdict, drift) {
         (Verdict::Ok, _) => ("as the policy says", GREEN),
         (Verdict::Drift, _) => ("differs from the policy", RED),

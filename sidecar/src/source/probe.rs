@@ -466,3 +466,13 @@ fn random() -> u32 {
     while rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()) != Ok(4) {}
     u32::from_ne_bytes(bytes)
 }
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_rules_know_probes_by_what_the_programs_give_them() {
+        let priority = sidecar_ebpf::sweep::PRIORITY;
+        let text = format!("{:x}:{:x}", priority >> 16, priority & 0xffff);
+        assert_eq!(text, crate::desired::PROBE_PRIORITY);
+    }
+}
