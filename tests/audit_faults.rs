@@ -45,12 +45,7 @@ fn whoever_may_less_sees_the_same_or_says_what_is_missing() {
     }
     let lab = Lab::plain();
     let _web = lab.spoke.web().unwrap();
-    lab.spoke
-        .nft(
-            "table inet t { chain i { type filter hook input priority filter; policy drop;
-             tcp dport { 80, 81 } accept; tcp dport 90 reject with tcp reset; }; }",
-        )
-        .unwrap();
+    lab.spoke.drop_all_but("tcp dport { 80, 81 } accept; tcp dport 90 reject with tcp reset;").unwrap();
     let run_dir = lab.dir.join("run");
     // A hardened unit's, but for some; CAP_SYS_ADMIN would stand for most of them.
     let with = |less: &str| {
@@ -185,12 +180,7 @@ fn packets_from_outside_that_look_like_probes_forge_nothing() {
     }
     let lab = Lab::plain();
     let _web = lab.spoke.web().unwrap();
-    lab.spoke
-        .nft(
-            "table inet t { chain i { type filter hook input priority filter; policy drop;
-             tcp dport 80 accept; }; }",
-        )
-        .unwrap();
+    lab.spoke.drop_all_but("tcp dport 80 accept;").unwrap();
     let run_dir = lab.dir.join("run");
     let source = "198.51.100.99";
     let over = AtomicBool::new(false);
@@ -336,12 +326,7 @@ fn a_thousand_connections_a_second_are_not_disturbed() {
     let lab = Lab::plain();
     // An application that notes whatever comes, and would note an empty connection.
     let listener = lab.spoke.inside(|| Ok(TcpListener::bind(SocketAddr::new(SPOKE_PUBLIC, 443))?)).unwrap();
-    lab.spoke
-        .nft(
-            "table inet t { chain i { type filter hook input priority filter; policy drop;
-             ct state established accept; tcp dport 443 accept; }; }",
-        )
-        .unwrap();
+    lab.spoke.drop_all_but("ct state established accept; tcp dport 443 accept;").unwrap();
     let run_dir = lab.dir.join("run");
     let over = AtomicBool::new(false);
     let (noted, strange, failed, made) =
@@ -415,10 +400,9 @@ fn what_the_kernel_does_not_say_by_icmp_is_still_a_reject() {
     }
     let lab = Lab::plain();
     lab.spoke
-        .nft(
-            "table inet t { chain i { type filter hook input priority filter; policy drop;
-             icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept;
-             udp dport 1-60000 reject; udp dport 60001-61000 drop; }; }",
+        .drop_all_but(
+            "icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept; \
+             udp dport 1-60000 reject; udp dport 60001-61000 drop;",
         )
         .unwrap();
     for (address, word) in [(SPOKE_PUBLIC, "port-unreach"), (SPOKE_PUBLIC_V6, "port-unreach")] {

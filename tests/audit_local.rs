@@ -285,12 +285,7 @@ fn a_pace_gets_through_a_limit_for_all_sources_together() {
         return;
     }
     let lab = Lab::plain();
-    lab.spoke
-        .nft(
-            "table inet t { chain i { type filter hook input priority filter; policy drop;
-             tcp dport 100-109 limit rate 50/second burst 1 packets accept; }; }",
-        )
-        .unwrap();
+    lab.spoke.drop_all_but("tcp dport 100-109 limit rate 50/second burst 1 packets accept;").unwrap();
     let fast = Request { ports: vec![100..=109], ..request(&lab, &[SPOKE_PUBLIC], &[Proto::Tcp]) };
     let slow = Request { rate: Some(25), ..fast.clone() };
     assert!(delivered(&swept(&lab, &fast)[0]).len() < 10);
@@ -382,13 +377,9 @@ fn devices_of_every_kind() {
              if ip link add link eth0 name eth0.5 type vlan id 5; then
                ip addr add 192.0.2.9/24 dev eth0.5; ip link set eth0.5 up; fi")
         .unwrap();
-    lab.spoke
-        .nft(
-            "table inet t { chain i { type filter hook input priority filter; policy drop;
-             tcp dport 80 accept; iifname eth0.5 tcp dport 81 accept; iifname tun0 tcp dport 82 accept;
-             iifname br0 tcp dport 83 accept; iifname wg0 tcp dport 84 accept; tcp dport 90 reject with tcp reset; }; }",
-        )
-        .unwrap();
+    let rules = "tcp dport 80 accept; iifname eth0.5 tcp dport 81 accept; iifname tun0 tcp dport 82 accept; \
+                 iifname br0 tcp dport 83 accept; iifname wg0 tcp dport 84 accept; tcp dport 90 reject with tcp reset;";
+    lab.spoke.drop_all_but(rules).unwrap();
     for (name, address, special) in [
         ("eth0.5", "192.0.2.9", 81),
         ("tun0", "10.9.0.1", 82),

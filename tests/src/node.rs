@@ -174,6 +174,13 @@ impl Node {
         Ok(())
     }
 
+    /// A firewall that drops whatever comes in, but for what these rules say.
+    pub fn drop_all_but(&self, rules: &str) -> Result<()> {
+        self.nft(&format!(
+            "table inet t {{ chain i {{ type filter hook input priority filter; policy drop; {rules} }}; }}"
+        ))
+    }
+
     /// Starts a command that stays; it ends with the guard, or with the lab.
     pub fn spawn<A: AsRef<OsStr>>(&self, words: &[A]) -> Result<Running> {
         self.start(self.command(words), &self.said(words))
