@@ -309,6 +309,7 @@ mod tests {
             file: None,
             rules: Rules::Confirmed,
             until: None,
+            before: None,
             policy: "0123456789abcdef".into(),
             cycle: 7,
             last_cycle_seconds: 0.25,
