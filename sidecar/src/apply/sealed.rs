@@ -37,3 +37,9 @@ pub fn is_whole(text: &str) -> bool {
     }
     sum == Some(policy::sum(rest).as_str())
 }
+
+/// The fingerprint of the policy that a whole file is of.
+pub fn policy(text: &str) -> Option<&str> {
+    let mut head = text.lines().take_while(|line| line.starts_with('#'));
+    head.find_map(|line| line.strip_prefix("# policy "))
+}

@@ -44,6 +44,8 @@ const CONFIRMED: &str = "confirmed.toml";
 const REFUSED: &str = "refused.toml";
 /// The last confirmed policy, in the run directory, while the state directory can't take it.
 const UNRECORDED: &str = "last.toml";
+/// At the head of either.
+const SUM: &str = "# sum ";
 const DIRECTORY: &str = "rollback";
 const LOCK: &str = "lock";
 /// Our own files stay far below this; more is not ours.
@@ -153,9 +155,10 @@ pub struct Ledger {
 /// the token is its own, or when the whole directory is gone, as a service manager removes
 /// a run directory; the copy of the rules in the state directory is gone only if somebody
 /// confirmed or released. It has fired when the old rules are back, and not before.
+/// Its standard error is locked for as long as it lives, so `sleep`, which may outlive it, has another.
 /// No `${` and no `$` at the start of a word: systemd would put variables of its own there.
 const SCRIPT: &str = r#"trap "" HUP INT TERM
-sleep "$1"
+sleep "$1" 2>/dev/null
 mv "$2/armed.$3" "$2/firing.$3" 2>/dev/null || test -e "$2/armed.$3" || test ! -d "$2" || exit 0
 done=no
 for rules in "$2/keep.$3.nft" "$2/whole.$3.nft" "$5/rollback.$3.nft"; do
@@ -198,13 +201,51 @@ impl Ledger {
         Trial::parse(id, &read_text(&self.token(*phase, id)).ok()?)
     }
 
-    /// What the last confirmed policy comes to today; `None` where none was confirmed, or
-    /// this version can't read it any more.
+    /// What the last confirmed policy comes to today; `None` where none was confirmed, or it can't
+    /// be read ([`Ledger::unsealed`] says why).
     pub fn confirmed(&self, today: Date) -> Option<Desired> {
-        let text =
-            read_text(&self.dir.join(UNRECORDED)).or_else(|_| read_text(&self.state.join(CONFIRMED))).ok()?;
-        let loaded = policy::parse(&text, CONFIRMED, today).ok()?;
-        Desired::new(loaded.policy, today).ok()
+        self.last(today).ok().flatten()
+    }
+
+    /// The same, where what can't be read is an error and not nothing.
+    fn last(&self, today: Date) -> anyhow::Result<Option<Desired>> {
+        let mut last = Ok(None);
+        for path in [self.dir.join(UNRECORDED), self.state.join(CONFIRMED)] {
+            let read = match read_text(&path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                read => read.map_err(anyhow::Error::from),
+            };
+            let desired = read.and_then(|text| {
+                anyhow::ensure!(is_whole(&text), "it was changed, or cut off");
+                let loaded = policy::parse(&text, CONFIRMED, today).map_err(|error| {
+                    log::debug!("{error}");
+                    anyhow::anyhow!("it is no policy for this version")
+                })?;
+                Ok(Desired::new(loaded.policy, today)?)
+            });
+            match desired {
+                Ok(desired) => return Ok(Some(desired)),
+                Err(error) => {
+                    let error = error.context(format!("the last confirmed policy, {}", path.display()));
+                    last = last.and(Err(error));
+                }
+            }
+        }
+        last
+    }
+
+    /// The sealed rules, unless somebody changed them.
+    fn sealed(&self) -> Option<String> {
+        read_text(&self.state.join(sealed::FILE)).ok().filter(|text| sealed::is_whole(text))
+    }
+
+    /// Puts the sealed rules in force where the last confirmed policy can't be read and there is
+    /// no table of ours. `true`: that was so.
+    pub fn restore(&self, _lock: &Lock, today: Date) -> anyhow::Result<bool> {
+        if self.last(today).is_ok() || self.sealed().is_none() || nft::list_table()?.is_some() {
+            return Ok(false);
+        }
+        nft::run_file(&self.state.join(sealed::FILE)).map(|()| true)
     }
 
     /// The state directory has not taken the last confirmed policy yet.
@@ -288,17 +329,26 @@ impl Ledger {
         let fingerprint = policy::fingerprint(&desired.policy);
         let glance = self.glance().context("look for a trial").map_err(before)?;
         let trial = self.read(&glance).filter(|_| matches!(glance, Some((Phase::Armed, _))));
-        let confirmed = self.confirmed(desired.today);
+        let confirmed = self.last(desired.today).unwrap_or_else(|error| {
+            log::warn!("{error:#}");
+            None
+        });
         if let Some(trial) = trial.as_ref().filter(|trial| trial.fingerprint == fingerprint) {
             apply_table(desired).map_err(BringError::Half)?;
             if self.old(trial).is_none() {
                 self.note_old(trial, desired);
+            }
+            // Whoever armed it may have come no further, or the watchdog was killed as well.
+            if !self.is_watched(&trial.id) {
+                let nft = nft::program().context("arm the way back").map_err(before)?;
+                self.watch_over(trial, trial.left(), &nft).map_err(before)?;
             }
             return Ok(Brought::OnTrial { changes, again: true });
         }
         let stood = confirmed.as_ref().and_then(|confirmed| confirmed.table.as_ref());
         let nothing_new = match stood {
             Some(stood) => compare::changes(table, Some(stood)).is_empty(),
+            None if self.sealed().is_some_and(|text| sealed::policy(&text) == Some(&*fingerprint)) => true,
             None => changes.is_empty() && trial.is_none() && self.copies().is_empty(),
         };
         // What drops nothing can't lock anybody out.
@@ -341,7 +391,10 @@ impl Ledger {
 
     /// Why a boot would not come up with the last confirmed rules; `None`: it would.
     pub fn unsealed(&self, today: Date) -> Option<String> {
-        let confirmed = self.confirmed(today);
+        let confirmed = match self.last(today) {
+            Ok(confirmed) => confirmed,
+            Err(error) => return Some(format!("{error:#}")),
+        };
         let wanted = confirmed.as_ref().and_then(sealed::text);
         match (wanted, read_text(&self.state.join(sealed::FILE))) {
             (None, Ok(text)) if !sealed::is_whole(&text) => Some("it was changed, or cut off".to_owned()),
@@ -361,8 +414,12 @@ impl Ledger {
         {
             self.record(&last.policy, today)?;
         }
+        self.sweep();
         let glance = self.glance().context("look for a trial")?;
-        let Some(trial) = self.read(&glance) else { return Ok(()) };
+        let Some((phase, id)) = &glance else { return Ok(()) };
+        let Some(trial) = self.read(&glance) else {
+            return if self.token(*phase, id).exists() { self.settle_unreadable(*phase, id) } else { Ok(()) };
+        };
         match glance {
             Some((Phase::Confirmed, id)) => {
                 let policy = policy::parse(&trial.text, "the confirmed policy", today)?.policy;
@@ -382,6 +439,7 @@ impl Ledger {
                     write_atomically(&path, text.as_bytes())
                         .with_context(|| format!("write {}", path.display()))?;
                 }
+                let _ = fs::remove_file(self.copy(&id));
             }
             Some((phase @ (Phase::Armed | Phase::Firing), id))
                 if clock::monotonic() > trial.deadline + OVERDUE =>
@@ -392,6 +450,52 @@ impl Ledger {
             _ => {}
         }
         Ok(())
+    }
+
+    /// A token that says nothing, or that others could write. What was there before comes back, where
+    /// that is known and no watchdog is about to see to it.
+    fn settle_unreadable(&self, phase: Phase, id: &str) -> anyhow::Result<()> {
+        let token = self.token(phase, id);
+        if matches!(phase, Phase::Armed | Phase::Firing) {
+            if self.is_watched(id) {
+                return Ok(());
+            }
+            if self.ways_back(id).iter().any(|file| file.exists()) {
+                return self.fire(phase, id);
+            }
+        }
+        log::error!("{} can't be read, and goes: nothing hangs on it", token.display());
+        self.clear(id);
+        Ok(())
+    }
+
+    /// Removes the files of trials that are over, and those that somebody was killed over writing.
+    fn sweep(&self) {
+        let live = |id: &str| {
+            [Phase::Armed, Phase::Firing, Phase::Confirmed]
+                .iter()
+                .any(|phase| self.token(*phase, id).exists())
+        };
+        let names = |dir: &Path| {
+            let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+            entries.filter_map(|entry| entry.file_name().into_string().ok()).collect::<Vec<_>>()
+        };
+        let of_trial = |name: &str| {
+            let (kind, id) = name.split_once('.')?;
+            let known = ["keep", "whole", "old", "watch"].contains(&kind);
+            known.then(|| id.strip_suffix(".nft").unwrap_or(id).to_owned())
+        };
+        for name in names(&self.dir) {
+            if is_abandoned(&name) || of_trial(&name).is_some_and(|id| !live(&id)) {
+                let _ = fs::remove_file(self.dir.join(name));
+            }
+        }
+        for name in names(&self.state) {
+            // The watchdog's own, which has the trial's name and no process's.
+            if is_abandoned(&name) || name.strip_prefix(".refused.").is_some_and(|id| !live(id)) {
+                let _ = fs::remove_file(self.state.join(name));
+            }
+        }
     }
 
     /// Connections that were there when the rules went in; `None` if nobody has looked yet.
@@ -427,7 +531,7 @@ impl Ledger {
         match &recorded {
             Ok(()) => drop(fs::remove_file(unrecorded)),
             Err(_) => {
-                if let Err(error) = write_private(&unrecorded, &policy::show(policy)) {
+                if let Err(error) = write_private(&unrecorded, &summed(&policy::show(policy))) {
                     log::warn!("{error:#}");
                 }
             }
@@ -455,7 +559,7 @@ impl Ledger {
         if let Some(text) = sealed::text(&desired) {
             write(sealed::FILE, text)?;
         }
-        write(CONFIRMED, policy::show(policy))?;
+        write(CONFIRMED, summed(&policy::show(policy)))?;
         match fs::remove_file(self.state.join(REFUSED)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 Err(error).context("forget the policy that was rolled back")
@@ -568,8 +672,12 @@ impl Ledger {
             None => match on_the_way {
                 Some(whole) => (None, whole),
                 None => {
-                    let listed = if found.is_some() { nft::list_table_text()? } else { String::new() };
-                    (None, anew(&listed))
+                    // Sealed rules without a confirmed policy: that one can't be read any more.
+                    let before = match found {
+                        Some(_) => nft::list_table_text()?,
+                        None => self.sealed().unwrap_or_default(),
+                    };
+                    (None, anew(&before))
                 }
             },
         };
@@ -624,13 +732,24 @@ impl Ledger {
                 Err(error) => log::warn!("{error:#}; a process of ours keeps the way back"),
             }
         }
+        let path = self.dir.join(format!("watch.{}", trial.id));
+        let held = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW)
+            .open(&path)
+            .with_context(|| format!("open {}", path.display()))?;
+        flock(&held, FlockOperation::NonBlockingLockExclusive)
+            .with_context(|| format!("lock {}", path.display()))?;
         // A shell starts it and ends, so that whoever outlives it has no zombie of it.
         let status = Command::new("/bin/sh")
             .args(["-c", "\"$@\" &", "sh"])
             .args(self.watchdog(&seconds(within), trial, nft))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(Stdio::null())
+            .stderr(held)
             .current_dir("/")
             .process_group(0)
             .status()
@@ -647,7 +766,7 @@ impl Ledger {
         let path = path.unwrap_or_else(|| "/usr/sbin:/usr/bin:/sbin:/bin".to_owned());
         let mut child = Command::new(program)
             .args(["--quiet", "--collect", "--timer-property=AccuracySec=100ms"])
-            .arg(format!("--unit=spokeguard-rollback-{}", trial.id))
+            .arg(format!("--unit={}", unit(&trial.id)))
             .arg(format!("--on-active={}s", seconds(within)))
             .arg(format!("--setenv=PATH={path}"))
             .args(self.watchdog("0", trial, nft))
@@ -686,6 +805,28 @@ impl Ledger {
         words.into_iter().chain(files.map(OsString::from)).collect()
     }
 
+    /// Whether a watchdog lives that will see to this trial.
+    fn is_watched(&self, id: &str) -> bool {
+        let file = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NOFOLLOW)
+            .open(self.dir.join(format!("watch.{id}")));
+        match file {
+            Ok(file) => {
+                let taken = flock(&file, FlockOperation::NonBlockingLockExclusive);
+                taken == Err(rustix::io::Errno::WOULDBLOCK)
+            }
+            Err(_) if Path::new("/run/systemd/system").is_dir() => Command::new("systemctl")
+                .args(["--quiet", "is-active", &format!("{}.timer", unit(id))])
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .status()
+                .is_ok_and(|status| status.success()),
+            Err(_) => false,
+        }
+    }
+
     /// The watchdog's work, by ourselves.
     fn fire(&self, phase: Phase, id: &str) -> anyhow::Result<()> {
         let firing = self.token(Phase::Firing, id);
@@ -695,14 +836,14 @@ impl Ledger {
                 result => result.with_context(|| format!("rename to {}", firing.display()))?,
             }
         }
-        let own = |name: &str| self.dir.join(format!("{name}.{id}.nft"));
-        let files = [own("keep"), own("whole"), self.copy(id)];
         let mut last = anyhow::anyhow!("no rules to go back to");
-        for file in files.iter().filter(|file| file.exists()) {
+        for file in self.ways_back(id).iter().filter(|file| file.exists()) {
             match nft::run_file(file) {
                 Ok(()) => {
-                    return fs::rename(&firing, self.token(Phase::Fired, id))
-                        .with_context(|| format!("rename {}", firing.display()));
+                    fs::rename(&firing, self.token(Phase::Fired, id))
+                        .with_context(|| format!("rename {}", firing.display()))?;
+                    let _ = fs::remove_file(self.copy(id));
+                    return Ok(());
                 }
                 Err(error) => last = error,
             }
@@ -710,16 +851,20 @@ impl Ledger {
         Err(last.context("put the last confirmed rules back"))
     }
 
+    /// Files for nft that put back what was there before a trial, the best first.
+    fn ways_back(&self, id: &str) -> [PathBuf; 3] {
+        [self.dir.join(format!("keep.{id}.nft")), self.dir.join(format!("whole.{id}.nft")), self.copy(id)]
+    }
+
     /// Removes every file of a trial, the token first.
     fn clear(&self, id: &str) {
         for phase in Phase::ALL {
             let _ = fs::remove_file(self.token(phase, id));
         }
-        let rest = [format!("keep.{id}.nft"), format!("whole.{id}.nft"), format!("old.{id}")];
-        for path in rest.into_iter().map(|name| self.dir.join(name)) {
+        let rest = [format!("old.{id}"), format!("watch.{id}")].map(|name| self.dir.join(name));
+        for path in self.ways_back(id).into_iter().chain(rest) {
             let _ = fs::remove_file(path);
         }
-        let _ = fs::remove_file(self.copy(id));
     }
 
     /// The way back in the state directory.
@@ -766,7 +911,7 @@ impl Trial {
 }
 
 fn seconds(within: Duration) -> String {
-    within.as_secs().max(1).to_string()
+    within.as_secs_f64().ceil().max(1.0).to_string()
 }
 
 /// Whether a table refuses anything; one in audit mode counts only.
@@ -803,15 +948,41 @@ fn anew(table: &str) -> String {
     format!("table inet {TABLE} {{\n}}\ndelete table inet {TABLE}\n{table}")
 }
 
+/// What a file of ours says. A link, or what others could have written, is none.
 fn read_text(path: &Path) -> io::Result<String> {
     let mut text = String::new();
-    OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-        .open(path)?
-        .take(FILE_MAX)
-        .read_to_string(&mut text)?;
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path)?;
+    let meta = file.metadata()?;
+    let is_own = meta.uid() == 0 || meta.uid() == rustix::process::geteuid().as_raw();
+    if !is_own || meta.mode() & 0o022 != 0 {
+        let (owner, mode) = (meta.uid(), meta.mode() & 0o7777);
+        let text = format!("others can write it (owner {owner}, mode {mode:04o})");
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
+    }
+    file.take(FILE_MAX).read_to_string(&mut text)?;
     Ok(text)
+}
+
+/// The last confirmed policy lies there with its sum: half of a policy may be a policy as well.
+fn summed(policy: &str) -> String {
+    format!("{SUM}{}\n{policy}", policy::sum(policy))
+}
+
+fn is_whole(text: &str) -> bool {
+    let sum = text.strip_prefix(SUM).and_then(|rest| rest.split_once('\n'));
+    // One that an earlier version wrote has none.
+    sum.is_none_or(|(sum, policy)| sum == policy::sum(policy))
+}
+
+/// Whether a name is that of a file which [`write_atomically`] began, by a process that is gone.
+fn is_abandoned(name: &str) -> bool {
+    let writer = name.strip_prefix('.').and_then(|rest| rest.rsplit_once('.')?.1.parse::<u32>().ok());
+    writer.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists())
+}
+
+/// Of the timer and the service that watch over a trial, where systemd does.
+fn unit(id: &str) -> String {
+    format!("spokeguard-rollback-{id}")
 }
 
 /// Always a file of our own making, and whole or not at all.

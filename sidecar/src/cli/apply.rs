@@ -51,7 +51,18 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
              restart it with this one, or stop it first"
         );
     }
+    let before = ledger.glance()?;
     let lock = ledger.lock()?;
+    let now = ledger.glance()?;
+    if let Some(trial) = ledger.read(&now).filter(|_| now != before)
+        && trial.fingerprint != crate::policy::fingerprint(&desired.policy)
+    {
+        anyhow::bail!(
+            "another change (policy {}) went in while this one waited for it: nothing was changed; \
+             apply again to take its place",
+            trial.fingerprint
+        );
+    }
     // Whatever comes of it: the second layer first lets in what the rules will.
     guard::warn(guard::relax(&places.pin, &desired));
     let brought = ledger.bring_in(&lock, &desired, within);

@@ -187,9 +187,15 @@ impl Daemon {
         }
         let fingerprint = policy::fingerprint(&desired.policy);
         if self.standing.ledger.refused().is_some_and(|refused| refused.fingerprint == fingerprint) {
+            match self.standing.ledger.restore(&lock, desired.today) {
+                Ok(true) => log::warn!("the sealed rules were put in force"),
+                Ok(false) => {}
+                Err(error) => warn("the sealed rules", error),
+            }
             drop(lock);
             self.standing.glance = self.standing.ledger.glance().unwrap_or_default();
             self.go_back(&desired, fingerprint);
+            self.check_sealed();
             match apply::apply_table(&self.desired) {
                 Ok(_) => {}
                 Err(error) => warn("the last confirmed rules", error.into()),
@@ -547,7 +553,9 @@ impl Daemon {
     pub(super) fn settle(&mut self) {
         self.follow();
         let unfinished = self.standing.ledger.is_unrecorded()
-            || matches!(self.standing.glance, Some((Phase::Confirmed | Phase::Firing | Phase::Fired, _)));
+            || matches!(self.standing.glance, Some((Phase::Confirmed | Phase::Firing | Phase::Fired, _)))
+            // A token that can't be read.
+            || (matches!(self.standing.glance, Some((Phase::Armed, _))) && self.standing.watch.is_none());
         if unfinished && let Ok(Some(lock)) = self.standing.ledger.try_lock() {
             let today = crate::cli::today(clock::now());
             let settled = self.standing.ledger.settle(&lock, today);
@@ -571,7 +579,13 @@ impl Daemon {
             self.standing.unsealed = None;
             return;
         };
-        match ledger.confirmed(today).map(|confirmed| ledger.record(&confirmed.policy, today)) {
+        // Where the file can't be read, this process still knows what was in it.
+        let is_known = matches!(self.standing.state().0, super::socket::Rules::Confirmed)
+            && self.desired.table.is_some()
+            && self.standing.glance.is_none();
+        let known = || is_known.then(|| Desired::clone(&self.desired));
+        match ledger.confirmed(today).or_else(known).map(|confirmed| ledger.record(&confirmed.policy, today))
+        {
             Some(Ok(())) => {
                 self.standing.unsealed = None;
                 log::warn!("{}: {why}; written anew", sealed::FILE);
