@@ -126,7 +126,7 @@ impl Keeper {
             return Ok(false);
         }
         let due = self.loaded.is_none_or(|at| at.elapsed() >= RELOAD);
-        let gone = !guard.attached();
+        let gone = !guard.is_whole();
         if gone && due {
             let rules = self.rules.clone();
             self.load()?;

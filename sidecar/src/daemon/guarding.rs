@@ -36,8 +36,13 @@ impl Guarding {
     pub(super) fn start(pins: &Path, desired: &Desired, waits: bool, failed: Option<String>) -> Self {
         let mut this = Self::default();
         let Some(rules) = &desired.guard else {
-            // As declared: nothing is refused. A table of ours stays until `release`.
-            if let Err(error) = guard::release(pins) {
+            // As declared: nothing is refused. A table of ours stays until `release`, and so does
+            // a guard in force whose policy can't be read any more.
+            let stays = desired.policy.enforce.firewall
+                && Guard::open(pins).is_ok_and(|guard| {
+                    guard.is_some_and(|guard| guard.force().is_ok_and(|force| force != Force::Nothing))
+                });
+            if !stays && let Err(error) = guard::release(pins) {
                 log::warn!("the tc guard could not be taken away: {error:#}");
             }
             return this;
@@ -87,6 +92,10 @@ impl Guarding {
     /// Whether there is one to keep.
     pub(super) fn runs(&self) -> bool {
         self.guard.is_some()
+    }
+
+    pub(super) fn is_pinned(&self) -> bool {
+        self.guard.as_ref().is_some_and(Guard::is_pinned)
     }
 
     /// Whether it is in force, as far as the last look at it tells.

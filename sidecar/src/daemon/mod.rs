@@ -51,6 +51,7 @@ mod binds;
 mod glass;
 mod guarding;
 mod pace;
+mod pinned;
 mod reload;
 mod seccomp;
 mod suspects;
@@ -142,6 +143,8 @@ struct Daemon {
     /// Why the counters can't be trusted to count everything, if so.
     counter_gap: Option<String>,
     guarding: Guarding,
+    /// When what is pinned was last loaded because somebody had taken it away.
+    pinned_again: Option<Instant>,
     generation: Option<u32>,
     report: Option<Report>,
     cycles: u64,
@@ -223,6 +226,7 @@ impl Daemon {
             glass: glass::Watch::default(),
             counter_gap: None,
             guarding: Guarding::default(),
+            pinned_again: None,
             generation: None,
             report: None,
             cycles: 0,
@@ -429,7 +433,10 @@ impl Daemon {
         self.settle();
         self.renew_day();
         let links = self.snapshot.as_ref().and_then(|snapshot| snapshot.links.seen()).cloned();
-        self.keep_guard(links.as_deref());
+        match self.keep_pins() {
+            Some(kept) => self.on_guard(kept),
+            None => self.keep_guard(links.as_deref()),
+        }
         if self.log.waiting() > 0
             && let Err(error) = self.log.flush()
         {

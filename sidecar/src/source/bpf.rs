@@ -41,6 +41,7 @@ use crate::sys;
 use crate::terms::{Family, Scope};
 use attach::Attachments;
 use config::{Classes, Tables, family_number, scope_number};
+use pins::{are_ours, discard_strangers};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("SPOKEGUARD_EBPF_OBJECT"));
 
@@ -252,6 +253,8 @@ pub fn load_and_pin(pin_dir: &Path, config: &CounterConfig) -> anyhow::Result<Om
         pins::make_dir(dir)?;
     }
     let [maps_dir, programs_dir, _] = &dirs;
+    discard_strangers(pins::Kind::Map, maps_dir, &maps::ALL)?;
+    discard_strangers(pins::Kind::Program, programs_dir, &[&counting()[..], &[programs::LISTEN]].concat())?;
     if !is_current(maps_dir, programs_dir) {
         load(maps_dir, programs_dir)?;
     }
@@ -352,11 +355,22 @@ fn build_number() -> u64 {
     env!("SPOKEGUARD_EBPF_BUILD").parse().unwrap_or(0).max(1)
 }
 
+/// The programs that there is no counting without.
+fn counting() -> Vec<&'static str> {
+    programs::COUNTERS.iter().flatten().flatten().chain([&programs::EMPTY]).copied().collect()
+}
+
+/// Whether the pins are what was pinned, by whichever build.
+pub fn is_pinned(pin_dir: &Path) -> bool {
+    let root = root(pin_dir);
+    are_ours(pins::Kind::Map, &root.join("maps"), &maps::ALL)
+        && are_ours(pins::Kind::Program, &root.join("programs"), &counting())
+}
+
 /// Whether everything is pinned and comes from this very object.
 fn is_current(maps_dir: &Path, programs_dir: &Path) -> bool {
-    let counters = programs::COUNTERS.iter().flatten().flatten();
-    let all = counters.chain([&programs::EMPTY]).all(|name| programs_dir.join(name).exists());
-    all && maps::ALL.iter().all(|name| maps_dir.join(name).exists())
+    are_ours(pins::Kind::Map, maps_dir, &maps::ALL)
+        && are_ours(pins::Kind::Program, programs_dir, &counting())
         && MapData::from_pin(maps_dir.join(maps::BUILD))
             .ok()
             .and_then(|map| Array::<_, u64>::try_from(Map::Array(map)).ok())
@@ -376,8 +390,7 @@ fn load(maps_dir: &Path, programs_dir: &Path) -> anyhow::Result<()> {
             let needs = if is_denied(&error) { NEEDS } else { "" };
             error.context(format!("load of the eBPF object{needs}"))
         })?;
-    let counters: Vec<&str> = programs::COUNTERS.iter().flatten().flatten().copied().collect();
-    for name in counters.iter().chain([&programs::EMPTY]) {
+    for name in counting() {
         let program =
             object.program_mut(name).with_context(|| format!("the object has no program {name}"))?;
         let program: &mut SchedClassifier = program.try_into()?;

@@ -134,7 +134,7 @@ impl Attachments {
     /// Takes our programs off a device, also one that is gone.
     pub(super) fn detach(&self, index: u32) -> anyhow::Result<()> {
         match self.hook {
-            Hook::Tcx => self.places.iter().try_for_each(|place| pins::remove(&self.link_pin(place, index))),
+            Hook::Tcx => self.places.iter().try_for_each(|place| pins::discard(&self.link_pin(place, index))),
             Hook::Clsact => clsact::names()?
                 .into_iter()
                 .filter(|(of, _)| *of == index)
@@ -187,7 +187,15 @@ impl Attachments {
     fn attach_tcx(&self, link: &Link, place: &Place, name: &str) -> anyhow::Result<bool> {
         let pin = self.link_pin(place, link.index);
         let wanted = self.program_id(name)?;
-        match self.tcx(&pin)? {
+        let there = match self.tcx(&pin) {
+            Err(error) if is_stranger(&error) => {
+                log::warn!("{error:#}: it goes");
+                pins::discard(&pin)?;
+                None
+            }
+            there => there?,
+        };
+        match there {
             Some(there) if there.index == link.index && there.program_id == wanted => return Ok(false),
             Some(there) if there.index == link.index => {
                 // One BPF_LINK_UPDATE: every packet meets the old or the new program.
@@ -313,6 +321,12 @@ impl Attachments {
         indexes.dedup();
         Ok(indexes)
     }
+}
+
+/// Whether what lies there is no link; not that we are forbidden to look.
+fn is_stranger(error: &anyhow::Error) -> bool {
+    let io = error.chain().find_map(|cause| cause.downcast_ref::<io::Error>());
+    io.is_some_and(|error| matches!(error.raw_os_error(), None | Some(libc::EACCES | libc::EINVAL)))
 }
 
 fn index_of_pin(name: &str) -> Option<u32> {

@@ -93,9 +93,16 @@ impl Guard {
         let mut guard =
             bind::Guard { lifted: known.lifted, nonlocal: known.nonlocal, prover, ..rules.guard(around) };
         if rules.moves != [None; 3] && rules.mode.is_some() {
-            guard.nonlocal |= allow_nonlocal()?;
+            // Written down before it is done: whoever is killed in between leaves a note of it.
+            let off = nonlocal_off();
+            guard.nonlocal |= off;
+            if guard.nonlocal != known.nonlocal {
+                let noted = bind::Guard { nonlocal: guard.nonlocal, ..known };
+                self.guard.set(0, noted, 0).context("write of the guard")?;
+            }
+            set_nonlocal(off, true);
         } else {
-            forbid_nonlocal(known.nonlocal);
+            set_nonlocal(known.nonlocal, false);
             guard.nonlocal = 0;
         }
         let wanted = rules.places(around);
@@ -163,6 +170,11 @@ impl Guard {
         })
     }
 
+    /// Whether both programs are on a control group that exists, and the pins are what was pinned.
+    pub fn is_whole(&self) -> bool {
+        self.attached() && are_pinned(&self.root)
+    }
+
     /// Whether both programs are on a control group that exists.
     pub fn attached(&self) -> bool {
         programs::ALL.iter().all(|name| link(&self.root, name).is_some_and(|link| link.cgroup != 0))
@@ -223,8 +235,10 @@ pub fn load_and_pin(pin_dir: &Path, cgroup: Option<&Path>) -> anyhow::Result<()>
     let dirs = ["maps", "programs", "links"].map(|name| root.join(name));
     dirs.iter().try_for_each(|dir| pins::make_dir(dir))?;
     let [maps_dir, programs_dir, links_dir] = &dirs;
-    let current = pinned_build(&root) == Some(build_number())
-        && programs::ALL.iter().all(|name| programs_dir.join(name).exists());
+    pins::discard_strangers(pins::Kind::Map, maps_dir, &maps::ALL)?;
+    pins::discard_strangers(pins::Kind::Program, programs_dir, &programs::ALL)?;
+    // A map that is missing will be made anew, and programs that are there know the one before.
+    let current = pinned_build(&root) == Some(build_number()) && are_pinned(&root);
     let mut object = EbpfLoader::new();
     let mut object =
         object.default_map_pin_directory(maps_dir).load(OBJECT).context("load of the eBPF object")?;
@@ -257,10 +271,7 @@ pub fn load_and_pin(pin_dir: &Path, cgroup: Option<&Path>) -> anyhow::Result<()>
     }
     let map = object.map_mut(maps::BUILD).context("the object has no map BUILD")?;
     Array::try_from(map)?.set(0, build_number(), 0).context("write of the build number")?;
-    for other in pins::others(&root)? {
-        fs::remove_dir_all(&other).with_context(|| format!("removal of {}", other.display()))?;
-    }
-    Ok(())
+    pins::remove_others(&root)
 }
 
 /// Takes the guard away, also what a loader left half done or another version made.
@@ -269,10 +280,11 @@ pub fn release(pin_dir: &Path) -> anyhow::Result<bool> {
     if let Ok(Some(guard)) = Guard::open(pin_dir)
         && let Ok(known) = guard.guard.get(&0, 0)
     {
-        forbid_nonlocal(known.nonlocal);
+        set_nonlocal(known.nonlocal, false);
     }
-    let mut found = pins::others(&root(pin_dir))?;
-    found.extend(Some(root(pin_dir)).filter(|root| root.exists()));
+    let own = root(pin_dir);
+    let mut found = pins::others(&own)?;
+    found.extend(Some(own).filter(|own| own.exists()));
     for root in &found {
         fs::remove_dir_all(root).with_context(|| format!("removal of {}", root.display()))?;
     }
@@ -455,23 +467,17 @@ fn cgroup_path(inode: u64) -> Option<String> {
 const NONLOCAL: [(u32, &str); 2] =
     [(1, "/proc/sys/net/ipv4/ip_nonlocal_bind"), (2, "/proc/sys/net/ipv6/ip_nonlocal_bind")];
 
-/// Gives the bits of what was off before.
-fn allow_nonlocal() -> anyhow::Result<u32> {
-    let mut changed = 0;
-    for (bit, path) in NONLOCAL {
-        // Else it is on already, or there is no such family here.
-        if fs::read_to_string(path).is_ok_and(|text| text.trim() == "0") {
-            fs::write(path, "1").with_context(|| format!("write of {path}"))?;
-            changed |= bit;
-        }
-    }
-    Ok(changed)
+/// The bits of those that are off. Others are on already, or there is no such family here.
+fn nonlocal_off() -> u32 {
+    let is_off = |path| fs::read_to_string(path).is_ok_and(|text| text.trim() == "0");
+    NONLOCAL.iter().filter(|(_, path)| is_off(path)).fold(0, |bits, (bit, _)| bits | bit)
 }
 
-fn forbid_nonlocal(bits: u32) {
+/// A switch that can't be moved is no reason to leave the rest undone.
+fn set_nonlocal(bits: u32, on: bool) {
     for (_, path) in NONLOCAL.iter().filter(|(bit, _)| bits & bit != 0) {
-        if let Err(error) = fs::write(path, "0") {
-            log::debug!("write of {path}: {error}");
+        if let Err(error) = fs::write(path, if on { "1" } else { "0" }) {
+            log::warn!("write of {path}: {error}");
         }
     }
 }
@@ -484,6 +490,11 @@ fn root(pin_dir: &Path) -> PathBuf {
 /// The hash of the embedded object; never 0, which stands for "not complete".
 fn build_number() -> u64 {
     env!("SPOKEGUARD_BIND_BUILD").parse().unwrap_or(0).max(1)
+}
+
+fn are_pinned(root: &Path) -> bool {
+    pins::are_ours(pins::Kind::Map, &root.join("maps"), &maps::ALL)
+        && pins::are_ours(pins::Kind::Program, &root.join("programs"), &programs::ALL)
 }
 
 fn pinned_build(root: &Path) -> Option<u64> {

@@ -147,6 +147,9 @@ impl Guard {
             let bit = 1 << bank;
             self.set_word(state::NEWEST, bit)?;
             self.set_word(state::IN_FORCE, if before == 0 { 0 } else { before | bit })?;
+        } else if in_force != 0 && in_force & newest == 0 {
+            // Whoever wrote them was killed before they were in force.
+            self.set_word(state::IN_FORCE, in_force | newest)?;
         }
         self.attach(rules, links)
     }
@@ -157,7 +160,9 @@ impl Guard {
         if self.word(state::IN_FORCE)? != newest {
             self.set_word(state::IN_FORCE, newest)?;
         }
-        self.forget(newest)
+        self.forget(newest)?;
+        // What another version left in force would refuse by rules that nobody keeps.
+        pins::remove_others(&self.attachments.root)
     }
 
     /// What interfaces are now, and the guard on the public ones and no others.
@@ -195,6 +200,11 @@ impl Guard {
     pub fn is_as(&self, rules: &GuardRules) -> anyhow::Result<bool> {
         let newest = self.word(state::NEWEST)?;
         Ok(newest != 0 && self.holds(newest, rules)?)
+    }
+
+    /// Whether its pins are what was pinned, by whichever build.
+    pub fn is_pinned(&self) -> bool {
+        are_pinned(&self.attachments.root.join("maps"), &self.attachments.root.join("programs"))
     }
 
     /// Names of the interfaces that it is on.
@@ -379,6 +389,8 @@ pub fn load(pin_dir: &Path) -> anyhow::Result<()> {
         pins::make_dir(dir)?;
     }
     let [maps_dir, programs_dir, _] = &dirs;
+    pins::discard_strangers(pins::Kind::Map, maps_dir, &maps::ALL)?;
+    pins::discard_strangers(pins::Kind::Program, programs_dir, &PROGRAMS)?;
     if is_current(maps_dir, programs_dir) {
         return Ok(());
     }
@@ -464,9 +476,13 @@ fn build_number() -> u64 {
     env!("SPOKEGUARD_GUARD_BUILD").parse().unwrap_or(0).max(1)
 }
 
+fn are_pinned(maps_dir: &Path, programs_dir: &Path) -> bool {
+    pins::are_ours(pins::Kind::Map, maps_dir, &maps::ALL)
+        && pins::are_ours(pins::Kind::Program, programs_dir, &PROGRAMS)
+}
+
 fn is_current(maps_dir: &Path, programs_dir: &Path) -> bool {
-    PROGRAMS.iter().all(|name| programs_dir.join(name).exists())
-        && maps::ALL.iter().all(|name| maps_dir.join(name).exists())
+    are_pinned(maps_dir, programs_dir)
         && MapData::from_pin(maps_dir.join(maps::BUILD))
             .ok()
             .and_then(|map| Array::<_, u64>::try_from(Map::Array(map)).ok())

@@ -1,10 +1,13 @@
 //! Where things are pinned: finding or mounting a bpffs, and the directory of this
 //! instance below it.
 
+use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
+use aya::maps::MapInfo;
+use aya::programs::ProgramInfo;
 
 use crate::sys;
 
@@ -54,9 +57,14 @@ fn is_bpffs(path: &Path) -> bool {
     rustix::fs::statfs(path).is_ok_and(|stat| stat.f_type as u64 & 0xffff_ffff == BPF_FS_MAGIC)
 }
 
-/// Makes a directory and those above it, for root only.
+/// Makes a directory and those above it, for root only; in place of a link or file of its name.
 pub(super) fn make_dir(path: &Path) -> anyhow::Result<()> {
     use std::os::unix::fs::DirBuilderExt as _;
+    for step in path.parent().into_iter().chain([path]) {
+        if step.symlink_metadata().is_ok_and(|meta| !meta.is_dir()) {
+            remove(step)?;
+        }
+    }
     std::fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
@@ -90,6 +98,60 @@ pub(super) fn remove(path: &Path) -> anyhow::Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// What is pinned, by the kernel's own name for it, which is the name that it was loaded by.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Kind {
+    Map,
+    Program,
+}
+
+/// Whether everything of these names is pinned there, and is what its name says.
+pub(super) fn are_ours(kind: Kind, dir: &Path, names: &[&str]) -> bool {
+    names.iter().all(|name| is_ours(kind, &dir.join(name), name).unwrap_or(false))
+}
+
+/// Removes what lies under these names and is something else: another program's pin, a link, a
+/// directory. What can't be looked at stays.
+pub(super) fn discard_strangers(kind: Kind, dir: &Path, names: &[&str]) -> anyhow::Result<()> {
+    for name in names {
+        let pin = dir.join(name);
+        if is_ours(kind, &pin, name) == Some(false) && pin.symlink_metadata().is_ok() {
+            log::warn!("{} is not what we pinned there, and goes", pin.display());
+            discard(&pin)?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes whatever lies there.
+pub(super) fn discard(path: &Path) -> anyhow::Result<()> {
+    if path.symlink_metadata().is_ok_and(|meta| meta.is_dir()) {
+        return std::fs::remove_dir_all(path).with_context(|| format!("removal of {}", path.display()));
+    }
+    remove(path)
+}
+
+/// `None`: we are not allowed to look.
+fn is_ours(kind: Kind, pin: &Path, name: &str) -> Option<bool> {
+    match sys::bpf::open_pin(pin) {
+        // EACCES says that it is nothing that can be pinned.
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => return None,
+        Err(_) => return Some(false),
+        Ok(_) => {}
+    }
+    Some(match kind {
+        Kind::Map => MapInfo::from_pin(pin).is_ok_and(|info| info.name_as_str() == Some(name)),
+        Kind::Program => ProgramInfo::from_pin(pin).is_ok_and(|info| info.name_as_str() == Some(name)),
+    })
+}
+
+/// Takes away what other versions pinned.
+pub(super) fn remove_others(ours: &Path) -> anyhow::Result<()> {
+    others(ours)?.iter().try_for_each(|other| {
+        std::fs::remove_dir_all(other).with_context(|| format!("removal of {}", other.display()))
+    })
 }
 
 #[cfg(test)]
