@@ -14,6 +14,7 @@ mod enforce;
 mod glass;
 mod guard;
 mod iptables;
+mod killed;
 mod look;
 mod metrics;
 mod netns;

@@ -123,8 +123,8 @@ fn promised(arguments: &[&str], profile: &str) -> Command {
     command.args(arguments).env("SPOKEGUARD_LAB", "required");
     command.env("SPOKEGUARD_BIN", root().join(target).join(profile).join("spokeguard"));
     if profile == "release" {
-        // Only under --all: every port of every case of the audit.
-        command.env("SPOKEGUARD_AUDIT_CASES", "all");
+        // Only under --all: every port of every case of the audit, and every moment to be killed at.
+        command.env("SPOKEGUARD_AUDIT_CASES", "all").env("SPOKEGUARD_MOMENTS", "500");
     }
     command
 }

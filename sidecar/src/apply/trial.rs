@@ -209,7 +209,7 @@ impl Ledger {
 
     /// The same, where what can't be read is an error and not nothing.
     fn last(&self, today: Date) -> anyhow::Result<Option<Desired>> {
-        let mut last = Ok(None);
+        let mut errors = Vec::new();
         for path in [self.dir.join(UNRECORDED), self.state.join(CONFIRMED)] {
             let read = match read_text(&path) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
@@ -225,13 +225,11 @@ impl Ledger {
             });
             match desired {
                 Ok(desired) => return Ok(Some(desired)),
-                Err(error) => {
-                    let error = error.context(format!("the last confirmed policy, {}", path.display()));
-                    last = last.and(Err(error));
-                }
+                Err(error) => errors.push(format!("{}: {error:#}", path.display())),
             }
         }
-        last
+        anyhow::ensure!(errors.is_empty(), "the last confirmed policy, {}", errors.join("; "));
+        Ok(None)
     }
 
     /// The sealed rules, unless somebody changed them.
@@ -323,6 +321,9 @@ impl Ledger {
         };
         if let Err(error) = self.settle(lock, desired.today) {
             log::warn!("{error:#}");
+        }
+        if let Ok(Some((Phase::Firing, id))) = self.glance() {
+            self.outwait(&id);
         }
         let found = nft::list_table().map_err(before)?;
         let changes = compare::changes(table, found.as_ref());
@@ -714,13 +715,18 @@ impl Ledger {
     fn retire(&self, phase: Phase, id: &str) -> bool {
         let disarmed = phase != Phase::Firing && fs::remove_file(self.token(phase, id)).is_ok();
         if !disarmed {
-            let started = clock::Uptime::start();
-            while self.token(Phase::Firing, id).exists() && started.elapsed() < OVERDUE {
-                std::thread::park_timeout(Duration::from_millis(10));
-            }
+            self.outwait(id);
         }
         self.clear(id);
         !disarmed
+    }
+
+    /// Waits for a watchdog that is putting rules back, for as long as that may take.
+    fn outwait(&self, id: &str) {
+        let started = clock::Uptime::start();
+        while self.token(Phase::Firing, id).exists() && self.is_watched(id) && started.elapsed() < OVERDUE {
+            std::thread::park_timeout(Duration::from_millis(10));
+        }
     }
 
     /// Starts what puts the old rules back: a timer of systemd's, or a process of its own.
@@ -862,7 +868,8 @@ impl Ledger {
             let _ = fs::remove_file(self.token(phase, id));
         }
         let rest = [format!("old.{id}"), format!("watch.{id}")].map(|name| self.dir.join(name));
-        for path in self.ways_back(id).into_iter().chain(rest) {
+        let half = self.state.join(format!(".refused.{id}"));
+        for path in self.ways_back(id).into_iter().chain(rest).chain([half]) {
             let _ = fs::remove_file(path);
         }
     }
@@ -1234,6 +1241,89 @@ mod tests {
         place.ledger.record(&samples::spoke(), samples::TODAY).expect("recorded");
         assert!(matches!(place.ledger.end_of(&lock, &trial, samples::TODAY), End::Confirmed));
         assert_eq!(place.log(), "");
+    }
+
+    #[test]
+    fn a_confirmed_policy_that_is_not_whole_or_not_ours_is_told_and_is_none() {
+        let place = Place::new();
+        let lock = place.ledger.lock().expect("a lock");
+        place.ledger.record(&samples::spoke(), samples::TODAY).expect("recorded");
+        let path = place.ledger.state.join(CONFIRMED);
+        let text = fs::read_to_string(&path).expect("read");
+        let confirmed = || place.ledger.confirmed(samples::TODAY).map(|desired| desired.policy);
+        // As an earlier version wrote it.
+        fs::write(&path, policy::show(&samples::spoke())).expect("write");
+        assert_eq!(confirmed(), Some(samples::spoke()));
+        let cut = text.rfind("\n[").expect("a last section");
+        for broken in [&text[..cut], "", "\u{1}\u{2}", &text.replace("80", "81")] {
+            fs::write(&path, broken).expect("write");
+            assert_eq!(confirmed(), None);
+            let why = place.ledger.unsealed(samples::TODAY).expect("told");
+            assert!(why.contains("confirmed.toml") && !why.contains('\n'), "{why}");
+        }
+        fs::write(&path, &text).expect("write");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o622)).expect("chmod");
+        assert_eq!(confirmed(), None);
+        let why = place.ledger.unsealed(samples::TODAY).expect("told");
+        assert!(why.contains("others can write it (owner ") && why.contains("mode 0622"), "{why}");
+        // What is confirmed next takes its place.
+        place.ledger.record(&samples::spoke(), samples::TODAY).expect("recorded");
+        place.ledger.settle(&lock, samples::TODAY).expect("settled");
+        assert_eq!((confirmed(), place.ledger.unsealed(samples::TODAY)), (Some(samples::spoke()), None));
+    }
+
+    #[test]
+    fn what_was_killed_half_way_is_swept_and_what_lives_is_not() {
+        let place = Place::new();
+        let lock = place.arm("a", "the old rules", Duration::from_secs(60));
+        let (dir, state) = (&place.ledger.dir, &place.ledger.state);
+        assert!(place.ledger.is_watched("a") && !place.ledger.is_watched("b"));
+        let mut ended = Command::new("true").spawn().expect("a process");
+        ended.wait().expect("its end");
+        let (gone, ours) = (ended.id(), std::process::id());
+        let swept = [
+            dir.join("keep.b.nft"),
+            dir.join("whole.b.nft"),
+            dir.join("watch.b"),
+            dir.join(format!(".armed.b.{gone}")),
+            state.join(format!(".sealed.nft.{gone}")),
+            state.join(".refused.b"),
+        ];
+        let kept = [
+            dir.join("whole.a.nft"),
+            dir.join("watch.a"),
+            dir.join(LOCK),
+            state.join(".refused.a"),
+            state.join(format!(".events.jsonl.{ours}")),
+            state.join("rollback.b.nft"),
+            state.join("somebody's own"),
+        ];
+        for path in swept.iter().chain(&kept) {
+            OpenOptions::new().create(true).append(true).open(path).expect("a file");
+        }
+        place.ledger.settle(&lock, samples::TODAY).expect("settled");
+        assert!(swept.iter().all(|path| !path.exists()), "{swept:?}");
+        assert!(kept.iter().all(|path| path.exists()), "{kept:?}");
+    }
+
+    #[test]
+    fn a_token_that_cannot_be_read_ends_with_what_was_there_before_or_with_nothing() {
+        let place = Place::new();
+        let lock = place.ledger.lock().expect("a lock");
+        for phase in Phase::ALL {
+            fs::write(place.ledger.token(phase, "a"), "?").expect("write");
+            place.ledger.settle(&lock, samples::TODAY).expect("settled");
+            assert_eq!(place.phase(), None, "{phase:?}");
+        }
+        // While its watchdog lives, it is the watchdog's.
+        let lock = {
+            drop(lock);
+            place.arm("a", "the old rules", Duration::from_secs(2))
+        };
+        fs::write(place.ledger.token(Phase::Armed, "a"), "").expect("write");
+        place.ledger.settle(&lock, samples::TODAY).expect("settled");
+        assert_eq!(place.log(), "");
+        place.await_log("the old rules");
     }
 
     #[test]

@@ -858,14 +858,9 @@ impl Daemon {
         let mut kept = self.guarding.keep(rules, links, self.standing.is_on_trial());
         // Somebody took the pins away: what we hold of it can't be attached again.
         if let Kept::Failed(_) = kept
-            && matches!(bpf::guard::Guard::open(&self.places.pin), Ok(None))
+            && let Some(again) = self.keep_pins()
         {
-            let failed = bpf::guard::spawn_loader(&self.places.pin).err().map(|error| format!("{error:#}"));
-            let waits = self.standing.is_on_trial();
-            self.guarding = Guarding::start(&self.places.pin, &self.desired, waits, failed);
-            if self.guarding.holds() {
-                kept = Kept::Restored("its pins were gone".to_owned());
-            }
+            kept = again;
         }
         self.on_guard(kept);
     }

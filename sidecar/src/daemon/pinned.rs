@@ -10,7 +10,7 @@ use super::{Daemon, warn};
 use crate::source::bpf;
 
 /// Whoever takes pins away again and again is answered this often.
-const PAUSE: Duration = Duration::from_secs(30);
+const PAUSE: Duration = Duration::from_secs(5);
 
 impl Daemon {
     /// At every tick. `None`: there was nothing to do.

@@ -144,7 +144,14 @@ impl Lock {
             Ok(()) => {}
             Err(rustix::io::Errno::WOULDBLOCK) => {
                 let mut pid = String::new();
-                let _ = (&mut file).take(16).read_to_string(&mut pid);
+                // It may have the lock since a moment only, and not have said who it is.
+                for _ in 0..20 {
+                    let _ = (&mut file).take(16).read_to_string(&mut pid);
+                    if !pid.is_empty() {
+                        break;
+                    }
+                    std::thread::park_timeout(Duration::from_millis(10));
+                }
                 bail!(
                     "another spokeguard daemon (pid {}) holds {}: stop it first, or give this one a \
                      --run-dir of its own",

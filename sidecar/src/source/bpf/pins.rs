@@ -1,7 +1,6 @@
 //! Where things are pinned: finding or mounting a bpffs, and the directory of this
 //! instance below it.
 
-use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -107,9 +106,9 @@ pub(super) enum Kind {
     Program,
 }
 
-/// Whether everything of these names is pinned there, and is what its name says.
+/// Whether everything of these names is pinned there, and is what its name says, as far as we may look.
 pub(super) fn are_ours(kind: Kind, dir: &Path, names: &[&str]) -> bool {
-    names.iter().all(|name| is_ours(kind, &dir.join(name), name).unwrap_or(false))
+    names.iter().all(|name| is_ours(kind, &dir.join(name), name).unwrap_or(true))
 }
 
 /// Removes what lies under these names and is something else: another program's pin, a link, a
@@ -165,15 +164,38 @@ mod tests {
     }
 
     #[test]
-    fn other_versions_are_known_by_their_number() {
+    fn of_other_versions_is_what_differs_in_its_number_alone() {
         let dir = tempfile::tempdir().expect("a directory");
-        for name in ["guard1", "guard2", "guard17", "guard", "guardian3", "guard2x", "binds1"] {
+        for name in ["guard1", "guard2", "guard17", "guards1", "guard", "guardx", "binds2"] {
             std::fs::create_dir(dir.path().join(name)).expect("create");
         }
-        let mut found = others(&dir.path().join("guard2")).expect("a list");
+        let ours = dir.path().join("guard1");
+        let mut found = others(&ours).expect("a list");
         found.sort();
-        assert_eq!(found, ["guard1", "guard17"].map(|name| dir.path().join(name)));
-        assert!(others(&dir.path().join("none/guard2")).expect("nothing there").is_empty());
+        assert_eq!(found, ["guard17", "guard2"].map(|name| dir.path().join(name)));
+        remove_others(&ours).expect("removed");
+        assert_eq!(std::fs::read_dir(dir.path()).expect("a list").count(), 5);
+        assert!(others(Path::new("/no/such/guard1")).expect("nothing").is_empty());
+    }
+
+    #[test]
+    fn what_lies_under_our_name_and_is_no_pin_goes() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let at = |name: &str| dir.path().join(name);
+        std::fs::create_dir(at("A")).expect("create");
+        std::os::unix::fs::symlink("/", at("B")).expect("link");
+        std::fs::write(at("other"), "").expect("write");
+        // Not to be looked at without the right to: then all of it stays.
+        if sys::bpf::open_pin(&at("A")).is_err_and(|error| error.raw_os_error() == Some(libc::EPERM)) {
+            return;
+        }
+        assert!(!are_ours(Kind::Map, dir.path(), &["A"]));
+        discard_strangers(Kind::Map, dir.path(), &["A", "B", "C"]).expect("gone");
+        assert_eq!(std::fs::read_dir(dir.path()).expect("a list").count(), 1);
+        // A directory is made in place of a link.
+        std::os::unix::fs::symlink("/", at("guard1")).expect("link");
+        make_dir(&at("guard1/maps")).expect("made");
+        assert!(at("guard1").symlink_metadata().expect("there").is_dir());
     }
 
     #[test]
