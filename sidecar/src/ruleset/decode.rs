@@ -437,11 +437,31 @@ fn rule(body: &Value, family: TableFamily, parts: Option<&[xt::Part]>) -> Rule {
         None | Some(Value::Null) => {}
         Some(other) => statements.push(Statement::Unknown(other.to_string())),
     }
+    if let Some(rejects) = family_rejected(body, family) {
+        let at = statements.iter().position(|s| matches!(s, Statement::Reject { .. }));
+        statements.insert(at.unwrap_or(statements.len()), Statement::Match(rejects));
+    }
     Rule {
         comment: body.get("comment").and_then(Value::as_str).map(str::to_owned),
         handle: body.get("handle").and_then(Value::as_u64),
         statements,
     }
+}
+
+/// `reject with icmp` is for IPv4 alone, and `icmpv6` for IPv6. Where a table sees both, nft adds a match for
+/// that and does not list it.
+fn family_rejected(rule: &Value, family: TableFamily) -> Option<Match> {
+    if matches!(family, TableFamily::Ip | TableFamily::Ip6) {
+        return None;
+    }
+    let kind =
+        rule.get("expr")?.as_array()?.iter().find_map(|json| json.get("reject")?.get("type")?.as_str());
+    let only = match kind? {
+        "icmp" => "ipv4",
+        "icmpv6" => "ipv6",
+        _ => return None,
+    };
+    Some(Match { left: Term::Meta("nfproto".into()), op: Op::Eq, right: Operand::Text(only.into()) })
 }
 
 /// One statement of a rule, or the verdict of a map.
@@ -692,8 +712,14 @@ mod tests {
             listed.iter().filter_map(|o| o["rule"]["expr"].as_array()).map(Vec::len).sum();
         let found = capture(json);
         let rules = found.tables.iter().flat_map(|t| &t.chains).flat_map(|c| &c.rules);
+        let of_one_family = |o: &&Value| {
+            let rejects = o["rule"]["expr"].to_string().contains(r#"{"reject":{"expr":"#);
+            rejects && o["rule"]["family"] == "inet" && !o.to_string().contains("icmpx")
+        };
+        let implied = listed.iter().filter(of_one_family).count();
         // The table with unreadable flags has one chain, which got a rule of our own.
-        assert_eq!(rules.map(|r| r.statements.len()).sum::<usize>(), statements + 2);
+        assert_eq!(rules.map(|r| r.statements.len()).sum::<usize>(), statements + 2 + implied);
+        assert_eq!(implied, 2, "rejects that bring a match of their own");
         assert!(statements > 200, "{statements}");
     }
 

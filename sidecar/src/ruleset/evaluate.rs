@@ -798,6 +798,10 @@ impl<'a> Walk<'a> {
                     ends.drop.get_or_insert(place);
                     finish(true)
                 }
+                // nft matches TCP before it, and does not always list that.
+                Statement::Reject { tcp_reset: true } if self.packet.proto != Proto::Tcp => {
+                    return After::NEXT;
+                }
                 Statement::Reject { .. } => {
                     let place = self.place(table, chain, rule);
                     ends.reject.get_or_insert(place);
@@ -1819,6 +1823,41 @@ mod tests {
         let status = r#"{"match":{"op":"in","left":{"ct":{"key":"status"}},"right":"dnat"}},"#;
         assert_eq!(judged(status), Verdict::Drop);
         assert!(matches!(judged(&status.replace("dnat", "snat")), Verdict::Unknown(_)));
+    }
+
+    /// As nft lists `ip daddr != 198.51.100.7 reject with tcp reset` and, in a table that sees both families,
+    /// `meta nfproto ipv4 reject`: without the protocol or family that they are for.
+    #[test]
+    fn a_reject_is_for_its_own_protocol_and_family_only() {
+        let judged = |family: &str, reject: &str, packet_: &str| {
+            let json = format!(
+                r#"{{"nftables":[{{"table":{{"family":"{family}","name":"t"}}}},
+                {{"chain":{{"family":"{family}","table":"t","name":"c","type":"filter","hook":"input","prio":0,"policy":"accept"}}}},
+                {{"rule":{{"family":"{family}","table":"t","chain":"c","handle":9,"expr":[{{"reject":{reject}}}]}}}}]}}"#
+            );
+            let ruleset = decode::ruleset(json.as_bytes()).expect("JSON");
+            judge(&ruleset, &packet(packet_), &here).verdict
+        };
+        let [tcp, udp, tcp6] =
+            ["tcp/22 from 203.0.113.9", "udp/22 from 203.0.113.9", "tcp/22 from 2001:db8:9::9"];
+        let reset = r#"{"type":"tcp reset"}"#;
+        assert_eq!((judged("ip", reset, tcp), judged("ip", reset, udp)), (Verdict::Reject, Verdict::Accept));
+        let icmp = r#"{"type":"icmp","expr":"port-unreachable"}"#;
+        assert_eq!(
+            (judged("inet", icmp, tcp), judged("inet", icmp, tcp6)),
+            (Verdict::Reject, Verdict::Accept)
+        );
+        let icmp6 = &icmp.replace("icmp", "icmpv6");
+        assert_eq!(
+            (judged("inet", icmp6, tcp), judged("inet", icmp6, tcp6)),
+            (Verdict::Accept, Verdict::Reject)
+        );
+        assert_eq!((judged("ip", icmp, tcp), judged("ip6", icmp6, tcp6)), (Verdict::Reject, Verdict::Reject));
+        let icmpx = &icmp.replace("icmp", "icmpx");
+        assert_eq!(
+            (judged("inet", icmpx, udp), judged("inet", icmpx, tcp6)),
+            (Verdict::Reject, Verdict::Reject)
+        );
     }
 
     #[test]
