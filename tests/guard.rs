@@ -388,21 +388,26 @@ fn guard_keeps_to_sources_ends_and_confirmations() {
 }
 
 /// Small numbers from a seed: the same policies and packets in every run.
-struct Dice(u64);
+pub struct Dice(u64);
 
 impl Dice {
-    fn below(&mut self, bound: usize) -> usize {
+    pub fn new(seed: u64) -> Self {
+        // Never 0, and neighbours have nothing in common.
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x5eed_0bad_cafe_f00d)
+    }
+
+    pub fn below(&mut self, bound: usize) -> usize {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
         (self.0 >> 33) as usize % bound
     }
 
-    fn pick<'a, T>(&mut self, of: &'a [T]) -> &'a T {
+    pub fn pick<'a, T>(&mut self, of: &'a [T]) -> &'a T {
         &of[self.below(of.len())]
     }
 
-    fn some<T: Clone>(&mut self, of: &[T]) -> Vec<T> {
+    pub fn some<T: Clone>(&mut self, of: &[T]) -> Vec<T> {
         of.iter().filter(|_| self.below(2) == 0).cloned().collect()
     }
 }

@@ -21,3 +21,4 @@ mod netns;
 mod privileges;
 mod proof;
 mod systemd;
+mod verdicts;
