@@ -97,6 +97,8 @@ impl<'a> Evaluator<'a> {
             }
         }
         for chains in hooks.values_mut() {
+            // Of equals the kernel asks the one first that was made last.
+            chains.reverse();
             chains.sort_by_key(|c| c.base.priority);
         }
         Self { tables, tracking, hooks, kinds: RefCell::default() }
@@ -538,19 +540,29 @@ impl<'a> Walk<'a> {
         }
         let mut unchanged = Some(way);
         let tracking = self.rules.tracking[usize::from(self.packet.family() == Family::Ipv6)];
-        for chain in chains {
+        for equals in chains.chunk_by(|a, b| a.base.priority == b.base.priority) {
             let Some(mut way) = unchanged.take() else { break };
-            let mut ends = self.base_chain(*chain, &mut way);
-            if !tracking {
-                self.doubt("whether anything turned connection tracking on, which NAT chains need");
-                ends.accept = true;
+            let (mut goes_on, mut deciding) = (true, 0);
+            for chain in equals {
+                let mut ends = self.base_chain(*chain, &mut way);
+                if !tracking {
+                    self.doubt("whether anything turned connection tracking on, which NAT chains need");
+                    ends.accept = true;
+                }
+                deciding +=
+                    usize::from(ends.drop.is_some() || ends.reject.is_some() || !ends.rewrites.is_empty());
+                for (rewrite, place) in ends.rewrites {
+                    ways.push(self.rewrite(&way, rewrite, place));
+                }
+                self.drop = self.drop.take().or(ends.drop);
+                self.reject = self.reject.take().or(ends.reject);
+                goes_on &= ends.accept;
             }
-            for (rewrite, place) in ends.rewrites {
-                ways.push(self.rewrite(&way, rewrite, place));
+            // The one that was made last comes first, which no listing tells for sure.
+            if deciding > 1 {
+                self.doubt("which of two NAT chains of one priority comes first");
             }
-            self.drop = self.drop.take().or(ends.drop);
-            self.reject = self.reject.take().or(ends.reject);
-            if ends.accept {
+            if goes_on {
                 unchanged = Some(way);
             }
         }
@@ -1858,6 +1870,27 @@ mod tests {
             (judged("inet", icmpx, udp), judged("inet", icmpx, tcp6)),
             (Verdict::Reject, Verdict::Reject)
         );
+    }
+
+    #[test]
+    fn of_two_nat_chains_of_one_priority_either_may_be_first() {
+        let table = |name: &str, prio: i32, to: &str| {
+            format!(
+                r#"{{"table":{{"family":"ip","name":"{name}"}}}},
+                {{"chain":{{"family":"ip","table":"{name}","name":"n","type":"nat","hook":"prerouting","prio":{prio},"policy":"accept"}}}},
+                {{"rule":{{"family":"ip","table":"{name}","chain":"n","handle":9,"expr":[
+                {{"match":{{"op":"==","left":{{"payload":{{"protocol":"tcp","field":"dport"}}}},"right":22}}}},{to}]}}}}"#
+            )
+        };
+        let judged = |first: i32, second: i32| {
+            let (one, other) = (r#"{"dnat":{"addr":"192.0.2.7","port":443}}"#, r#"{"drop":null}"#);
+            let json =
+                format!(r#"{{"nftables":[{},{}]}}"#, table("a", first, one), table("b", second, other));
+            let ruleset = decode::ruleset(json.as_bytes()).expect("JSON");
+            judge(&ruleset, &packet("tcp/22 from 203.0.113.9"), &here).verdict
+        };
+        assert_eq!((judged(-100, -90), judged(-90, -100)), (Verdict::Accept, Verdict::Drop));
+        assert!(matches!(judged(-100, -100), Verdict::Unknown(why) if why.contains("one priority")));
     }
 
     #[test]
