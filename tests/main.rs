@@ -9,6 +9,7 @@ mod cases;
 mod confirm;
 mod counters;
 mod daemon;
+mod decoders;
 mod direction;
 mod enforce;
 mod glass;

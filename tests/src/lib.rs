@@ -15,6 +15,7 @@
 //! everything that runs in the lab's namespaces. Dropping the lab, a panic, Ctrl-C and kill -9 are all
 //! the same to it.
 
+pub mod foreign;
 mod need;
 mod node;
 mod product;

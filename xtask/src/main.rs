@@ -3,6 +3,7 @@
 //! It knows the project by cargo's commands only and links none of it, so that it builds in seconds and
 //! works when the rest does not.
 
+mod fuzz;
 mod integration;
 mod setup;
 
@@ -47,6 +48,17 @@ fn commands() -> clap::Command {
         .subcommand(
             clap::Command::new("test").about("Set up, then everything that a change has to pass").arg(all),
         );
+    let decoder = Arg::new("decoder").help("A folder of tests/fuzz/seeds; none: each in turn");
+    let seconds = Arg::new("seconds")
+        .long("seconds")
+        .value_parser(clap::value_parser!(u64).range(1..))
+        .default_value("60")
+        .help("How long for each");
+    commands = commands.subcommand(
+        clap::Command::new("fuzz")
+            .about("Put random bytes to the decoders (nightly, cargo-fuzz)")
+            .args([decoder, seconds]),
+    );
     for (name, about) in programs() {
         let rest = Arg::new("arguments").num_args(0..).trailing_var_arg(true).allow_hyphen_values(true);
         commands = commands.subcommand(clap::Command::new(name).about(about).arg(rest));
@@ -62,6 +74,10 @@ fn run(matches: &ArgMatches) -> Result<()> {
     std::env::set_current_dir(root()).with_context(|| format!("go to {}", root().display()))?;
     match matches.subcommand() {
         Some(("setup", _)) => setup::setup(),
+        Some(("fuzz", matches)) => {
+            let decoder = matches.get_one::<String>("decoder").map(String::as_str);
+            fuzz::run(decoder, *matches.get_one("seconds").context("seconds have a default")?)
+        }
         Some(("test", matches)) => test(matches.get_flag("all")),
         Some((name, matches)) => {
             let arguments: Vec<&String> = matches.get_many("arguments").into_iter().flatten().collect();

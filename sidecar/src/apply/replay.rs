@@ -177,7 +177,8 @@ fn is_timed(set: &Attributes) -> bool {
     flags & SET_TIMEOUT != 0
 }
 
-type Attributes = Vec<(u16, Vec<u8>)>;
+/// Each with its kind, flag bits included.
+pub type Attributes = Vec<(u16, Vec<u8>)>;
 
 /// Every object of one kind in our table, in the kernel's order.
 fn dump(socket: &OwnedFd, kind: &Kind, filter: &[(u16, Vec<u8>)]) -> io::Result<Vec<Attributes>> {
@@ -214,7 +215,7 @@ fn dump(socket: &OwnedFd, kind: &Kind, filter: &[(u16, Vec<u8>)]) -> io::Result<
 }
 
 /// The attributes of these kinds, with their flags; `None` if they don't add up.
-fn kept(mut attributes: &[u8], keep: &[u16]) -> Option<Attributes> {
+pub fn kept(mut attributes: &[u8], keep: &[u16]) -> Option<Attributes> {
     let mut out = Vec::new();
     while !attributes.is_empty() {
         let (header, _) = attributes.split_at_checked(4)?;

@@ -900,7 +900,8 @@ impl Trial {
         format!("# fingerprint {fingerprint}\n# deadline {}\n{text}", deadline.as_millis())
     }
 
-    fn parse(id: &str, text: &str) -> Option<Self> {
+    /// From the text of its token.
+    pub fn parse(id: &str, text: &str) -> Option<Self> {
         let (first, rest) = text.split_once('\n')?;
         let (second, policy) = rest.split_once('\n')?;
         Some(Self {

@@ -45,7 +45,7 @@ const RETRIES: u32 = 10;
 
 /// What the daemon tells its server.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) enum Order {
+pub enum Order {
     /// Whom to serve.
     Clients(Vec<IpNet>),
     /// A listening socket comes along.
@@ -58,7 +58,7 @@ pub(super) enum Order {
 }
 
 impl Order {
-    pub(super) fn to_text(&self) -> String {
+    pub fn to_text(&self) -> String {
         match self {
             Order::Clients(clients) => {
                 clients.iter().fold("clients".to_owned(), |text, client| format!("{text} {client}"))
@@ -70,7 +70,7 @@ impl Order {
         }
     }
 
-    pub(super) fn from_text(text: &str) -> Option<Self> {
+    pub fn from_text(text: &str) -> Option<Self> {
         let (line, body) = text.split_once('\n').unwrap_or((text, ""));
         let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
         Some(match word {
@@ -88,7 +88,7 @@ impl Order {
 
 /// What the server tells the daemon.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) enum Word {
+pub enum Word {
     /// A scrape wants a fresh text; so many connections were refused so far.
     Ring { rejects: u64 },
     /// It is held in, or how it is not.
@@ -96,7 +96,7 @@ pub(super) enum Word {
 }
 
 impl Word {
-    pub(super) fn to_text(&self) -> String {
+    pub fn to_text(&self) -> String {
         match self {
             Word::Ring { rejects } => format!("ring {rejects}"),
             Word::Confined(Confinement { landlock, gaps }) => {
@@ -107,7 +107,7 @@ impl Word {
         }
     }
 
-    pub(super) fn from_text(text: &str) -> Option<Self> {
+    pub fn from_text(text: &str) -> Option<Self> {
         let (line, body) = text.split_once('\n').unwrap_or((text, ""));
         match line.split_once(' ')? {
             ("ring", rejects) => Some(Word::Ring { rejects: rejects.parse().ok()? }),

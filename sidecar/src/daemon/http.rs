@@ -23,6 +23,7 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use ipnet::IpNet;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Notify;
 use tokio::task::{AbortHandle, JoinHandle};
 
@@ -213,7 +214,7 @@ fn serves(clients: &[IpNet], peer: IpAddr) -> bool {
 }
 
 /// One request, one answer, within the deadline. How a client leaves is its own business.
-async fn converse(stream: tokio::net::TcpStream, face: Face) {
+pub async fn converse(stream: impl AsyncRead + AsyncWrite + Unpin, face: Face) {
     let service = service_fn(move |request: Request<hyper::body::Incoming>| {
         let face = face.clone();
         async move {

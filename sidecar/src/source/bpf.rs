@@ -7,9 +7,9 @@
 
 mod attach;
 pub mod bind;
-mod clsact;
+pub(super) mod clsact;
 mod config;
-mod events;
+pub(super) mod events;
 pub mod guard;
 mod pins;
 

@@ -152,7 +152,7 @@ fn request(family: Family, port: Port) -> Vec<u8> {
 }
 
 /// One `struct inet_diag_msg`.
-fn decode(payload: &[u8], out: &mut Vec<Connection>) -> Result<(), NetlinkError> {
+pub(super) fn decode(payload: &[u8], out: &mut Vec<Connection>) -> Result<(), NetlinkError> {
     let cut = || NetlinkError::Truncated("a connection");
     let message = payload.get(..MESSAGE).ok_or_else(cut)?;
     let [family, state] = array_at(message, 0).ok_or_else(cut)?;

@@ -152,7 +152,7 @@ pub fn destroy(streams: &[Stream]) -> anyhow::Result<usize> {
 
 /// One entry; `None` for another protocol, for a connection that is over and only remembered,
 /// and for one of a zone: its addresses are not this host's alone.
-fn flow(payload: &[u8]) -> Result<Option<Flow>, NetlinkError> {
+pub(super) fn flow(payload: &[u8]) -> Result<Option<Flow>, NetlinkError> {
     let body = payload.get(4..).ok_or(NetlinkError::Truncated("a flow"))?;
     let (mut original, mut reply, mut id, mut excluded) = (None, None, None, false);
     for attribute in attributes(body) {
@@ -289,7 +289,7 @@ fn sockets(family: Family) -> Vec<u8> {
 }
 
 /// One socket and its state. An IPv4 connection of an IPv6 socket has IPv4 addresses here.
-fn socket(payload: &[u8]) -> Result<(Stream, u8), NetlinkError> {
+pub(super) fn socket(payload: &[u8]) -> Result<(Stream, u8), NetlinkError> {
     let cut = || NetlinkError::Truncated("a connection");
     let message = payload.get(..DIAG_MESSAGE).ok_or_else(cut)?;
     let [family, state] = array_at(message, 0).ok_or_else(cut)?;

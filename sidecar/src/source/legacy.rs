@@ -54,7 +54,7 @@ fn look(family: Family, name: &str) -> Option<Vec<Chain>> {
 }
 
 /// The chains that do anything, from struct ipt_getinfo and struct ipt_get_entries.
-fn decode(family: Family, name: &str, info: &[u8], entries: &[u8]) -> Option<Vec<Chain>> {
+pub(super) fn decode(family: Family, name: &str, info: &[u8], entries: &[u8]) -> Option<Vec<Chain>> {
     let valid = u32_at(info, 32)?;
     let mut chains = Vec::new();
     for (number, hook) in HOOKS.into_iter().enumerate().filter(|(number, _)| valid >> number & 1 != 0) {

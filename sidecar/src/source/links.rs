@@ -117,7 +117,7 @@ fn address_request() -> Vec<u8> {
     bytes
 }
 
-fn decode_link(payload: &[u8], out: &mut Vec<Link>) -> Result<(), NetlinkError> {
+pub(super) fn decode_link(payload: &[u8], out: &mut Vec<Link>) -> Result<(), NetlinkError> {
     let cut = NetlinkError::Truncated("an interface");
     let Ok(header) = LinkHeader::parse(payload) else { return Err(cut) };
     let (mut name, mut master) = (None, None);
@@ -143,7 +143,7 @@ fn decode_link(payload: &[u8], out: &mut Vec<Link>) -> Result<(), NetlinkError> 
     Ok(())
 }
 
-fn decode_address(payload: &[u8], out: &mut Vec<(u32, IpNet)>) -> Result<(), NetlinkError> {
+pub(super) fn decode_address(payload: &[u8], out: &mut Vec<(u32, IpNet)>) -> Result<(), NetlinkError> {
     let cut = || NetlinkError::Truncated("an address");
     let header = AddressHeader::parse(payload).map_err(|_| cut())?;
     let (mut address, mut local) = (None, None);

@@ -69,7 +69,7 @@ fn request(proto: Proto, family: Family) -> Vec<u8> {
 
 /// One `struct inet_diag_msg`. Decoded by hand, since the packet crate builds every
 /// attribute of every socket on the heap, and there may be tens of thousands.
-fn decode(payload: &[u8], proto: Proto, out: &mut Vec<Listener>) -> Result<(), NetlinkError> {
+pub(super) fn decode(payload: &[u8], proto: Proto, out: &mut Vec<Listener>) -> Result<(), NetlinkError> {
     let cut = || NetlinkError::Truncated("a socket");
     let (message, rest) = payload.split_at_checked(MESSAGE).ok_or_else(cut)?;
     let [family, state] = array_at(message, 0).ok_or_else(cut)?;

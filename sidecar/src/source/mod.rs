@@ -16,6 +16,7 @@ pub mod nft_xt;
 pub mod outside;
 pub mod owners;
 pub mod probe;
+pub mod recorded;
 pub mod scan;
 pub mod sshd;
 pub mod wireguard;

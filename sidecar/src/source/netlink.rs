@@ -258,7 +258,6 @@ pub fn hint(error: &NetlinkError) -> &'static str {
 }
 
 /// The messages of a capture (datagrams one after the other, as recorded) for decoders.
-#[cfg(test)]
 pub fn replay<T>(
     capture: &[u8],
     mut decode: impl FnMut(&[u8], &mut Vec<T>) -> Result<(), NetlinkError>,

@@ -31,7 +31,7 @@ pub fn read() -> anyhow::Result<BTreeMap<String, Amount>> {
 }
 
 /// One object; those of other tables and other kinds are passed over.
-fn decode(payload: &[u8], out: &mut Vec<(String, Amount)>) -> Result<(), NetlinkError> {
+pub(super) fn decode(payload: &[u8], out: &mut Vec<(String, Amount)>) -> Result<(), NetlinkError> {
     let body = payload.get(4..).ok_or(NetlinkError::Truncated("an nftables object"))?;
     let (mut ours, mut counter) = (false, false);
     let (mut name, mut packets, mut bytes) = (None, None, None);

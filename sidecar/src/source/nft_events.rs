@@ -226,7 +226,7 @@ pub(crate) fn receive(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<Option
 
 /// What has been seen of the batch that is being announced. It ends with NEWGEN.
 #[derive(Debug, Default)]
-struct Batch {
+pub(super) struct Batch {
     own_touched: bool,
     foreign_touched: bool,
     /// A datagram may hold the end of one batch and the start of the next.
@@ -234,7 +234,7 @@ struct Batch {
 }
 
 impl Batch {
-    fn take(&mut self, datagram: &[u8]) {
+    pub(super) fn take(&mut self, datagram: &[u8]) {
         for message in Messages(datagram) {
             let Some((kind, family, attributes)) = message.nftables() else { continue };
             match kind {
@@ -263,7 +263,7 @@ impl Batch {
         }
     }
 
-    fn finished(&mut self) -> Option<NftEvent> {
+    pub(super) fn finished(&mut self) -> Option<NftEvent> {
         self.done.pop_front()
     }
 

@@ -28,12 +28,12 @@ const INFO_MAX: usize = 512;
 /// As many rules as a listing may hold.
 const RULES_MAX: usize = crate::ruleset::decode::OBJECTS_MAX;
 
-struct Rule {
-    family: TableFamily,
-    table: String,
-    chain: String,
-    handle: u64,
-    parts: Vec<Part>,
+pub(super) struct Rule {
+    pub(super) family: TableFamily,
+    pub(super) table: String,
+    pub(super) chain: String,
+    pub(super) handle: u64,
+    pub(super) parts: Vec<Part>,
 }
 
 /// The parts of every rule of this network namespace that has any. Needs CAP_NET_ADMIN.
@@ -50,7 +50,7 @@ pub fn read() -> anyhow::Result<Parts> {
 }
 
 /// One rule; those without parts of xtables are passed over.
-fn decode(payload: &[u8], out: &mut Vec<Rule>) -> Result<(), NetlinkError> {
+pub(super) fn decode(payload: &[u8], out: &mut Vec<Rule>) -> Result<(), NetlinkError> {
     let (Some(&family), Some(body)) = (payload.first(), payload.get(4..)) else {
         return Err(NetlinkError::Truncated("a rule"));
     };

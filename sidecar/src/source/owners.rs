@@ -209,7 +209,7 @@ const COMM: usize = 64;
 
 /// The unit in the text of /proc/PID/cgroup: the innermost service, socket or scope of the
 /// unified hierarchy, or of systemd's own one where version 1 is in use.
-fn decode_unit(text: &str) -> Option<String> {
+pub(super) fn decode_unit(text: &str) -> Option<String> {
     let line = |wanted: fn(&str) -> bool| {
         text.lines()
             .filter_map(|line| {
@@ -261,7 +261,7 @@ fn unescape(name: &str) -> String {
 
 /// Start time and name in the text of /proc/PID/stat. The name may hold anything, blanks
 /// and brackets too, so the fields are counted from the last bracket.
-fn decode_stat(text: &[u8]) -> Option<(u64, Vec<u8>)> {
+pub(super) fn decode_stat(text: &[u8]) -> Option<(u64, Vec<u8>)> {
     let open = text.iter().position(|byte| *byte == b'(')?;
     let close = text.iter().rposition(|byte| *byte == b')')?;
     let comm = text.get(open + 1..close)?.to_vec();
@@ -271,7 +271,7 @@ fn decode_stat(text: &[u8]) -> Option<(u64, Vec<u8>)> {
 }
 
 /// The inode in a link's text `socket:[123]`.
-fn decode_socket(link: &[u8]) -> Option<u64> {
+pub(super) fn decode_socket(link: &[u8]) -> Option<u64> {
     let digits = link.strip_prefix(b"socket:[")?.strip_suffix(b"]")?;
     if digits.is_empty() {
         return None;

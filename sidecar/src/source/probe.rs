@@ -10,14 +10,14 @@
 //! that the kernel's own rate limit holds back (a reject by ICMP then reads as dropped,
 //! which nmap calls filtered, too).
 
-mod btf;
+pub(super) mod btf;
 mod conntrack;
 mod frame;
 pub mod keeper;
 mod lock;
 mod programs;
 mod route;
-mod tables;
+pub(super) mod tables;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;

@@ -2,7 +2,7 @@
 //! CAP_NET_RAW lets us, by ordinary connections where it does not.
 
 mod connect;
-mod packets;
+pub(super) mod packets;
 mod raw;
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};

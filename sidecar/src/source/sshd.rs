@@ -131,7 +131,7 @@ fn trusted(program: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn effective_uid(status: &str) -> Option<u32> {
+pub(super) fn effective_uid(status: &str) -> Option<u32> {
     status.lines().find_map(|line| line.strip_prefix("Uid:"))?.split_whitespace().nth(1)?.parse().ok()
 }
 
@@ -139,7 +139,7 @@ fn effective_uid(status: &str) -> Option<u32> {
 /// it (`sshd: /usr/sbin/sshd -D -f FILE [listener] 0 of 10-100 startups`), which joins the
 /// arguments by blanks; since sshd takes no argument without an option, a value goes on to
 /// the next dash.
-fn options(cmdline: &[u8]) -> Vec<OsString> {
+pub(super) fn options(cmdline: &[u8]) -> Vec<OsString> {
     let words: Vec<&[u8]> = match cmdline.strip_prefix(b"sshd: ") {
         Some(title) => {
             let end = title.windows(11).rposition(|part| part == b" [listener]").unwrap_or(title.len());
@@ -257,7 +257,7 @@ fn take_from<P: Read>(
 }
 
 /// The lines `key value` of `sshd -T`. What decides must be there.
-fn decode(text: &str) -> anyhow::Result<Sshd> {
+pub(super) fn decode(text: &str) -> anyhow::Result<Sshd> {
     let find =
         |key: &str| text.lines().find_map(|line| line.split_once(' ').filter(|(name, _)| *name == key));
     let value = |key: &str| {

@@ -153,7 +153,7 @@ fn genl<M: GenlFamily + Emitable>(message: &M) -> Vec<u8> {
 
 /// What one message says of the device; a device with many peers takes several.
 #[derive(Default)]
-struct Part {
+pub(super) struct Part {
     public_key: Option<PublicKey>,
     listen_port: Option<u16>,
     peers: Vec<Peer>,
@@ -161,7 +161,7 @@ struct Part {
 
 /// Attributes of `enum wgdevice_attribute`, `wgpeer_attribute` and `wgallowedip_attribute`
 /// in linux/wireguard.h. The packet crate's decoder is not used: it copies the keys.
-fn decode_part(payload: &[u8], out: &mut Vec<Part>) -> Result<(), NetlinkError> {
+pub(super) fn decode_part(payload: &[u8], out: &mut Vec<Part>) -> Result<(), NetlinkError> {
     let cut = || NetlinkError::Truncated("a WireGuard attribute");
     let mut part = Part::default();
     for attribute in attributes(payload.get(GENL_HEADER..).ok_or_else(cut)?) {
@@ -260,7 +260,7 @@ fn handshake(seconds: u64) -> Option<Stamp> {
 
 /// A peer whose allowed addresses don't fit one message goes on in the next one, with its
 /// key and the rest of them only.
-fn merge(interface: &str, backend: Backend, parts: Vec<Part>) -> Device {
+pub(super) fn merge(interface: &str, backend: Backend, parts: Vec<Part>) -> Device {
     let mut device =
         Device { name: interface.to_owned(), backend, public_key: None, listen_port: 0, peers: Vec::new() };
     let mut at: HashMap<PublicKey, usize> = HashMap::new();
@@ -399,14 +399,14 @@ fn same_namespace(stream: &UnixStream, path: &Path) -> anyhow::Result<()> {
 }
 
 #[derive(Default)]
-struct Uapi {
-    part: Part,
+pub(super) struct Uapi {
+    pub(super) part: Part,
     errno: Option<i64>,
 }
 
 impl Uapi {
     /// No value is ever repeated in an error: it may be a key.
-    fn line(&mut self, line: &[u8]) -> anyhow::Result<()> {
+    pub(super) fn line(&mut self, line: &[u8]) -> anyhow::Result<()> {
         let at = line.iter().position(|byte| *byte == b'=').context("a line is not of the form key=value")?;
         let (key, value) = line.split_at(at);
         // Before anything reads the value.
@@ -445,7 +445,7 @@ impl Uapi {
         self.part.peers.last_mut().context("a peer's value comes before its public_key")
     }
 
-    fn finish(&self) -> anyhow::Result<()> {
+    pub(super) fn finish(&self) -> anyhow::Result<()> {
         match self.errno {
             Some(0) => Ok(()),
             Some(code) => bail!("it answers with error {code}"),

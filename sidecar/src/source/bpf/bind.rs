@@ -390,7 +390,7 @@ const WAKES_AT_ONCE: usize = 64;
 
 /// What somebody wanted to bind.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Attempt {
+pub(in crate::source) struct Attempt {
     proto: Proto,
     address: IpAddr,
     port: Port,
@@ -419,7 +419,7 @@ impl Attempt {
     }
 }
 
-fn decode_wake(bytes: &[u8]) -> Option<(Attempt, u32, u64)> {
+pub(in crate::source) fn decode_wake(bytes: &[u8]) -> Option<(Attempt, u32, u64)> {
     if bytes.len() < size_of::<Wake>() {
         return None;
     }

@@ -106,28 +106,35 @@ fn dump(request: RouteNetlinkMessage) -> anyhow::Result<Vec<RouteNetlinkMessage>
     let mut out = Vec::new();
     loop {
         let (reply, _) = socket.recv_from_full().context("receive a netlink reply")?;
-        let mut rest = &reply[..];
-        while !rest.is_empty() {
-            let message =
-                NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest).context("decode a netlink reply")?;
-            let length = (message.header.length as usize).next_multiple_of(4);
-            match message.payload {
-                NetlinkPayload::Done(_) => return Ok(out),
-                NetlinkPayload::Error(error) if error.code.is_some() => {
-                    return Err(error.to_io()).context("dump of traffic control");
-                }
-                NetlinkPayload::InnerMessage(message) => out.push(message),
-                _ => {}
-            }
-            if length == 0 || length > rest.len() {
-                break;
-            }
-            rest = &rest[length..];
+        if decode(&reply, &mut out)? {
+            return Ok(out);
         }
         if reply.is_empty() {
             bail!("dump of traffic control ended early");
         }
     }
+}
+
+/// The messages of one datagram; whether the dump has come to its end.
+pub(in crate::source) fn decode(mut rest: &[u8], out: &mut Vec<RouteNetlinkMessage>) -> anyhow::Result<bool> {
+    while !rest.is_empty() {
+        let message =
+            NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest).context("decode a netlink reply")?;
+        let length = (message.header.length as usize).next_multiple_of(4);
+        match message.payload {
+            NetlinkPayload::Done(_) => return Ok(true),
+            NetlinkPayload::Error(error) if error.code.is_some() => {
+                return Err(error.to_io()).context("dump of traffic control");
+            }
+            NetlinkPayload::InnerMessage(message) => out.push(message),
+            _ => {}
+        }
+        if length == 0 || length > rest.len() {
+            break;
+        }
+        rest = &rest[length..];
+    }
+    Ok(false)
 }
 
 /// The name of a device of this network namespace.

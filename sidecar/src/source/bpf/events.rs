@@ -89,7 +89,7 @@ fn namespace(process: &str) -> Option<Namespace> {
     Some((meta.dev(), meta.ino()))
 }
 
-fn decode(bytes: &[u8]) -> Option<Listening> {
+pub(in crate::source) fn decode(bytes: &[u8]) -> Option<Listening> {
     if bytes.len() < size_of::<ListenEvent>() {
         return None;
     }

@@ -33,7 +33,7 @@ struct Types<'a> {
     starts: Vec<u32>,
 }
 
-fn offsets(bytes: &[u8]) -> anyhow::Result<Offsets> {
+pub(in crate::source) fn offsets(bytes: &[u8]) -> anyhow::Result<Offsets> {
     let field = |at| u32_at(bytes, at).context("cut off");
     if u16_at(bytes, 0) != Some(MAGIC) {
         bail!("not BTF of this byte order");

@@ -155,19 +155,19 @@ fn script(order: &Order) -> String {
 /// One element of a set: a single value, or several that belong together.
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
-enum Element {
+pub(in crate::source) enum Element {
     Together { concat: Vec<Value> },
     Single(Value),
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
-enum Value {
+pub(in crate::source) enum Value {
     Number(u64),
     Text(String),
 }
 
-fn elements(json: &[u8]) -> anyhow::Result<Vec<Element>> {
+pub(in crate::source) fn elements(json: &[u8]) -> anyhow::Result<Vec<Element>> {
     #[derive(Deserialize)]
     struct Listing {
         nftables: Vec<Object>,
@@ -185,7 +185,7 @@ fn elements(json: &[u8]) -> anyhow::Result<Vec<Element>> {
     Ok(listing.nftables.into_iter().filter_map(|object| object.set).flat_map(|set| set.elem).collect())
 }
 
-fn decode(order: &Order, end: u8, element: &Element) -> Option<(u16, Trace)> {
+pub(in crate::source) fn decode(order: &Order, end: u8, element: &Element) -> Option<(u16, Trace)> {
     let values = match element {
         Element::Together { concat } => concat.as_slice(),
         Element::Single(value) => std::slice::from_ref(value),

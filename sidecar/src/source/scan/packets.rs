@@ -8,7 +8,7 @@ use crate::terms::Proto;
 
 /// One way of asking: from an address and port of ours, to one address.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Flow {
+pub(in crate::source) struct Flow {
     pub proto: Proto,
     pub source: IpAddr,
     pub target: IpAddr,
@@ -19,7 +19,7 @@ pub(super) struct Flow {
 
 /// An answer to a probe of ours: which port, by which source port it was asked, what it says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Heard {
+pub(in crate::source) struct Heard {
     pub port: u16,
     pub canary: bool,
     pub answer: Answer,
