@@ -139,8 +139,10 @@ fn promised(arguments: &[&str], profile: &str) -> Command {
     command.args(arguments).env("SPOKEGUARD_LAB", "required");
     command.env("SPOKEGUARD_BIN", root().join(target).join(profile).join("spokeguard"));
     if profile == "release" {
-        // Only under --all: every port of every case of the audit, and every moment to be killed at.
+        // Only under --all: every port of every case of the audit, every moment to be killed at, and
+        // what else has a longer version.
         command.env("SPOKEGUARD_AUDIT_CASES", "all").env("SPOKEGUARD_MOMENTS", "500");
+        command.env("SPOKEGUARD_ALL", "1");
     }
     command
 }

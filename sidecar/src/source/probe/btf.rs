@@ -25,6 +25,8 @@ const STRUCT: u32 = 4;
 const UNION: u32 = 5;
 /// Unnamed structs inside a struct; sk_buff has three.
 const DEPTH_MAX: u8 = 8;
+/// Fields looked at for one; sk_buff has some hundred. Structs that hold themselves have no end of them.
+const FIELDS_MAX: u32 = 1 << 16;
 
 struct Types<'a> {
     types: &'a [u8],
@@ -65,10 +67,8 @@ pub(in crate::source) fn offsets(bytes: &[u8]) -> anyhow::Result<Offsets> {
             };
     }
     let sk_buff = sk_buff.context("no such type")?;
-    let find = |name: &str| {
-        all.member(sk_buff, name.as_bytes(), DEPTH_MAX).with_context(|| format!("no field {name}"))
-    };
-    let sk = all.member(sk_buff, b"sk", DEPTH_MAX).unwrap_or(0);
+    let find = |name: &str| all.field(sk_buff, name.as_bytes()).with_context(|| format!("no field {name}"));
+    let sk = all.field(sk_buff, b"sk").unwrap_or(0);
     Ok(Offsets { head: find("head")?, network_header: find("network_header")?, sk })
 }
 
@@ -79,12 +79,17 @@ impl Types<'_> {
     }
 
     /// Byte offset of a field, also inside unnamed structs and unions.
-    fn member(&self, at: usize, wanted: &[u8], depth: u8) -> Option<u32> {
+    fn field(&self, at: usize, wanted: &[u8]) -> Option<u32> {
+        self.member(at, wanted, DEPTH_MAX, &mut FIELDS_MAX.clone())
+    }
+
+    fn member(&self, at: usize, wanted: &[u8], depth: u8, left: &mut u32) -> Option<u32> {
         let info = u32_at(self.types, at + 4)?;
         if !matches!(info >> 24 & 0x1f, STRUCT | UNION) || depth == 0 {
             return None;
         }
         for number in 0..(info & 0xffff) as usize {
+            *left = left.checked_sub(1)?;
             let entry = at + 12 + number * 12;
             let name = self.name(u32_at(self.types, entry)?);
             // With bit fields, the upper byte is the width.
@@ -94,7 +99,7 @@ impl Types<'_> {
             }
             if name.is_empty() {
                 let inner = *self.starts.get(u32_at(self.types, entry + 4)? as usize)? as usize;
-                if let Some(offset) = self.member(inner, wanted, depth - 1) {
+                if let Some(offset) = self.member(inner, wanted, depth - 1, left) {
                     return (bits / 8).checked_add(offset);
                 }
             }
@@ -109,6 +114,12 @@ mod tests {
 
     /// One struct sk_buff { union { u32 other; }; struct { u16 network_header; } (at 4); u64 head (at 8) }.
     fn small() -> Vec<u8> {
+        // "other" stands behind "\0sk_buff\0".
+        encoded(&[0, UNION << 24 | 1, 4, 9, 1, 0])
+    }
+
+    /// `union`: the words of type 2.
+    fn encoded(union: &[u32]) -> Vec<u8> {
         let strings = b"\0sk_buff\0other\0network_header\0head\0u\0";
         let name = |wanted: &str| {
             let whole = format!("\0{wanted}\0");
@@ -118,7 +129,7 @@ mod tests {
         let int = |bytes: u32| vec![name("u"), 1 << 24, bytes, bytes * 8];
         let types: Vec<u32> = [
             int(4),
-            vec![0, UNION << 24 | 1, 4, name("other"), 1, 0],
+            union.to_vec(),
             vec![0, STRUCT << 24 | 1, 4, name("network_header"), 1, 16],
             vec![name("sk_buff"), STRUCT << 24 | 3, 16, 0, 2, 0, 0, 3, 32, name("head"), 1, 64],
         ]
@@ -153,6 +164,13 @@ mod tests {
             }
         }
         assert!(offsets(&[]).is_err());
+    }
+
+    #[test]
+    fn types_that_hold_themselves_have_an_end() {
+        let itself = [0u32, 2, 0].repeat(40);
+        let union = [&[0, UNION << 24 | 40, 4][..], &itself].concat();
+        assert!(offsets(&encoded(&union)).is_err(), "what is behind it was not come to");
     }
 
     #[test]
