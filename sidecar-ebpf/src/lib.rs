@@ -12,7 +12,8 @@ pub mod gate;
 pub mod sweep;
 
 /// Number of this contract; part of the directory that everything is pinned in.
-pub const ABI: u32 = 1;
+/// Since 2, [`maps::CARRIED`] and [`about`].
+pub const ABI: u32 = 2;
 
 /// Public, mesh, other: the order of the user-space enum.
 pub const SCOPES: usize = 3;
@@ -34,6 +35,8 @@ pub const NO_CLASS: u8 = 0;
 pub const CLASSES_MAX: usize = 255;
 /// Rows 0..4 count packets without a class, by protocol; the classes follow.
 pub const ROWS: u32 = (PROTOS + CLASSES_MAX) as u32;
+/// Of the carried rows one more: the sum that a move under way is to leave.
+pub const CARRIED_NOTE: u32 = ROWS;
 /// Prefixes of allowed sources, of all classes together.
 pub const SOURCES_MAX: u32 = 1024;
 /// Bytes of each ring buffer: one page of 4 KiB. A full ring loses wakes, never truth.
@@ -45,11 +48,13 @@ pub mod maps {
     pub const CLASSES: &str = "CLASSES";
     pub const SOURCES: &str = "SOURCES";
     pub const ROWS: &str = "ROWS";
+    /// Rows that no program writes: what was counted for services and by programs that are gone.
+    pub const CARRIED: &str = "CARRIED";
     pub const LISTENS: &str = "LISTENS";
     pub const NOTES: &str = "NOTES";
     pub const BUILD: &str = "BUILD";
     pub const LOGS: &str = "AYA_LOGS";
-    pub const ALL: [&str; 8] = [PORTS, CLASSES, SOURCES, ROWS, LISTENS, NOTES, BUILD, LOGS];
+    pub const ALL: [&str; 9] = [PORTS, CLASSES, SOURCES, ROWS, CARRIED, LISTENS, NOTES, BUILD, LOGS];
 }
 
 /// Names of the programs: the symbol in the object and the file name below `programs/`.
@@ -150,6 +155,17 @@ pub mod notes {
     pub const EXTENSIONS: u32 = 1;
     /// Neither IPv4 nor IPv6 on a device without link layer.
     pub const VERSION: u32 = 2;
+    pub const COUNT: u32 = 3;
+}
+
+/// Indexes of the map BUILD.
+pub mod about {
+    /// Which object the programs come from; 0: not everything is pinned.
+    pub const BUILD: u32 = 0;
+    /// A move of counts that is under way, packed by user space; 0: none is.
+    pub const MOVE: u32 = 1;
+    /// When counting began, in seconds of Unix time.
+    pub const CREATED: u32 = 2;
     pub const COUNT: u32 = 3;
 }
 

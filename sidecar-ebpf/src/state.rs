@@ -18,6 +18,10 @@ pub static SOURCES: LpmTrie<SourceKey, u8> = LpmTrie::pinned(sidecar_ebpf::SOURC
 #[map]
 pub static ROWS: PerCpuArray<Row> = PerCpuArray::pinned(sidecar_ebpf::ROWS, 0);
 
+/// Only user space reads and writes it, as BUILD.
+#[map]
+pub static CARRIED: Array<Row> = Array::pinned(sidecar_ebpf::ROWS + 1, 0);
+
 #[map]
 pub static LISTENS: RingBuf = RingBuf::pinned(sidecar_ebpf::RING_BYTES, 0);
 
@@ -25,6 +29,6 @@ pub static LISTENS: RingBuf = RingBuf::pinned(sidecar_ebpf::RING_BYTES, 0);
 #[map]
 pub static NOTES: Array<u64> = Array::pinned(sidecar_ebpf::notes::COUNT, 0);
 
-/// Which object the pinned programs come from; only user space reads and writes it.
+/// What is known of the pins, by [`sidecar_ebpf::about`]; only user space reads and writes it.
 #[map]
-pub static BUILD: Array<u64> = Array::pinned(1, 0);
+pub static BUILD: Array<u64> = Array::pinned(sidecar_ebpf::about::COUNT, 0);

@@ -22,10 +22,10 @@ pub(super) const FINDINGS_MAX: usize = 7;
 /// `audit_exposed_ports` for two families and two protocols, `audit_disagreements` and
 /// `audit_age_seconds`.
 const AUDIT: usize = 6;
-/// Series without labels, and the two info metrics: build, policy, start time, verdict,
-/// accepted findings, refused binds, cycle seconds, cycles, resident and BPF memory, refused
+/// Series without labels, and the two info metrics: build, policy, start time, verdict, since
+/// when is counted, accepted findings, refused binds, cycle seconds, cycles, resident and BPF memory, refused
 /// connections.
-const SINGLE: usize = 11;
+const SINGLE: usize = 12;
 /// What is open, until when, and what came in by it.
 const BREAK_GLASS: usize = 3;
 /// As many as there are reasons to drop, on two families each.

@@ -277,6 +277,13 @@ impl Exposition {
     }
 
     fn traffic(&mut self, state: &State<'_>, layout: &Layout) {
+        let began = state.counters.filter(|counters| counters.created != 0);
+        self.gauge(
+            "counters_created",
+            Some(Unit::Seconds),
+            "Since when packets are counted, in Unix time: also across restarts and upgrades",
+            began.map(|counters| (Vec::new(), Value::Whole(counters.created))),
+        );
         let mut cells = BTreeMap::new();
         let mut attempts = BTreeMap::new();
         if let Some(counters) = state.counters {

@@ -329,6 +329,8 @@ pub struct Counters {
     pub attempts: BTreeMap<AttemptKey, u64>,
     /// Bytes of kernel memory that our maps and programs hold.
     pub memory_bytes: u64,
+    /// When counting began, in seconds of Unix time; 0: not known.
+    pub created: u64,
 }
 
 /// The bind guard, and what it refused.

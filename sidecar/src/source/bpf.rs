@@ -7,9 +7,11 @@
 
 mod attach;
 pub mod bind;
+mod carried;
 pub(super) mod clsact;
 mod config;
 pub(super) mod events;
+mod former;
 pub mod guard;
 mod pins;
 
@@ -23,11 +25,10 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, bail};
 use aya::EbpfLoader;
 use aya::maps::lpm_trie::Key;
-use aya::maps::{Array, LpmTrie, Map, MapData, PerCpuArray, PerCpuValues};
+use aya::maps::{Array, LpmTrie, Map, MapData, PerCpuArray};
 use aya::programs::{ProgramError, SchedClassifier, TestRun as _, TestRunOptions};
-use aya::util::nr_cpus;
 use sidecar_ebpf::{
-    ABI, CLASSES_MAX, ClassEntry, NO_CLASS, PortClasses, RING_BYTES, Row, SourceKey, attempt_index,
+    ABI, CLASSES_MAX, ClassEntry, NO_CLASS, PortClasses, RING_BYTES, Row, SourceKey, about, attempt_index,
     cell_index, maps, programs, row_index,
 };
 
@@ -40,6 +41,7 @@ use crate::observed::{AttemptKey, CountedProto, Counters, Direction, Link, Readi
 use crate::sys;
 use crate::terms::{Family, Scope};
 use attach::Attachments;
+use carried::{Carried, Store};
 use config::{Classes, Tables, family_number, scope_number};
 use pins::{are_ours, discard_strangers};
 
@@ -53,6 +55,8 @@ pub struct Bpf {
     classes: Array<MapData, ClassEntry>,
     sources: LpmTrie<MapData, SourceKey, u8>,
     rows: PerCpuArray<MapData, Row>,
+    carried: Carried,
+    about: Array<MapData, u64>,
     /// As in the map; nobody else writes it while we live.
     in_use: Classes,
     memory_bytes: u64,
@@ -88,8 +92,8 @@ impl Bpf {
                 return Err(error).with_context(|| format!("open of the pins in {}", root.display()));
             }
         };
-        let build = MapData::from_fd(build)?;
-        if Array::<_, u64>::try_from(Map::Array(build))?.get(&0, 0)? == 0 {
+        let about = Array::<_, u64>::try_from(Map::Array(MapData::from_fd(build)?))?;
+        if about.get(&about::BUILD, 0)? == 0 {
             return Ok(None);
         }
         let classes = Array::try_from(Map::Array(map(&root, maps::CLASSES)?))?;
@@ -100,7 +104,9 @@ impl Bpf {
             classes,
             sources: LpmTrie::try_from(Map::LpmTrie(map(&root, maps::SOURCES)?))?,
             rows: PerCpuArray::try_from(Map::PerCpuArray(map(&root, maps::ROWS)?))?,
-            attachments: attachments(root),
+            carried: Carried::open(&root)?,
+            about,
+            attachments: attachments(pin_dir),
             memory_bytes: 0,
         };
         bpf.memory_bytes = bpf.measure_memory();
@@ -134,7 +140,24 @@ impl Bpf {
         let keep: Vec<u32> = wanted.iter().map(|(link, _)| link.index).collect();
         let failed = self.attachments.retain(&keep).err();
         let attached = wanted.iter().filter_map(|(link, scope)| self.attachments.count(link, *scope).err());
-        failed.into_iter().chain(attached).collect()
+        let mut failed: Vec<anyhow::Error> = failed.into_iter().chain(attached).collect();
+        failed.extend(self.take_over().err());
+        failed
+    }
+
+    /// What was counted by programs of other ABIs, whose places ours have taken.
+    fn take_over(&mut self) -> anyhow::Result<()> {
+        if self.attachments.former.is_empty() {
+            return Ok(());
+        }
+        sys::bpf::wait_for_running_programs();
+        for former in std::mem::take(&mut self.attachments.former) {
+            if !former::take_over(&former, &mut self.carried, &self.in_use)? {
+                log::warn!("what was counted below {} can't be read by this version", former.display());
+            }
+        }
+        self.memory_bytes = self.measure_memory();
+        Ok(())
     }
 
     /// Makes the maps say what the policy says, changing only the difference.
@@ -155,16 +178,9 @@ impl Bpf {
         for port in old_ports.iter().filter(|port| !tables.ports.contains_key(port)) {
             self.set_port(*port, PortClasses::default())?;
         }
+        self.set_aside(tables)?;
         for (class, entry) in &tables.classes {
-            let before = self.in_use.get(class);
-            if before.is_none_or(|before| {
-                (before.port, before.proto, before.scope) != (entry.port, entry.proto, entry.scope)
-            }) {
-                let cpus = nr_cpus().map_err(|(path, error)| io::Error::other(format!("{path}: {error}")))?;
-                let zero = PerCpuValues::try_from(vec![Row::default(); cpus])?;
-                self.rows.set(row_index(*class, 0), zero, 0).context("reset of a row of counters")?;
-            }
-            if before != Some(entry) {
+            if self.in_use.get(class) != Some(entry) {
                 self.classes.set(u32::from(*class), entry, 0).context("write of a class")?;
             }
         }
@@ -190,6 +206,26 @@ impl Bpf {
         Ok(())
     }
 
+    /// What was counted for services that are gone counts as "no service" from now on. Their
+    /// ports have lost their classes already, so that every free class begins at 0.
+    fn set_aside(&mut self, tables: &Tables) -> anyhow::Result<()> {
+        let gone = self.in_use.iter().filter(|(class, entry)| {
+            tables.classes.get(class).is_none_or(|now| config::identity(now) != config::identity(entry))
+        });
+        let rows: Vec<(u32, u32)> = gone
+            .map(|(class, entry)| (row_index(*class, 0), row_index(NO_CLASS, usize::from(entry.proto & 3))))
+            .collect();
+        if rows.is_empty() {
+            return Ok(());
+        }
+        // One may have found the class a moment ago.
+        sys::bpf::wait_for_running_programs();
+        for mut store in Store::all(&self.attachments.root)? {
+            rows.iter().try_for_each(|(from, to)| self.carried.take(&mut store, *from, *to))?;
+        }
+        Ok(())
+    }
+
     pub fn read(&self, config: &CounterConfig) -> Reading<Counters> {
         match self.counters(config) {
             Ok(counters) => Reading::Seen(counters),
@@ -204,6 +240,7 @@ impl Bpf {
             loaded: true,
             attached: self.attachments.attached()?,
             memory_bytes: self.memory_bytes,
+            created: self.about.get(&about::CREATED, 0).context("read of when counting began")?,
             ..Counters::default()
         };
         for (number, proto) in CountedProto::ALL.into_iter().enumerate() {
@@ -226,7 +263,17 @@ impl Bpf {
 
     fn row(&self, at: u32) -> anyhow::Result<Row> {
         let per_cpu = self.rows.get(&at, 0).context("read of the counters")?;
-        Ok(sum(per_cpu.iter()))
+        Ok(sum([sum(per_cpu.iter()), self.carried.row(at)?].iter()))
+    }
+
+    /// Writes down when counting began, if nobody has.
+    fn begin(&mut self, former: &[PathBuf]) -> anyhow::Result<()> {
+        if self.about.get(&about::CREATED, 0)? != 0 {
+            return Ok(());
+        }
+        let now = former::created(&self.attachments.root);
+        let began = former.iter().filter_map(|root| former::created(root)).chain(now).min();
+        self.about.set(about::CREATED, began.unwrap_or_default(), 0).context("write of when counting began")
     }
 
     fn measure_memory(&self) -> u64 {
@@ -258,20 +305,26 @@ pub fn load_and_pin(pin_dir: &Path, config: &CounterConfig) -> anyhow::Result<Om
     if !is_current(maps_dir, programs_dir) {
         load(maps_dir, programs_dir)?;
     }
-    Bpf::open(pin_dir)?.context("open of what was just pinned")?.configure(config)
+    let mut bpf = Bpf::open(pin_dir)?.context("open of what was just pinned")?;
+    let former = former::roots(pin_dir, former::STEM, ABI);
+    bpf.carried.finish(&[&former[..], &[root]].concat())?;
+    bpf.begin(&former)?;
+    bpf.configure(config)
 }
 
 /// Takes everything away, also what a loader left half done: programs off the devices,
 /// then every pin. `false`: there was nothing.
 pub fn release(pin_dir: &Path) -> anyhow::Result<bool> {
-    let attachments = attachments(root(pin_dir));
-    if !attachments.root.try_exists().with_context(|| format!("look for {}", attachments.root.display()))? {
+    let attachments = attachments(pin_dir);
+    let ours = &attachments.root;
+    if !ours.try_exists().with_context(|| format!("look for {}", ours.display()))? {
         return Ok(false);
     }
     attachments.retain(&[])?;
-    fs::remove_dir_all(&attachments.root)
-        .with_context(|| format!("removal of {}", attachments.root.display()))?;
-    // Stays where another ABI still has pins.
+    for root in attachments.former.iter().chain([ours]) {
+        fs::remove_dir_all(root).with_context(|| format!("removal of {}", root.display()))?;
+    }
+    // Stays where the guards still have pins.
     let _ = fs::remove_dir(pin_dir);
     Ok(true)
 }
@@ -345,9 +398,15 @@ fn root(pin_dir: &Path) -> PathBuf {
     pin_dir.join(format!("abi{ABI}"))
 }
 
-fn attachments(root: PathBuf) -> Attachments {
-    let counted = root.join("links");
-    Attachments { root, hook: Hook::of_this_kernel(), places: &attach::COUNTING, counted }
+fn attachments(pin_dir: &Path) -> Attachments {
+    let root = root(pin_dir);
+    Attachments {
+        hook: Hook::of_this_kernel(),
+        places: &attach::COUNTING,
+        counted: root.join("links"),
+        former: former::roots(pin_dir, former::STEM, ABI),
+        root,
+    }
 }
 
 /// The hash of the embedded object; never 0, which stands for "not complete".
@@ -374,7 +433,7 @@ fn is_current(maps_dir: &Path, programs_dir: &Path) -> bool {
         && MapData::from_pin(maps_dir.join(maps::BUILD))
             .ok()
             .and_then(|map| Array::<_, u64>::try_from(Map::Array(map)).ok())
-            .and_then(|build| build.get(&0, 0).ok())
+            .and_then(|about| about.get(&about::BUILD, 0).ok())
             == Some(build_number())
 }
 
@@ -405,7 +464,7 @@ fn load(maps_dir: &Path, programs_dir: &Path) -> anyhow::Result<()> {
         Err(error) => log::warn!("{:#}", refused(programs::LISTEN, &error)),
     }
     let map = object.map_mut(maps::BUILD).context("the object has no map BUILD")?;
-    Array::try_from(map)?.set(0, build_number(), 0).context("write of the build number")
+    Array::try_from(map)?.set(about::BUILD, build_number(), 0).context("write of the build number")
 }
 
 /// Why the kernel did not take a program, without the thousand lines of its reasoning.

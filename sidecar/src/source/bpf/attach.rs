@@ -100,6 +100,8 @@ pub(super) struct Attachments {
     pub(super) places: &'static [Place],
     /// Pins of the counters' links, for who keeps behind them.
     pub(super) counted: PathBuf,
+    /// Roots of other ABIs, whose links become ours.
+    pub(super) former: Vec<PathBuf>,
 }
 
 impl Attachments {
@@ -187,6 +189,7 @@ impl Attachments {
     fn attach_tcx(&self, link: &Link, place: &Place, name: &str) -> anyhow::Result<bool> {
         let pin = self.link_pin(place, link.index);
         let wanted = self.program_id(name)?;
+        self.adopt(&pin)?;
         let there = match self.tcx(&pin) {
             Err(error) if is_stranger(&error) => {
                 log::warn!("{error:#}: it goes");
@@ -231,6 +234,19 @@ impl Attachments {
             bail!("{} is no longer device {}", link.name, link.index);
         }
         Ok(true)
+    }
+
+    /// Takes over another ABI's link, where we have none: it goes on running that one's
+    /// program until it is exchanged.
+    fn adopt(&self, pin: &Path) -> anyhow::Result<()> {
+        let Some(name) = pin.file_name() else { return Ok(()) };
+        for former in &self.former {
+            let theirs = former.join("links").join(name);
+            if theirs.exists() && !pin.exists() {
+                fs::rename(&theirs, pin).with_context(|| format!("take-over of {}", theirs.display()))?;
+            }
+        }
+        Ok(())
     }
 
     /// The link of the counter on the way in, where there is one.

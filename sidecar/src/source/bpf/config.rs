@@ -143,9 +143,9 @@ pub(super) type Classes = BTreeMap<u8, ClassEntry>;
 
 /// What makes a service the same one after a change of the policy: port, proto, scope.
 /// Of two that share it (two local networks with DNS) the first one is counted.
-type Identity = (u16, u8, u8);
+pub(super) type Identity = (u16, u8, u8);
 
-fn identity(entry: &ClassEntry) -> Identity {
+pub(super) fn identity(entry: &ClassEntry) -> Identity {
     (entry.port, entry.proto, entry.scope)
 }
 

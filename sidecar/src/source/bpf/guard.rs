@@ -19,14 +19,14 @@ use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, PerCpuArray};
 use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
 use ipnet::IpNet;
 use sidecar_ebpf::gate::{
-    ABI, BANKS, PREFIX_HEAD_BITS, PREFIXES_MAX, PROGRAMS, PrefixKey, Rules, SIDES_MAX, Sides,
+    ABI, BANKS, PREFIX_HEAD_BITS, PREFIXES_MAX, PROGRAMS, PrefixKey, REFUSED, Rules, SIDES_MAX, Sides,
     TIMED_HEAD_BITS, TIMED_MAX, TimedKey, WORDS, kinds, maps, open, reasons, refused_index, sides, state,
     word_index,
 };
 
 use super::attach::{self, Attachments, Hook};
 use super::config::family_number;
-use super::{NEEDS, is_denied, pin_over, pins, refused as not_loaded};
+use super::{NEEDS, former, is_denied, pin_over, pins, refused as not_loaded};
 use crate::desired::guard::{Boot, Side, Timed};
 use crate::desired::{DropReason, GuardRules};
 use crate::observed::{self, GuardState, Link};
@@ -162,7 +162,7 @@ impl Guard {
         }
         self.forget(newest)?;
         // What another version left in force would refuse by rules that nobody keeps.
-        pins::remove_others(&self.attachments.root)
+        self.retire_others()
     }
 
     /// What interfaces are now, and the guard on the public ones and no others.
@@ -179,12 +179,12 @@ impl Guard {
         self.attach(rules, links)?;
         // That of another version goes when this one stands in its place: it would judge by
         // the rules of its day for ever.
-        if self.force()? == Force::Newest {
-            for other in pins::others(&self.attachments.root)? {
-                fs::remove_dir_all(&other).with_context(|| format!("removal of {}", other.display()))?;
-            }
-        }
-        Ok(())
+        if self.force()? == Force::Newest { self.retire_others() } else { Ok(()) }
+    }
+
+    fn retire_others(&mut self) -> anyhow::Result<()> {
+        self.attachments.former.clear();
+        pins::remove_others(&self.attachments.root)
     }
 
     pub fn force(&self) -> anyhow::Result<Force> {
@@ -277,6 +277,10 @@ impl Guard {
     }
 
     fn attach(&self, rules: &GuardRules, links: &[Link]) -> anyhow::Result<()> {
+        // A guard of another ABI refuses by its own rules until ours do.
+        if !self.attachments.former.is_empty() && self.force()? == Force::Nothing {
+            return Ok(());
+        }
         // A device that fails doesn't keep the others from being guarded.
         let failed: Vec<String> = public(rules, links)
             .filter_map(|link| Some(format!("{:#}", self.attachments.guard(link).err()?)))
@@ -394,6 +398,7 @@ pub fn load(pin_dir: &Path) -> anyhow::Result<()> {
     if is_current(maps_dir, programs_dir) {
         return Ok(());
     }
+    share_counts(&former::roots(pin_dir, STEM, ABI), maps_dir)?;
     let mut object = EbpfLoader::new().default_map_pin_directory(maps_dir).load(OBJECT).map_err(|error| {
         let error = anyhow::Error::from(error);
         let needs = if is_denied(&error) { NEEDS } else { "" };
@@ -408,6 +413,20 @@ pub fn load(pin_dir: &Path) -> anyhow::Result<()> {
     }
     let map = object.map_mut(maps::BUILD).context("the object has no map for its build")?;
     Array::try_from(map)?.set(0, build_number(), 0).context("write of the build number")
+}
+
+/// Both guards count what they refuse in one map for as long as there are two, so that none
+/// of it is lost or told twice. Where it has another layout by now, counting begins anew.
+fn share_counts(former: &[PathBuf], maps_dir: &Path) -> anyhow::Result<()> {
+    let ours = maps_dir.join(maps::REFUSED);
+    for theirs in former.iter().map(|root| root.join("maps").join(maps::REFUSED)) {
+        let Ok(map) = MapData::from_pin(&theirs) else { continue };
+        let info = map.info()?;
+        if (info.value_size() as usize, info.max_entries()) == (size_of::<u64>(), REFUSED) && !ours.exists() {
+            map.pin(&ours).with_context(|| format!("take-over of {}", theirs.display()))?;
+        }
+    }
+    Ok(())
 }
 
 /// Loads it in a process of its own, whose memory ends with it. Cheap where it is loaded.
@@ -460,8 +479,11 @@ pub fn test_run(
 }
 
 fn root(pin_dir: &Path) -> PathBuf {
-    pin_dir.join(format!("guard{ABI}"))
+    pin_dir.join(format!("{STEM}{ABI}"))
 }
+
+/// Directories of the guard are called this and a number.
+const STEM: &str = "guard";
 
 fn attachments(pin_dir: &Path) -> Attachments {
     Attachments {
@@ -469,6 +491,7 @@ fn attachments(pin_dir: &Path) -> Attachments {
         hook: Hook::of_this_kernel(),
         places: &attach::GUARDING,
         counted: super::root(pin_dir).join("links"),
+        former: former::roots(pin_dir, STEM, ABI),
     }
 }
 
