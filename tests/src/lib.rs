@@ -22,6 +22,7 @@ mod product;
 mod reaper;
 mod service;
 mod tunnel;
+pub mod wire;
 
 use std::fs;
 use std::io::Write;
