@@ -63,15 +63,42 @@ impl fmt::Display for Cut {
 /// was cut under rules that are rolled back does not come back. The policy, where there is
 /// one, saves questions and spares the hub twice.
 pub fn flows(desired: Option<&Desired>) -> anyhow::Result<Cut> {
-    in_force(desired, &nft::list_ruleset()?, &links::read()?)
+    let links = links::read()?;
+    // Rules with many prefixes take longer to read than flows do, and most often there are none.
+    match candidates(desired, &links)? {
+        none if none.is_empty() => Ok(Cut::default()),
+        some => cut(some, desired, &nft::list_ruleset()?, &links),
+    }
 }
 
 /// The same for rules and interfaces that have just been read.
 pub fn in_force(desired: Option<&Desired>, rules: &Ruleset, links: &[Link]) -> anyhow::Result<Cut> {
-    let own: HashSet<IpAddr> = links.iter().flat_map(|l| l.addresses.iter().map(IpNet::addr)).collect();
-    // Also what loopback answers for, all of 127/8.
-    let is_own = |address: IpAddr| own.contains(&address) || address.is_loopback();
-    let candidates = flows::tracked(|flow| !is_own(flow.from.ip()) && !is_spared(desired, flow))?;
+    cut(candidates(desired, links)?, desired, rules, links)
+}
+
+/// What others began.
+fn candidates(desired: Option<&Desired>, links: &[Link]) -> anyhow::Result<Vec<Flow>> {
+    let own = own_addresses(links);
+    flows::tracked(|flow| !is_own(&own, flow.from.ip()) && !is_spared(desired, flow))
+}
+
+fn own_addresses(links: &[Link]) -> HashSet<IpAddr> {
+    links.iter().flat_map(|l| l.addresses.iter().map(IpNet::addr)).collect()
+}
+
+/// Also what loopback answers for, all of 127/8.
+fn is_own(own: &HashSet<IpAddr>, address: IpAddr) -> bool {
+    own.contains(&address) || address.is_loopback()
+}
+
+fn cut(
+    candidates: Vec<Flow>,
+    desired: Option<&Desired>,
+    rules: &Ruleset,
+    links: &[Link],
+) -> anyhow::Result<Cut> {
+    let own = own_addresses(links);
+    let is_own = |address: IpAddr| is_own(&own, address);
     if candidates.is_empty() || rules.table(TableFamily::Inet, TABLE).is_none() {
         return Ok(Cut::default());
     }

@@ -46,8 +46,15 @@ const ROUNDS: usize = 3;
 
 /// Makes the kernel's table what is desired, and reads it back.
 pub fn apply_table(desired: &Desired) -> Result<Applied, ApplyError> {
+    if desired.table.is_none() {
+        return Ok(Applied::NotWanted);
+    }
+    put_in_place(desired, nft::list_table().map_err(ApplyError::Look)?)
+}
+
+/// The same where the table has just been read.
+pub(crate) fn put_in_place(desired: &Desired, mut found: Option<Table>) -> Result<Applied, ApplyError> {
     let Some(table) = &desired.table else { return Ok(Applied::NotWanted) };
-    let mut found = nft::list_table().map_err(ApplyError::Look)?;
     let changes = compare::changes(table, found.as_ref());
     let mut left = changes.clone();
     for _ in 0..ROUNDS {

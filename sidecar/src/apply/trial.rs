@@ -27,7 +27,7 @@ use anyhow::Context;
 use jiff::civil::Date;
 use rustix::fs::{FlockOperation, flock};
 
-use super::{ApplyError, apply_table, sealed};
+use super::{ApplyError, put_in_place, sealed};
 use crate::cli::Places;
 use crate::daemon::eventlog::write_atomically;
 use crate::desired::{Desired, TABLE};
@@ -335,7 +335,7 @@ impl Ledger {
             None
         });
         if let Some(trial) = trial.as_ref().filter(|trial| trial.fingerprint == fingerprint) {
-            apply_table(desired).map_err(BringError::Half)?;
+            put_in_place(desired, found).map_err(BringError::Half)?;
             if self.old(trial).is_none() {
                 self.note_old(trial, desired);
             }
@@ -354,7 +354,7 @@ impl Ledger {
         };
         // What drops nothing can't lock anybody out.
         if nothing_new || !drops(table) {
-            apply_table(desired).map_err(|error| before(error.into()))?;
+            put_in_place(desired, found).map_err(|error| before(error.into()))?;
             // A rollback that had begun may have come after these rules.
             if self.withdraw() {
                 apply_table(desired).map_err(|error| before(error.into()))?;
@@ -366,7 +366,7 @@ impl Ledger {
             .arm(lock, desired, found.as_ref(), confirmed.as_ref(), within)
             .context("arm the way back")
             .map_err(before)?;
-        apply_table(desired).map_err(BringError::Half)?;
+        put_in_place(desired, found).map_err(BringError::Half)?;
         self.note_old(&trial, desired);
         Ok(Brought::OnTrial { changes, again: false })
     }
