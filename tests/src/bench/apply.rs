@@ -15,14 +15,7 @@ pub fn measure(quick: bool) -> Result<Section> {
     let lab = Lab::build(crate::PLAIN)?;
     let node = &lab.spoke;
     let folder = crate::folder(&lab, &policy::of_the_contracts_size(&lab)?)?;
-    let ours = |verb: &str| {
-        let mut words = vec![lab::spokeguard()?.display().to_string(), verb.to_string()];
-        for (flag, place) in [("--policy", "policy.toml"), ("--state-dir", "state"), ("--run-dir", "run")] {
-            words.extend([flag.to_string(), folder.join(place).display().to_string()]);
-        }
-        Ok::<_, anyhow::Error>(words)
-    };
-    let (apply, confirm) = (ours("apply")?, ours("confirm")?);
+    let (apply, confirm) = (spokeguard(&folder, "apply")?, spokeguard(&folder, "confirm")?);
     let timed_apply = || time(node, &apply);
 
     timed_apply()?;
@@ -78,8 +71,17 @@ pub fn measure(quick: bool) -> Result<Section> {
     Ok(Section { name: "apply", title: "Putting the rules in force", rows, goals, notes })
 }
 
+/// A verb of the program on that folder.
+pub fn spokeguard(folder: &Path, verb: &str) -> Result<Vec<String>> {
+    let mut words = vec![lab::spokeguard()?.display().to_string(), verb.to_string()];
+    for (flag, place) in [("--policy", "policy.toml"), ("--state-dir", "state"), ("--run-dir", "run")] {
+        words.extend([flag.to_string(), folder.join(place).display().to_string()]);
+    }
+    Ok(words)
+}
+
 /// Milliseconds from start to end of a command that must succeed, in the node's network namespace.
-fn time(node: &Node, words: &[String]) -> Result<f64> {
+pub fn time(node: &Node, words: &[String]) -> Result<f64> {
     node.inside(|| {
         let (program, arguments) = words.split_first().context("no command")?;
         let mut command = Command::new(program);

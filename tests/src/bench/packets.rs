@@ -233,7 +233,7 @@ fn in_force(node: &Node, pins: &Path, load: Load) -> Result<()> {
 }
 
 /// Everything that outlives the daemon on purpose.
-fn clear(node: &Node, pins: &Path, mut daemon: Daemon) -> Result<()> {
+pub fn clear(node: &Node, pins: &Path, mut daemon: Daemon) -> Result<()> {
     daemon.running.stop()?;
     node.inside(|| bpf::release(pins))?;
     node.inside(|| bpf::guard::release(pins))?;

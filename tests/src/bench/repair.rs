@@ -103,7 +103,7 @@ struct Flush {
 }
 
 /// Hears of every commit in the node, on a thread of its own.
-struct Observer<'a> {
+pub struct Observer<'a> {
     node: &'a Node,
     commits: Receiver<(Instant, NftEvent)>,
     queries: NftQueries,
@@ -111,7 +111,7 @@ struct Observer<'a> {
 }
 
 impl<'a> Observer<'a> {
-    fn open(node: &'a Node) -> Result<Observer<'a>> {
+    pub fn open(node: &'a Node) -> Result<Observer<'a>> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
         let (mut events, queries) = node.inside(|| {
             let _entered = runtime.enter();
@@ -172,7 +172,7 @@ impl<'a> Observer<'a> {
 }
 
 /// The usual answer of a shell. It looks at what the lines say, since its own repair makes lines as well.
-fn watchdog(
+pub fn watchdog(
     node: &Node,
     observer: &Observer<'_>,
     queries: &mut NftQueries,

@@ -5,8 +5,12 @@
 mod apply;
 #[path = "../bench/audit.rs"]
 mod audit;
+#[path = "../bench/connects.rs"]
+mod connects;
 #[path = "../bench/figures.rs"]
 mod figures;
+#[path = "../bench/flush.rs"]
+mod flush;
 #[path = "../bench/idle.rs"]
 mod idle;
 #[path = "../bench/listeners.rs"]
@@ -15,6 +19,8 @@ mod listeners;
 mod packets;
 #[path = "../bench/policy.rs"]
 mod policy;
+#[path = "../bench/prefixes.rs"]
+mod prefixes;
 #[path = "../bench/repair.rs"]
 mod repair;
 
@@ -29,21 +35,32 @@ use serde_json::json;
 
 /// One part of the run, by the name that chooses it. `true`: few rounds.
 type Measure = fn(bool) -> Result<Section>;
-const SECTIONS: [(&str, Measure); 6] = [
+const SECTIONS: [(&str, Measure); 9] = [
     ("repair", repair::measure),
+    ("flush", flush::measure),
     ("apply", apply::measure),
+    ("prefixes", prefixes::measure),
     ("listeners", listeners::measure),
     ("packets", packets::measure),
+    ("connects", connects::measure),
     ("idle", idle::measure),
     ("audit", audit::measure),
 ];
 
 const PLAIN: Shape = Shape { mesh: Mesh::Plain, container: false };
 
-const USAGE: &str =
-    "usage: bench [--quick] [--json FILE] [repair] [apply] [listeners] [packets] [idle] [audit]
-Measures beside the peers, all of it (10 minutes) or the named parts.
-  --quick      few rounds: figures for a look, not for a claim (2 minutes)
+const USAGE: &str = "usage: bench [--quick] [--json FILE] [PART..]
+Measures beside the peers, all of it (15 minutes) or the named parts.
+  repair     `nft flush ruleset` until the table is back; a shell on `nft monitor`
+  flush      a stranger's SYNs to a closed port during 1,000 flushes; the same shell
+  apply      the rules put in force; `nft -f` of the same
+  prefixes   a policy with 10,000 prefixes put in force; `nft -f` of the same
+  listeners  listening sockets with their owners; `ss`
+  packets    what a packet and a stream pay; nothing at all
+  connects   new connections a second to an allowed port; nothing, and iptables
+  idle       memory, CPU and scrapes at rest; prometheus-node-exporter
+  audit      every port from outside; nmap and masscan
+  --quick      few rounds: figures for a look, not for a claim (3 minutes)
   --json FILE  also writes every figure there";
 
 struct Options {
@@ -146,4 +163,14 @@ fn folder(lab: &Lab, policy: &str) -> Result<PathBuf> {
     let folder = tempfile::Builder::new().prefix("guard-").tempdir_in(&lab.dir)?.keep();
     std::fs::write(folder.join("policy.toml"), policy).context("write a policy")?;
     Ok(folder)
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn help_names_every_part_and_no_other() {
+        let told = super::USAGE.lines().filter_map(|line| line.strip_prefix("  ")?.split(' ').next());
+        let told: Vec<&str> = told.filter(|word| !word.starts_with('-')).collect();
+        assert_eq!(told, super::SECTIONS.map(|(name, _)| name));
+    }
 }
