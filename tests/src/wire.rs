@@ -65,7 +65,8 @@ fn part(way: Way, proto: u8, body: &[u8], (id, at, more): (u16, usize, bool)) ->
         return ip(way, FRAGMENT, &[&head, body].concat());
     }
     let [high, low] = (20 + body.len() as u16).to_be_bytes();
-    let offset = (at as u16 / 8 | if more { 0x2000 } else { 0 }).to_be_bytes();
+    let more = if more { 0x2000 } else { 0 };
+    let offset = (at as u16 / 8 + more).to_be_bytes();
     let [id_high, id_low] = id.to_be_bytes();
     let mut head = [0x45, 0, high, low, id_high, id_low, offset[0], offset[1], 64, proto, 0, 0].to_vec();
     head.extend(octets(from));

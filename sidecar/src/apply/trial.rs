@@ -357,7 +357,7 @@ impl Ledger {
             put_in_place(desired, found).map_err(|error| before(error.into()))?;
             // A rollback that had begun may have come after these rules.
             if self.withdraw() {
-                apply_table(desired).map_err(|error| before(error.into()))?;
+                super::apply_table(desired).map_err(|error| before(error.into()))?;
             }
             let unrecorded = self.record(&desired.policy, desired.today).err();
             return Ok(Brought::Confirmed { changes, unrecorded });
