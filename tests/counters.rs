@@ -1,6 +1,7 @@
 //! The eBPF counters against what was really sent: exactly, whatever happens to the daemon.
 
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
 use lab::{
     Answer, Daemon, Lab, Need, Node, SPOKE_MESH, SPOKE_MESH_V6, SPOKE_PUBLIC, SPOKE_PUBLIC_V6, lacking,
