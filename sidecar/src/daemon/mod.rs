@@ -71,7 +71,7 @@ const TICK: Duration = Duration::from_secs(10);
 const FULL_LOOK: Duration = Duration::from_secs(600);
 /// A wake waits this long for more of its kind.
 const SETTLE: Duration = Duration::from_millis(20);
-/// Announced commits that are taken together, and of how many of them it is asked who it was.
+/// Announced commits that are taken together, and of how many of them it is asked which unit it was.
 const COMMITS_AT_ONCE: usize = 4096;
 const STRANGERS_ASKED: usize = 64;
 /// Events that `status` shows.
@@ -499,7 +499,7 @@ impl Daemon {
             return;
         }
         self.wake([Facet::Nftables], SETTLE);
-        let (mut touched, mut own_touched, mut strangers) = (false, false, VecDeque::new());
+        let (mut touched, mut own_touched, mut strangers) = (false, false, Vec::new());
         for event in events {
             // Our own repairs are announced as well, at times after somebody has undone them.
             let ours = |pid: u32| pid == std::process::id() || nft::committed(pid);
@@ -508,17 +508,19 @@ impl Daemon {
             }
             touched |= event.own_touched || event.overrun;
             own_touched |= event.own_touched && event.actor.is_some();
-            if strangers.len() == STRANGERS_ASKED {
-                strangers.pop_front();
-            }
-            strangers.push_back(event);
+            strangers.push(event);
         }
         let repair = touched.then(|| self.repair_at_once(own_touched)).flatten();
         // Who it was is asked after the repair: 100 us decide whether it waits (see Replay).
         let mut by = None;
-        for event in strangers {
+        let unasked = strangers.len().saturating_sub(STRANGERS_ASKED);
+        for (at, event) in strangers.into_iter().enumerate() {
+            if event.overrun {
+                self.suspects.lose();
+                by = None;
+            }
             let Some((pid, name)) = event.actor else { continue };
-            let actor = owners::actor(pid, &name);
+            let actor = if at < unasked { owners::stranger(pid, &name) } else { owners::actor(pid, &name) };
             self.suspects.add(&actor, event.own_touched, event.foreign_touched);
             if event.own_touched {
                 by = Some(actor);

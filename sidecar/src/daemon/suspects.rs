@@ -31,6 +31,11 @@ impl Suspects {
         }
     }
 
+    /// Announcements were lost: it may have been anybody.
+    pub fn lose(&mut self) {
+        *self = Self { own: Suspect::Several, foreign: Suspect::Several };
+    }
+
     /// Those of a later time join these.
     pub fn merge(&mut self, later: &Self) {
         for (here, there) in [(&mut self.own, &later.own), (&mut self.foreign, &later.foreign)] {
@@ -115,5 +120,11 @@ mod tests {
         suspects.merge(&later);
         assert_eq!(suspects.of(Code::DnatExposed), None);
         assert_eq!(suspects.own(), Some(actor("firewalld", 3)));
+        // Whose announcement was lost may be the one.
+        let mut lossy = Suspects::default();
+        lossy.lose();
+        lossy.add(&actor("firewalld", 3), true, true);
+        suspects.merge(&lossy);
+        assert_eq!((suspects.own(), suspects.of(Code::FirewallBlocked)), (None, None));
     }
 }
