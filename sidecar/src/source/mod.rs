@@ -5,6 +5,7 @@ pub mod bpf;
 pub mod evidence;
 pub mod files;
 pub mod flows;
+pub mod handshakes;
 pub mod legacy;
 pub mod links;
 pub mod listeners;
@@ -26,11 +27,13 @@ use std::path::{Path, PathBuf};
 use crate::desired::Desired;
 use crate::observed::{Facet, Guard, Reading, Snapshot};
 use crate::policy::MeshKind;
+use crate::sys::clock;
 use crate::terms::Stamp;
 
 /// What looks. Keeps the caches that make a second look cheap, and nothing else.
 pub struct Eyes {
     owners: owners::Owners,
+    handshakes: handshakes::Handshakes,
     pins: PathBuf,
     /// Why the bind guard does not run although it should, where that is known.
     pub binds_gap: Option<String>,
@@ -41,7 +44,13 @@ pub struct Eyes {
 impl Eyes {
     /// `pins`: where the eBPF maps of this instance are pinned.
     pub fn new(pins: &Path) -> Self {
-        Self { owners: owners::Owners::new(), pins: pins.to_owned(), binds_gap: None, guard_gap: None }
+        Self {
+            owners: owners::Owners::new(),
+            handshakes: handshakes::Handshakes::default(),
+            pins: pins.to_owned(),
+            binds_gap: None,
+            guard_gap: None,
+        }
     }
 
     /// One look at every facet.
@@ -52,7 +61,7 @@ impl Eyes {
             at: now,
             nftables: Reading::from_result(nft::list_ruleset()),
             links: Reading::from_result(links::read()),
-            wireguard: wireguard(desired),
+            wireguard: self.wireguard(desired),
             sshd,
             files: Reading::from_result(files::read(&desired.policy.files)),
             counters: bpf::read(&self.pins, &bpf::CounterConfig::new(&desired.services)),
@@ -80,7 +89,7 @@ impl Eyes {
                     snapshot.listeners = Reading::from_result(listeners::read(&mut self.owners))
                 }
                 Facet::Links => snapshot.links = Reading::from_result(links::read()),
-                Facet::Wireguard => snapshot.wireguard = wireguard(desired),
+                Facet::Wireguard => snapshot.wireguard = self.wireguard(desired),
                 Facet::Sshd => snapshot.sshd = self.sshd(desired, &snapshot.listeners),
                 Facet::Files => snapshot.files = Reading::from_result(files::read(&desired.policy.files)),
                 Facet::Audit => {}
@@ -108,6 +117,18 @@ impl Eyes {
         }
     }
 
+    fn wireguard(&mut self, desired: &Desired) -> Reading<Option<crate::observed::Device>> {
+        // tailscaled keeps its tunnel to itself; its local API comes with a later version.
+        if desired.policy.mesh.kind == MeshKind::Tailscale {
+            return Reading::Seen(None);
+        }
+        let mut device = Reading::from_result(wireguard::read(&desired.policy.mesh.interface));
+        if let Reading::Seen(Some(device)) = &mut device {
+            self.handshakes.correct(device, clock::now(), clock::since_boot());
+        }
+        device
+    }
+
     fn sshd(
         &self,
         desired: &Desired,
@@ -120,13 +141,6 @@ impl Eyes {
     }
 }
 
-fn wireguard(desired: &Desired) -> Reading<Option<crate::observed::Device>> {
-    match desired.policy.mesh.kind {
-        MeshKind::Wireguard => Reading::from_result(wireguard::read(&desired.policy.mesh.interface)),
-        // tailscaled keeps its tunnel to itself; its local API comes with a later version.
-        MeshKind::Tailscale => Reading::Seen(None),
-    }
-}
 /// Runs the calling test once more, alone in fresh network and mount namespaces. `true`
 /// inside; outside it returns `false` once that run has passed.
 ///
