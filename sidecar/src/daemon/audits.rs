@@ -55,6 +55,8 @@ pub struct Audits {
     /// As they were when it was last asked.
     asked: Asked,
     last: Option<Probing>,
+    /// When that was, by a clock that nobody sets.
+    last_at: Option<Instant>,
     proof: Option<Proof>,
 }
 
@@ -94,6 +96,7 @@ impl Audits {
             fresh: None,
             asked: Asked::default(),
             last: None,
+            last_at: None,
             proof: None,
         }
     }
@@ -218,6 +221,7 @@ impl Audits {
                 self.failures = 0;
                 if extent == Extent::All {
                     self.last = Some(Probing { at, seconds: took.as_secs_f64() });
+                    self.last_at = now.checked_sub(took);
                     self.whole = Some(now + HOURLY);
                     self.again = now + AGAIN;
                 }
@@ -282,7 +286,7 @@ impl Audits {
     }
 
     pub fn metrics(&self) -> Option<metrics::Audit> {
-        Some(metrics::Audit { at: self.last?.at, proof: self.proof.clone()? })
+        Some(metrics::Audit { age: self.last_at?.elapsed(), proof: self.proof.clone()? })
     }
 }
 

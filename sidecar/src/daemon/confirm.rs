@@ -61,7 +61,6 @@ pub struct Standing {
 /// A trial that is waiting for its evidence.
 struct Watch {
     trial: Trial,
-    until: Stamp,
     sought: Option<Sought>,
     old: BTreeSet<u64>,
     next: Instant,
@@ -107,7 +106,8 @@ impl Standing {
     pub fn state(&self) -> (super::socket::Rules, Option<Stamp>) {
         use super::socket::Rules;
         match (&self.watch, &self.refused) {
-            (Some(watch), _) => (Rules::OnTrial, Some(watch.until)),
+            // By the wall's clock as it is now: what counts the time down is another.
+            (Some(watch), _) => (Rules::OnTrial, Some(ends(&watch.trial))),
             (None, Some(_)) => (Rules::RolledBack, None),
             (None, None) if self.pending.is_some() => (Rules::NotInForce, None),
             (None, None) => (Rules::Confirmed, None),
@@ -170,6 +170,12 @@ pub fn unsealed(why: &str) -> Finding {
         why,
         "Make the state directory writable; the daemon, `apply` and `confirm` write the file anew.",
     )
+}
+
+/// When the rules before come back, in whole seconds.
+fn ends(trial: &Trial) -> Stamp {
+    let left = i64::try_from(trial.left().as_secs()).unwrap_or(i64::MAX);
+    Stamp::from_unix(clock::now().0.as_second().saturating_add(left))
 }
 
 impl Daemon {
@@ -360,9 +366,7 @@ impl Daemon {
             self.standing.watch = None;
             return;
         };
-        let left = jiff::SignedDuration::try_from(trial.left()).unwrap_or_default();
-        let now = clock::now();
-        let until = Stamp(now.0.checked_add(left).unwrap_or(now.0));
+        let until = ends(&trial);
         let sought = Sought::new(&self.desired);
         let who = match &sought {
             Some(sought) => format!(
@@ -392,7 +396,7 @@ impl Daemon {
             .old(&trial)
             .unwrap_or_else(|| self.standing.ledger.note_old(&trial, &self.desired));
         let next = Instant::now() + LOOK;
-        self.standing.watch = Some(Watch { trial, until, sought, old, next, blind: false, lost: false });
+        self.standing.watch = Some(Watch { trial, sought, old, next, blind: false, lost: false });
     }
 
     /// The trial that was watched has ended. `false`: how can't be told yet.

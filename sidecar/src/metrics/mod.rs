@@ -9,6 +9,7 @@ mod text;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::time::Duration;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::text::encode;
@@ -146,7 +147,8 @@ impl From<&Ended> for RepairOutcome {
 /// The last look from the outside in.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Audit {
-    pub at: Stamp,
+    /// Since it began, by a clock that nobody sets.
+    pub age: Duration,
     pub proof: Proof,
 }
 
@@ -421,7 +423,7 @@ impl Exposition {
             "Ports of which the rules say one thing and a probe from outside met another",
             one(audit.proof.disagreements.values().sum()),
         );
-        let age = state.now.seconds_since(audit.at);
+        let age = audit.age.as_secs();
         self.gauge("audit_age", Some(Unit::Seconds), "Time since the last audit", one(age));
     }
 

@@ -213,7 +213,7 @@ impl World {
             enforced: BTreeSet::from([Control::Firewall]),
             blind: vec![Facet::Sshd],
             audit: Some(Audit {
-                at: Stamp::from_unix(999_000),
+                age: Duration::from_secs(1000),
                 proof: Proof {
                     exposed: BTreeMap::from([((Family::Ipv6, Proto::Tcp), 2)]),
                     disagreements: BTreeMap::from([((Family::Ipv4, Proto::Udp), 3)]),
