@@ -28,6 +28,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::http;
 use super::privileges::{Confinement, Landlock};
+use crate::sys::memory;
 use crate::sys::sockets::Readable;
 use crate::terms::printable;
 
@@ -341,6 +342,7 @@ fn spawn() -> anyhow::Result<(Readable, Child)> {
         .stdout(Stdio::null())
         .spawn()
         .context("start of the server")?;
+    memory::sacrifice(process.id());
     Ok((Readable::new(ours).context("watch of the server")?, process))
 }
 

@@ -359,6 +359,7 @@ pub fn run_loader<S: AsRef<OsStr>>(args: &[S], input: &[u8]) -> anyhow::Result<(
         .stderr(Stdio::piped())
         .spawn()
         .context("start of the eBPF loader")?;
+    sys::memory::sacrifice(child.id());
     if let Some(mut stdin) = child.stdin.take()
         && let Err(error) = stdin.write_all(input)
         && error.kind() != io::ErrorKind::BrokenPipe

@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, ChildStdout, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
@@ -16,6 +17,7 @@ use super::{legacy, nft_events, nft_xt};
 use crate::desired::TABLE;
 use crate::ruleset::xt::Parts;
 use crate::ruleset::{Ruleset, Table, TableFamily, decode};
+use crate::sys::memory;
 use crate::terms::printable;
 
 /// A listing of ten thousand rules takes 0.4 s; this is for a machine that swaps.
@@ -227,6 +229,7 @@ impl Running {
             .stderr(Stdio::piped())
             .spawn()
             .map_err(failed)?;
+        memory::sacrifice(child.id());
         let opened = (i32::try_from(child.id()).ok())
             .and_then(rustix::process::Pid::from_raw)
             .ok_or(rustix::io::Errno::SRCH)
@@ -366,7 +369,12 @@ fn explained(operation: String, said: &str, status: std::process::ExitStatus) ->
         .take(3)
         .map(|line| printable(line, 200))
         .collect();
-    let text = if lines.is_empty() { status.to_string() } else { lines.join("; ") };
+    let text = match status.signal() {
+        // Not by us: we say how that came about.
+        Some(libc::SIGKILL) => "it was killed, as the kernel does where memory runs out".to_owned(),
+        _ if lines.is_empty() => status.to_string(),
+        _ => lines.join("; "),
+    };
     // "cache initialization failed: Operation not permitted" and its like: the cause is
     // at the end of a line, in the words of strerror(3).
     if said.contains("Operation not permitted") {
@@ -385,8 +393,6 @@ fn explained(operation: String, said: &str, status: std::process::ExitStatus) ->
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::process::ExitStatusExt;
-
     use super::*;
 
     fn of(said: &str) -> String {
@@ -407,6 +413,8 @@ mod tests {
             "nft x failed: internal:0:0-0: Error: bad\u{fffd}[2J rule"
         );
         assert!(of("").starts_with("nft x failed: exit status"));
+        let killed = explained("nft x".into(), "", std::process::ExitStatus::from_raw(libc::SIGKILL));
+        assert!(killed.to_string().contains("memory"), "{killed}");
     }
 
     /// A shell in nft's place.

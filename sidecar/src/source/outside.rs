@@ -16,7 +16,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use super::probe::{self, Mode, Request};
 use crate::audit::{Ports, View, aims, by_link, ranges, stranger};
 use crate::observed::{Dispute, Probe, Probed, Reading, Sweep};
-use crate::sys::clock;
+use crate::sys::{clock, memory};
 use crate::terms::{Port, Proto, printable};
 
 /// What to ask from outside. Nothing at all where no public interface is up.
@@ -209,6 +209,7 @@ async fn converse(verb: &str, errand: Vec<u8>) -> anyhow::Result<Answer> {
         .kill_on_drop(true)
         .spawn()
         .context("start of the audit")?;
+    child.id().into_iter().for_each(memory::sacrifice);
     if let Some(mut stdin) = child.stdin.take() {
         stdin.write_all(&errand).await.context("send of the errand to the audit")?;
     }
