@@ -165,7 +165,7 @@ for rules in "$2/keep.$3.nft" "$2/whole.$3.nft" "$5/rollback.$3.nft"; do
   test "$done" = yes || { test -e "$rules" && "$4" -f "$rules" && done=yes; }
 done
 test "$done" = yes || exit 1
-cp "$2/firing.$3" "$5/.refused.$3" && mv "$5/.refused.$3" "$5/refused.toml"
+cp "$2/firing.$3" "$5/.refused.$3" && mv "$5/.refused.$3" "$5/refused.toml" || rm -f "$5/.refused.$3"
 mv "$2/firing.$3" "$2/fired.$3" || mv "$2/armed.$3" "$2/fired.$3"
 rm -f "$5/rollback.$3.nft"
 "#;
