@@ -41,27 +41,53 @@ pub enum ApplyError {
     StillDiffers(Vec<Change>),
 }
 
-/// A table that was made dormant takes two transactions; a third means somebody else.
-const ROUNDS: usize = 3;
+/// A table that was made dormant takes two transactions; more of them means somebody else.
+const ROUNDS: usize = 5;
 
 /// Makes the kernel's table what is desired, and reads it back.
+///
+/// A transaction says what is to go of what was found. Where that is another by the time it
+/// arrives it may fail, or leave something behind: it is written anew, for what is there then.
 pub fn apply_table(desired: &Desired) -> Result<Applied, ApplyError> {
     if desired.table.is_none() {
         return Ok(Applied::NotWanted);
     }
-    put_in_place(desired, nft::list_table().map_err(ApplyError::Look)?)
+    put_in_place(desired, Found::look().map_err(ApplyError::Look)?)
+}
+
+/// Our table as it was found.
+pub(crate) struct Found {
+    pub(crate) table: Option<Table>,
+    /// Of all rules, from just before.
+    generation: Option<u32>,
+}
+
+impl Found {
+    pub(crate) fn look() -> anyhow::Result<Self> {
+        let generation = generation();
+        Ok(Self { table: nft::list_table()?, generation })
+    }
 }
 
 /// The same where the table has just been read.
-pub(crate) fn put_in_place(desired: &Desired, mut found: Option<Table>) -> Result<Applied, ApplyError> {
+pub(crate) fn put_in_place(desired: &Desired, found: Found) -> Result<Applied, ApplyError> {
+    let Found { table: mut found, generation: mut written_for } = found;
     let Some(table) = &desired.table else { return Ok(Applied::NotWanted) };
     let changes = compare::changes(table, found.as_ref());
     let mut left = changes.clone();
-    for _ in 0..ROUNDS {
+    for round in 1..=ROUNDS {
         if left.is_empty() {
             break;
         }
-        nft::run_transaction(&encode::transaction(table, found.as_ref())).map_err(ApplyError::Act)?;
+        let sent = nft::run_transaction(&encode::transaction(table, found.as_ref()));
+        let now = generation();
+        // One that failed makes no generation.
+        if let Err(error) = sent
+            && (now == written_for || round == ROUNDS)
+        {
+            return Err(ApplyError::Act(error));
+        }
+        written_for = now;
         found = nft::list_table().map_err(ApplyError::LookAgain)?;
         left = compare::changes(table, found.as_ref());
     }
@@ -73,6 +99,10 @@ pub(crate) fn put_in_place(desired: &Desired, mut found: Option<Table>) -> Resul
         }
         (false, false) => Err(ApplyError::StillDiffers(left)),
     }
+}
+
+fn generation() -> Option<u32> {
+    NftQueries::open().and_then(|mut queries| queries.generation()).ok()
 }
 
 /// Has the tunnel send a packet. Conntrack begins with our first rule: it knows no flow from

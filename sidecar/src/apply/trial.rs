@@ -27,7 +27,7 @@ use anyhow::Context;
 use jiff::civil::Date;
 use rustix::fs::{FlockOperation, flock};
 
-use super::{ApplyError, put_in_place, sealed};
+use super::{ApplyError, Found, put_in_place, sealed};
 use crate::cli::Places;
 use crate::daemon::eventlog::write_atomically;
 use crate::desired::{Desired, TABLE};
@@ -325,8 +325,8 @@ impl Ledger {
         if let Ok(Some((Phase::Firing, id))) = self.glance() {
             self.outwait(&id);
         }
-        let found = nft::list_table().map_err(before)?;
-        let changes = compare::changes(table, found.as_ref());
+        let found = Found::look().map_err(before)?;
+        let changes = compare::changes(table, found.table.as_ref());
         let fingerprint = policy::fingerprint(&desired.policy);
         let glance = self.glance().context("look for a trial").map_err(before)?;
         let trial = self.read(&glance).filter(|_| matches!(glance, Some((Phase::Armed, _))));
@@ -363,7 +363,7 @@ impl Ledger {
             return Ok(Brought::Confirmed { changes, unrecorded });
         }
         let trial = self
-            .arm(lock, desired, found.as_ref(), confirmed.as_ref(), within)
+            .arm(lock, desired, found.table.as_ref(), confirmed.as_ref(), within)
             .context("arm the way back")
             .map_err(before)?;
         put_in_place(desired, found).map_err(BringError::Half)?;
