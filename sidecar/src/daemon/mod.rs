@@ -455,8 +455,26 @@ impl Daemon {
             Ok(desired) if self.desired.table.is_none() => {
                 self.swap(Desired { table: None, guard: None, ..desired })
             }
-            Ok(desired) => self.swap(desired),
+            Ok(desired) => {
+                self.swap(desired);
+                self.bring_in_day();
+            }
             Err(error) => log::error!("the policy no longer leaves a way in: {error}; the old rules stay"),
+        }
+    }
+
+    /// At once and by us: that an exception has ended is no drift of anybody's making.
+    fn bring_in_day(&mut self) {
+        let Ok(Some(_lock)) = self.standing.ledger.try_lock() else { return };
+        match apply::apply_table(&self.desired) {
+            Ok(Applied::Changed(changes)) => {
+                let (policy, today) = (&self.policy_hash, self.desired.today);
+                let text = format!("policy {policy} as of {today}: {} changes", changes.len());
+                self.note_text(EventKind::PolicyLoaded, text);
+                self.close_what_is_closed();
+            }
+            Ok(_) => {}
+            Err(error) => warn("the rules of another day", error.into()),
         }
     }
 
