@@ -25,3 +25,4 @@ mod privileges;
 mod proof;
 mod systemd;
 mod verdicts;
+mod weather;

@@ -15,7 +15,9 @@
 //! everything that runs in the lab's namespaces. Dropping the lab, a panic, Ctrl-C and kill -9 are all
 //! the same to it.
 
+mod flood;
 pub mod foreign;
+mod memory;
 mod need;
 mod node;
 mod product;
@@ -36,6 +38,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
+pub use memory::MemoryGroup;
 pub use need::{Need, lacking, libnmap, missing};
 pub use node::{Answer, Http, Node, Outcome, Running, Scan, states, wait_until};
 pub use product::{Daemon, spokeguard};

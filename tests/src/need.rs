@@ -12,6 +12,10 @@ pub enum Need {
     Nmap,
     /// Control groups of version 2, where binds can be guarded.
     Cgroup2,
+    /// Control groups that bound memory, of either version.
+    MemoryGroup,
+    /// Sets the clock that one program sees.
+    Faketime,
     /// Only for the benchmark.
     Masscan,
     /// Python with the package libnmap, which reads nmap's XML.
@@ -64,7 +68,8 @@ pub fn missing(needs: &[Need]) -> Vec<String> {
                     program("wireguard-go", "wireguard-go");
                 }
             }
-            Need::Cgroup2 => {}
+            Need::Cgroup2 | Need::MemoryGroup => {}
+            Need::Faketime => program("faketime", "faketime"),
             Need::Nmap => program("nmap", "nmap"),
             Need::Masscan => program("masscan", "masscan"),
             // Below, with what is no program.
@@ -99,6 +104,9 @@ pub fn missing(needs: &[Need]) -> Vec<String> {
         && !Path::new("/dev/net/tun").exists()
     {
         out.push("/dev/net/tun is missing and the kernel has no WireGuard (modprobe tun)".to_string());
+    }
+    if needs.contains(&Need::MemoryGroup) && crate::reaper::memory_group("sg-").is_none() {
+        out.push("control groups don't bound memory here".to_string());
     }
     if needs.contains(&Need::Cgroup2) && crate::reaper::cgroup("sg-").is_none() {
         out.push("control groups of version 2 are not mounted".to_string());

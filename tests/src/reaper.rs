@@ -42,7 +42,8 @@ pub fn reap(prefix: &str, dir: &Path) {
     }
     // A container's init makes itself one in systemd's old hierarchy as well, where there is that.
     let old = Path::new("/sys/fs/cgroup/systemd").join(prefix.trim_end_matches('-'));
-    for group in cgroup(prefix).into_iter().chain([old]).filter(|group| group.exists()) {
+    let groups = [cgroup(prefix), memory_group(prefix), Some(old)];
+    for group in groups.into_iter().flatten().filter(|group| group.exists()) {
         if let Err(error) = remove_cgroup(&group) {
             eprintln!("lab {prefix}: remove {}: {error}", group.display());
         }
@@ -54,10 +55,22 @@ pub fn reap(prefix: &str, dir: &Path) {
     }
 }
 
-/// With the groups that a test made in it.
+/// With the groups that a test made in it. Whoever was killed in it may take a while to be gone.
 fn remove_cgroup(group: &Path) -> std::io::Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(2);
+    loop {
+        match remove_empty(group) {
+            Err(error) if error.kind() == std::io::ErrorKind::ResourceBusy && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            done => return done,
+        }
+    }
+}
+
+fn remove_empty(group: &Path) -> std::io::Result<()> {
     for inner in fs::read_dir(group)?.flatten().filter(|entry| entry.path().is_dir()) {
-        remove_cgroup(&inner.path())?;
+        remove_empty(&inner.path())?;
     }
     fs::remove_dir(group)
 }
@@ -72,6 +85,18 @@ pub(crate) fn cgroup(prefix: &str) -> Option<PathBuf> {
     Some(root.join(prefix.trim_end_matches('-')))
 }
 
+/// Where a group of the lab's with a bound on its memory may be; none where the machine has no such groups, or
+/// does not hand them on.
+pub(crate) fn memory_group(prefix: &str) -> Option<PathBuf> {
+    let first = Path::new("/sys/fs/cgroup/memory");
+    if first.join("memory.limit_in_bytes").is_file() {
+        return Some(first.join(format!("{prefix}memory")));
+    }
+    let handed_on = fs::read_to_string("/sys/fs/cgroup/cgroup.subtree_control").ok()?;
+    let has = handed_on.split_whitespace().any(|controller| controller == "memory");
+    has.then(|| PathBuf::from(format!("/sys/fs/cgroup/{prefix}memory")))
+}
+
 /// Labs of programs that are no longer there, whose reaper was killed as well.
 pub(crate) fn sweep() {
     let mut prefixes: BTreeSet<String> = named("sg-").iter().filter_map(|name| orphaned(name)).collect();
@@ -79,6 +104,15 @@ pub(crate) fn sweep() {
     prefixes.extend(folders.filter_map(|entry| orphaned(&format!("{}-", entry.file_name().to_str()?))));
     for prefix in prefixes {
         reap(&prefix, &std::env::temp_dir().join(prefix.trim_end_matches('-')));
+    }
+    for root in [cgroup(""), memory_group("").and_then(|group| Some(group.parent()?.to_path_buf()))] {
+        for entry in root.into_iter().flat_map(fs::read_dir).flatten().flatten() {
+            let name = entry.file_name();
+            if name.to_str().is_some_and(|name| orphaned(&format!("{name}-")).is_some()) {
+                // Fails while somebody is in it, such as a rollback's watchdog; then the next one removes it.
+                let _ = fs::remove_dir(entry.path());
+            }
+        }
     }
 }
 

@@ -37,6 +37,7 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("conntrack", "conntrack"),
     ("systemd-nspawn", "systemd-container"),
     ("dbus-daemon", "dbus"),
+    ("faketime", "faketime"),
 ];
 
 /// A Rust compiler that comes with the source of its library, for the eBPF target.
