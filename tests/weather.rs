@@ -190,6 +190,7 @@ fn a_daemon_that_was_asleep_or_overrun_finds_what_is_true_and_blames_no_innocent
         })
         .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.running.log()));
         for finding in &told {
+            eprintln!("  told by {}", finding["by"]);
             assert!(finding["subject"].as_str().unwrap().contains("443"), "{finding}");
             let by = &finding["by"]["process"];
             assert!(by == "nft" || by.is_null(), "{finding}");
@@ -643,11 +644,11 @@ fn a_clock_that_is_set_moves_dates_and_no_durations() {
     let _all =
         spoke.listen("all", &["tcp/[::]:80", "tcp/[::]:443", "tcp/[::]:2222", "tcp/[::]:3333"]).unwrap();
     let until = spoke.ok(&["date", "-u", "-d", "+40 days", "+%F"]).unwrap();
-    let policy = |ports: &str| {
+    let policy = |ports: &str, within: &str| {
         lab.policy().replace("[80, 443]", ports)
             + &format!(
                 "[[exception]]\nname = \"way-in\"\ntcp = [2222]\nfrom = [\"0.0.0.0/0\"]\nreason = \"r\"\nowner = \"ops\"\n\
-                 until = \"{}\"\n[enforce]\nbinds = false\nconfirm_within = \"5s\"\n",
+                 until = \"{}\"\n[enforce]\nbinds = false\nconfirm_within = \"{within}\"\n",
                 until.trim()
             )
     };
@@ -662,7 +663,7 @@ fn a_clock_that_is_set_moves_dates_and_no_durations() {
         "FAKETIME_DONT_FAKE_MONOTONIC=1".to_owned(),
     ];
     let wrapper: Vec<&str> = wrapper.iter().map(String::as_str).collect();
-    let folder = folder(&lab, "clocks", &policy("[80]"));
+    let folder = folder(&lab, "clocks", &policy("[80]", "60s"));
     let daemon = spoke.daemon_under(&wrapper, &folder, &[]).unwrap();
     let year = |status: &serde_json::Value| status["at"].as_str().unwrap()[..4].parse::<i32>().unwrap();
     let first = year(&status(spoke, &daemon));
@@ -689,7 +690,7 @@ fn a_clock_that_is_set_moves_dates_and_no_durations() {
         assert_eq!(opened.code, Some(0), "{}", opened.all());
         // A policy that was rolled back is not tried again, so each time another one.
         let ports = if exception { "[443]" } else { "[80, 443]" };
-        fs::write(&daemon.policy, policy(ports)).unwrap();
+        fs::write(&daemon.policy, policy(ports, "5s")).unwrap();
         rules("on-trial");
         let (trial_began, events) = (Instant::now(), Events::mark(&daemon));
         set(jump);
