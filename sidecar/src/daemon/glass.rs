@@ -82,8 +82,8 @@ pub(super) fn kind(finding: &Finding, cleared: Option<Stamp>) -> Option<EventKin
     let Some(now) = cleared else { return Some(EventKind::Opened) };
     // "open until 2026-11-21T12:15:00Z by ...": also of one that a daemon before us saw.
     let end = finding.found.split(' ').nth(2).and_then(|word| word.parse::<jiff::Timestamp>().ok());
-    // A second more or less: the mark knows whole ones.
-    let early = end.is_some_and(|end| now.0.as_second() + 1 < end.as_second());
+    // Whole seconds, and after the clock was set counted from a listing that takes a while.
+    let early = end.is_some_and(|end| now.0.as_second() + 3 < end.as_second());
     Some(if early { EventKind::Closed } else { EventKind::Expired })
 }
 
