@@ -42,9 +42,8 @@ fn text(dice: &mut Dice) -> String {
     let metrics = *dice.pick(&[9984u16, 9984, 19999]);
     tcp.retain(|port| *port != ssh && *port != metrics);
     let take = |dice: &mut Dice, from: &mut Vec<u16>, most: usize| -> Vec<u16> {
-        (0..dice.below(most + 1))
-            .filter_map(|_| (!from.is_empty()).then(|| from.swap_remove(dice.below(from.len()))))
-            .collect()
+        let count = dice.below(most + 1).min(from.len());
+        (0..count).map(|_| from.swap_remove(dice.below(from.len()))).collect()
     };
     let nets = |dice: &mut Dice| {
         let mut some = dice.some(&NETS);
