@@ -274,7 +274,7 @@ fn reload(lab: &Lab, daemon: &mut Daemon, policy: &str, round: usize) {
     let beside = daemon.policy.with_extension("new");
     fs::write(&beside, text).unwrap();
     fs::rename(&beside, &daemon.policy).unwrap();
-    if round % 2 == 0 {
+    if round.is_multiple_of(2) {
         daemon.running.signal(Signal::HUP).unwrap();
     }
     wait_until(LONG, "the other policy", || (known(daemon) != before).then_some(()))
