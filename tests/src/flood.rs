@@ -137,7 +137,7 @@ mod tests {
             let mut syn = Syn::new(to);
             for n in 1..50u64 {
                 let tcp = syn.tcp;
-                let packet = syn.next(n * 0x1234_5678_9abc, n * 0x9e37_79b9_7f4a_7c15, 443);
+                let packet = syn.next(n * 0x1234_5678_9abc, n.wrapping_mul(0x9e37_79b9_7f4a_7c15), 443);
                 let addresses = if tcp == 20 { &packet[12..20] } else { &packet[8..40] };
                 let mut sum = words(addresses) + words(&packet[tcp..]) + 6 + 20;
                 while sum > 0xffff {
