@@ -44,6 +44,8 @@ const CONFIRMED: &str = "confirmed.toml";
 const REFUSED: &str = "refused.toml";
 /// The last confirmed policy, in the run directory, while the state directory can't take it.
 const UNRECORDED: &str = "last.toml";
+/// The id of the trial that was confirmed last.
+const SETTLED: &str = "settled";
 /// At the head of either.
 const SUM: &str = "# sum ";
 const DIRECTORY: &str = "rollback";
@@ -427,6 +429,8 @@ impl Ledger {
                 let recorded = self.record(&policy, today);
                 // Where not even that could be noted, the token goes on saying it.
                 if recorded.is_ok() || self.is_unrecorded() {
+                    // For a daemon that sees another state directory, or none.
+                    let _ = write_private(&self.run.join(SETTLED), &id);
                     self.clear(&id);
                 }
                 recorded?;
@@ -619,6 +623,9 @@ impl Ledger {
     /// What became of this trial, now that its token is gone. To be asked under the lock:
     /// whoever holds it may be between two steps.
     pub fn end_of(&self, _lock: &Lock, trial: &Trial, today: Date) -> End {
+        if read_text(&self.run.join(SETTLED)).is_ok_and(|id| id == trial.id) {
+            return End::Confirmed;
+        }
         match self.confirmed(today) {
             Some(last) if policy::fingerprint(&last.policy) == trial.fingerprint => End::Confirmed,
             // Who confirms, replaces or releases takes the copy away as well.

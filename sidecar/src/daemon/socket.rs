@@ -140,7 +140,7 @@ impl Lock {
             .custom_flags(libc::O_NOFOLLOW)
             .open(&path)
             .with_context(|| format!("open the lock file {}", path.display()))?;
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        match held(&file) {
             Ok(()) => {}
             Err(rustix::io::Errno::WOULDBLOCK) => {
                 let mut pid = String::new();
@@ -165,6 +165,17 @@ impl Lock {
         file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()))?;
         Ok(Self { _file: file })
     }
+}
+
+/// A child of a daemon that was killed holds its lock from fork to exec. That is waited out.
+fn held(file: &File) -> rustix::io::Result<()> {
+    let mut result = flock(file, FlockOperation::NonBlockingLockExclusive);
+    for _ in 0..20 {
+        let Err(rustix::io::Errno::WOULDBLOCK) = result else { break };
+        std::thread::park_timeout(Duration::from_millis(10));
+        result = flock(file, FlockOperation::NonBlockingLockExclusive);
+    }
+    result
 }
 
 /// The socket, listening. Removed from the directory when dropped.

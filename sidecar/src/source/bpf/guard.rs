@@ -160,9 +160,7 @@ impl Guard {
         if self.word(state::IN_FORCE)? != newest {
             self.set_word(state::IN_FORCE, newest)?;
         }
-        self.forget(newest)?;
-        // What another version left in force would refuse by rules that nobody keeps.
-        self.retire_others()
+        self.forget(newest)
     }
 
     /// What interfaces are now, and the guard on the public ones and no others.
@@ -177,14 +175,13 @@ impl Guard {
             self.attachments.retain(&keep)?;
         }
         self.attach(rules, links)?;
-        // That of another version goes when this one stands in its place: it would judge by
+        // That of another version goes when this one has taken over its links: it would judge by
         // the rules of its day for ever.
-        if self.force()? == Force::Newest { self.retire_others() } else { Ok(()) }
-    }
-
-    fn retire_others(&mut self) -> anyhow::Result<()> {
-        self.attachments.former.clear();
-        pins::remove_others(&self.attachments.root)
+        if self.force()? == Force::Newest {
+            self.attachments.former.clear();
+            pins::remove_others(&self.attachments.root)?;
+        }
+        Ok(())
     }
 
     pub fn force(&self) -> anyhow::Result<Force> {
