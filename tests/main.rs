@@ -5,6 +5,7 @@ mod audit_local;
 mod audit_matrix;
 mod audit_remote;
 mod binds;
+mod canary;
 mod cases;
 mod confirm;
 mod counters;

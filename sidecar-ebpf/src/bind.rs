@@ -88,7 +88,8 @@ pub struct Guard {
     /// Not 0: put aside by hand. Nothing is refused, counted or moved.
     pub lifted: u32,
     /// The mark (SO_MARK) on sockets by which a daemon tries whether the guard holds: they are
-    /// judged like any other, and neither counted nor recorded. 0: nobody tries.
+    /// judged like any other, refused in audit mode too, and neither counted nor recorded. 0:
+    /// nobody tries.
     pub prover: u32,
     /// Not 0: we let sockets bind addresses that are not there yet, and take that back; only
     /// user space cares.

@@ -117,9 +117,10 @@ mod guard {
     }
 
     #[inline(always)]
-    fn mark(ctx: &SockAddrContext) -> u32 {
+    fn is_trial(ctx: &SockAddrContext, guard: &Guard) -> bool {
         // SAFETY: as in `asked`.
-        unsafe { (&raw const (*(*ctx.sock_addr).__bindgen_anon_1.sk).mark).read_volatile() }
+        let mark = unsafe { (&raw const (*(*ctx.sock_addr).__bindgen_anon_1.sk).mark).read_volatile() };
+        guard.prover != 0 && mark == guard.prover
     }
 
     /// Whether an IPv6 socket takes IPv4 as well. No helper tells; `struct sock` begins with
@@ -160,6 +161,8 @@ mod guard {
         let judgement = judge(guard, &Maps, bind);
         let (what, result) = match judgement {
             Judgement::Allow => return ALLOW,
+            // Of a daemon's own trial the verdict is all that tells; nothing comes of its socket.
+            Judgement::Refuse if is_trial(ctx, guard) => return REFUSE,
             _ if guard.mode != mode::ENFORCE => (outcome::AUDITED, ALLOW),
             Judgement::Refuse => (outcome::REFUSED, REFUSE),
             Judgement::Move(to) => {
@@ -167,7 +170,7 @@ mod guard {
                 (outcome::MOVED, ALLOW)
             }
         };
-        if guard.prover != 0 && mark(ctx) == guard.prover {
+        if is_trial(ctx, guard) {
             return result;
         }
         if let Some(count) = TALLY.get_ptr_mut(what as u32) {

@@ -10,9 +10,10 @@ use aya_ebpf::helpers::generated::bpf_fib_lookup;
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::info;
+use sidecar_ebpf::sweep::{COUNTED, MARK};
 use sidecar_ebpf::{
-    ANYONE, IN, IPV4, LISTED, NO_CLASS, SOURCE_KEY_HEAD_BITS, SourceKey, TCP, UDP, attempt_index, cell_index,
-    port_index, row_index,
+    ANYONE, CANARY_CLASS, IN, IPV4, LISTED, NO_CLASS, SOURCE_KEY_HEAD_BITS, SourceKey, TCP, UDP,
+    attempt_index, cell_index, port_index, row_index,
 };
 
 use crate::packet::{self, Packet};
@@ -22,7 +23,8 @@ use crate::state::{CLASSES, NOTES, PORTS, ROWS, SOURCES};
 /// run, and the packet's fate is none of our business.
 #[inline(always)]
 pub fn count<const ETHERNET: bool, const SCOPE: usize, const DIRECTION: usize>(ctx: &TcContext) -> i32 {
-    if DIRECTION == IN && packet::is_probe(ctx) {
+    let probe = if DIRECTION == IN { probe(ctx) } else { Probe::No };
+    if probe == Probe::Uncounted {
         return TC_ACT_UNSPEC;
     }
     let packet = packet::read::<ETHERNET, DIRECTION>(ctx);
@@ -37,6 +39,9 @@ pub fn count<const ETHERNET: bool, const SCOPE: usize, const DIRECTION: usize>(c
         && let Some(classes) = PORTS.get(packet.port as u32)
     {
         class = classes.class[port_index(SCOPE, packet.proto & 1)];
+    }
+    if probe == Probe::Canary {
+        class = CANARY_CLASS;
     }
     let Some(row) = ROWS.get_ptr_mut(row_index(class, packet.proto & 3)) else { return TC_ACT_UNSPEC };
     // SAFETY: the verifier knows the row as a value of this map. It belongs to this CPU,
@@ -54,6 +59,30 @@ pub fn count<const ETHERNET: bool, const SCOPE: usize, const DIRECTION: usize>(c
         row.attempts[attempt_index(family, allowed)] += 1;
     }
     TC_ACT_UNSPEC
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Probe {
+    No,
+    /// Of an audit of our own.
+    Uncounted,
+    /// Sent to see whether this program counts.
+    Canary,
+}
+
+/// Whether we sent it ourselves.
+#[inline(always)]
+fn probe(ctx: &TcContext) -> Probe {
+    let is_probe = packet::is_probe(ctx);
+    // SAFETY: readable fields of the context.
+    let block = unsafe { (*ctx.skb.skb).cb };
+    if block[0] == MARK[0] && block[1] == MARK[1] && block[2] == COUNTED {
+        Probe::Canary
+    } else if is_probe {
+        Probe::Uncounted
+    } else {
+        Probe::No
+    }
 }
 
 /// Whether the routing table sends it on to another host: then it is no attempt on this

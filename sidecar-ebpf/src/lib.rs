@@ -33,6 +33,9 @@ pub const OTHER: usize = 3;
 /// Class numbers are 1..=255; 0 is a port that the policy doesn't speak of.
 pub const NO_CLASS: u8 = 0;
 pub const CLASSES_MAX: usize = 255;
+/// No service's: under this class the programs count the frames by which they are tried
+/// (see [`sweep::Order::canary`]), apart from all traffic. Nobody reports it.
+pub const CANARY_CLASS: u8 = 255;
 /// Rows 0..4 count packets without a class, by protocol; the classes follow.
 pub const ROWS: u32 = (PROTOS + CLASSES_MAX) as u32;
 /// Of the carried rows one more: the sum that a move under way is to leave.

@@ -14,6 +14,8 @@ mod object;
 #[cfg(target_arch = "bpf")]
 mod recognise;
 #[cfg(target_arch = "bpf")]
+mod stages;
+#[cfg(target_arch = "bpf")]
 mod verdict;
 
 #[cfg(target_arch = "bpf")]

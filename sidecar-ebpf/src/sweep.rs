@@ -31,6 +31,28 @@ pub mod programs {
     pub const LOCAL: &str = "verdict_local";
     pub const FORWARD: &str = "verdict_forward";
     pub const REPLY: &str = "verdict_reply";
+    /// tc ingress, right before and right behind the guard. By link layer.
+    pub const AROUND_GUARD: [[&str; 2]; 2] =
+        [["to_guard_eth", "to_guard_ip"], ["past_guard_eth", "past_guard_ip"]];
+    /// netfilter, right before and right behind our table's chain.
+    pub const AROUND_TABLE: [&str; 2] = ["to_table", "past_table"];
+}
+
+/// Bits of [`Order::canary`]: what a frame is sent to prove.
+pub mod canary {
+    /// The counters count it, under [`crate::CANARY_CLASS`].
+    pub const COUNTED: u8 = 1;
+    /// It meets no other program at tc ingress, so that the guard hides nothing of what
+    /// is behind it.
+    pub const PAST_TC: u8 = 2;
+}
+
+/// Bits of [`Trace::stages`]: where a probe was seen on its way.
+pub mod stages {
+    pub const TO_GUARD: u8 = 1;
+    pub const PAST_GUARD: u8 = 2;
+    pub const TO_TABLE: u8 = 4;
+    pub const PAST_TABLE: u8 = 8;
 }
 
 /// What the programs look for during one sweep.
@@ -62,7 +84,8 @@ pub struct Order {
     pub proto: u8,
     /// 1: replies of sockets are wanted, and theirs alone.
     pub reply: u8,
-    pub pad: u8,
+    /// Bits of [`canary`]; 0 in an audit.
+    pub canary: u8,
 }
 const _: () = assert!(size_of::<Order>() == 52);
 
@@ -130,7 +153,10 @@ pub struct Trace {
     pub icmp_code: u8,
     /// Where it was on its way to: after any NAT.
     pub port: u16,
-    pub pad: u16,
+    /// Bits of [`stages`].
+    pub stages: u8,
+    /// How many frames arrived; stays at 255.
+    pub arrivals: u8,
     /// IPv4 in the first four bytes.
     pub address: [u8; 16],
 }
@@ -146,6 +172,11 @@ pub const TC_INDEX: u32 = 0x5347;
 /// routing forgets it in IPv4 packets that are passed on. Not the mark, by which other
 /// people's rules and routes choose.
 pub const PRIORITY: u32 = 0x7370_6f6b;
+
+/// Left by `arrive` in the control block of a frame that is [`canary::COUNTED`], for the
+/// counters behind it. Nothing from outside can write there.
+pub const MARK: [u32; 2] = [0x7370_6f6b, 0x6567_7561];
+pub const COUNTED: u32 = 0x7264_6331;
 
 #[cfg(feature = "user")]
 mod user {

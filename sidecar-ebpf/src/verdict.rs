@@ -11,7 +11,7 @@ use crate::probe_maps::{ORDERS, TRACES};
 use crate::recognise::{Answer, Bytes, answer, probed};
 
 const NF_DROP: i32 = 0;
-const NF_ACCEPT: i32 = 1;
+pub const NF_ACCEPT: i32 = 1;
 
 // The section's name says nothing to the kernel: our own loader gives the type, for which
 // aya has no macro.
@@ -73,14 +73,14 @@ pub fn note(answer: Answer) {
 
 /// The packet of a netfilter hook, from its IP header on. Such programs have no access to
 /// the bytes but by reading kernel memory.
-struct Kernel {
+pub struct Kernel {
     ip: u64,
     socket: u64,
 }
 
 impl Kernel {
     #[inline(always)]
-    fn of(ctx: *mut c_void, order: &Order) -> Option<Self> {
+    pub fn of(ctx: *mut c_void, order: &Order) -> Option<Self> {
         // struct bpf_nf_ctx: the hook's state, then the packet.
         // SAFETY: the context of this program type, as the verifier knows it.
         let skb = unsafe { *(ctx as *const u64).add(1) };

@@ -23,7 +23,7 @@ mod run;
 mod status;
 
 pub use policy::load_policy;
-pub use run::{INTERNAL_HTTP, INTERNAL_LOAD, INTERNAL_LOAD_BINDS, INTERNAL_PROBE};
+pub use run::{INTERNAL_CANARY, INTERNAL_HTTP, INTERNAL_LOAD, INTERNAL_LOAD_BINDS, INTERNAL_PROBE};
 
 /// Declares, enforces, observes and reports what this host exposes.
 ///
@@ -148,6 +148,9 @@ pub enum Command {
     /// Probes this host from outside (run by the daemon itself)
     #[command(name = INTERNAL_PROBE, hide = true)]
     InternalProbe,
+    /// Tries whether our controls hold (run by the daemon itself)
+    #[command(name = INTERNAL_CANARY, hide = true)]
+    InternalCanary,
 }
 
 /// The directories of this instance. In a network namespace other than the first one the
@@ -254,6 +257,7 @@ pub fn main() -> ExitCode {
         Command::InternalHttp => run::serve_http(),
         Command::InternalKeep { run_dir } => crate::source::probe::keeper::keep(&run_dir).map(|()| 0),
         Command::InternalProbe => run::probe(),
+        Command::InternalCanary => crate::daemon::canary::run_child().map(|()| 0),
     };
     match result {
         Ok(code) => ExitCode::from(code),

@@ -19,6 +19,8 @@ pub const INTERNAL_LOAD_BINDS: &str = "internal-load-binds";
 pub const INTERNAL_HTTP: &str = "internal-http";
 /// Another: reads on stdin what to ask from outside, and writes what was met to stdout.
 pub const INTERNAL_PROBE: &str = "internal-probe";
+/// The same for the frames by which our controls are tried.
+pub const INTERNAL_CANARY: &str = "internal-canary";
 
 pub fn run(global: &Global) -> anyhow::Result<u8> {
     crate::sys::memory::limit_arenas();

@@ -101,6 +101,10 @@ impl Audits {
         }
     }
 
+    pub fn is_under_way(&self) -> bool {
+        self.under_way.is_some()
+    }
+
     /// Takes in what a look has found: what has changed is asked about soon.
     pub fn looked(
         &mut self,

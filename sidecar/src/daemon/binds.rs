@@ -3,7 +3,7 @@
 //! refused.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -139,20 +139,24 @@ impl Keeper {
         Ok(gone && due)
     }
 
-    /// Only where the guard enforces; in audit mode nothing is refused.
+    /// Nothing is ever listened on. In audit mode our own trials are refused all the same; they
+    /// prove that the guard judges, and not that it refuses anybody.
     fn prove(&mut self) -> anyhow::Result<()> {
-        let Some(rules) = self.rules.as_ref().filter(|rules| rules.mode == Some(Mode::Enforce)) else {
-            return Ok(());
-        };
-        let Some(refused) = trial(rules, &self.around) else { return Ok(()) };
-        match try_bind(refused, self.mark) {
-            Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => self.proven = true,
-            Err(error) => return Err(error).context("trial of the bind guard"),
-            Ok(()) => anyhow::bail!(
-                "a bind of tcp/{refused} by the daemon itself was not refused: is it outside the guarded \
-                 control group?"
-            ),
+        let Some(rules) = self.rules.as_ref().filter(|rules| rules.mode.is_some()) else { return Ok(()) };
+        let mut refused = 0;
+        for at in trials(rules, &self.around) {
+            match try_bind(at, self.mark) {
+                Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => refused += 1,
+                // There is nothing of this family to be bound here.
+                Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {}
+                Err(error) => return Err(error).context("trial of the bind guard"),
+                Ok(()) => anyhow::bail!(
+                    "the bind guard is configured but does not refuse: tcp/{at} could be bound by the daemon \
+                     itself; is it outside the guarded control group?"
+                ),
+            }
         }
+        self.proven = refused > 0 && rules.mode == Some(Mode::Enforce);
         Ok(())
     }
 
@@ -187,10 +191,14 @@ impl Keeper {
     }
 }
 
-/// A bind that these rules refuse: of a port that needs no right of its own.
-fn trial(rules: &BindRules, around: &Surroundings) -> Option<SocketAddr> {
-    let mut wide = (1024..=u16::MAX).map(|port| SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)));
-    wide.find(|at| rules.refuses(around, Proto::Tcp, *at, false))
+/// Binds that these rules refuse, for each of the two programs one: of ports that need no right
+/// of their own.
+fn trials(rules: &BindRules, around: &Surroundings) -> impl Iterator<Item = SocketAddr> {
+    let anywhere: [IpAddr; 2] = [Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()];
+    anywhere.into_iter().filter_map(|address| {
+        let mut wide = (1024..=u16::MAX).map(|port| SocketAddr::new(address, port));
+        wide.find(|at| rules.refuses(around, Proto::Tcp, *at, false))
+    })
 }
 
 #[cfg(test)]

@@ -22,6 +22,7 @@ use crate::apply::replay::Replay;
 use crate::apply::{self, Applied};
 use crate::cli::Places;
 use crate::desired::Desired;
+use crate::diff::canary::Canary;
 use crate::diff::{self, Assessment, Code, Finding};
 use crate::metrics::{self, Control, RepairOutcome};
 use crate::observed::{Facet, Link, Peer, Reading, Snapshot};
@@ -35,6 +36,7 @@ use crate::sys::clock::{self, Uptime};
 use crate::sys::memory;
 use crate::terms::{Port, Proto, Scope, Stamp};
 
+pub mod canary;
 pub mod confirm;
 pub mod eventlog;
 pub mod front;
@@ -57,6 +59,7 @@ mod seccomp;
 mod suspects;
 
 use audits::Audits;
+use canary::Canaries;
 use confirm::Standing;
 use eventlog::{Event, EventKind, EventLog};
 use front::{Call, Front};
@@ -71,6 +74,8 @@ const TICK: Duration = Duration::from_secs(10);
 const FULL_LOOK: Duration = Duration::from_secs(600);
 /// A wake waits this long for more of its kind.
 const SETTLE: Duration = Duration::from_millis(20);
+/// How long being ready waits for the first proof of our controls.
+const PROOF: Duration = Duration::from_secs(5);
 /// Announced commits that are taken together, and of how many of them it is asked which unit it was.
 const COMMITS_AT_ONCE: usize = 4096;
 const STRANGERS_ASKED: usize = 64;
@@ -154,6 +159,7 @@ struct Daemon {
     /// The last repair of this kind that was tried failed, or could not be tried.
     repair_fails: bool,
     audits: Audits,
+    canaries: Canaries,
 }
 
 /// Facts of the last look.
@@ -203,6 +209,7 @@ impl Daemon {
             policy_hash,
             policy_file,
             audits: Audits::new(Instant::now()),
+            canaries: Canaries::default(),
             places,
             snapshot: None,
             queries: None,
@@ -304,10 +311,17 @@ impl Daemon {
         let mut hangup = signal(SignalKind::hangup()).context("wait for SIGHUP")?;
         let mut file = reload::PolicyFile::open(&self.policy_file, self.standing.wanted().to_owned());
         let mut look: Option<JoinHandle<Pass>> = None;
-        let mut greeted = false;
+        let (mut greeted, mut greet_by) = (false, None);
         let mut guarded = (Arc::clone(&self.desired), self.standing.is_on_trial());
         let (mut deaf_until, mut deaf_to_binds) = (Instant::now(), Instant::now());
         loop {
+            let in_time = |by: Instant| self.canaries.are_in() || by <= Instant::now();
+            if !greeted && greet_by.is_some_and(in_time) {
+                greeted = true;
+                // Who asks now gets an answer, whatever else is to be done.
+                self.show();
+                notify::ready();
+            }
             // What was asked for during a look rests after it, too.
             let due = self.due.filter(|_| look.is_none()).map(|due| due.max(self.rest_until));
             let stands = (Arc::clone(&self.desired), self.standing.is_on_trial());
@@ -320,7 +334,9 @@ impl Daemon {
             let trial_due = self.trial_due();
             // What to ask from outside is read off the last look.
             // In a fight it would be out of date before it is had.
-            let ask = self.audits.due().filter(|_| look.is_none() && !self.pace.is_spent());
+            let calm = look.is_none() && !self.pace.is_spent();
+            let ask = self.audits.due().filter(|_| calm && !self.canaries.is_under_way());
+            let canary = self.canaries.due().filter(|_| calm && !self.audits.is_under_way());
             // In no order: whoever floods one source must not silence the others.
             tokio::select! {
                 event = maybe(commits.as_mut().map(NftEvents::next)) => match event {
@@ -340,10 +356,8 @@ impl Daemon {
                     }
                     self.finish(pass.context("a look at the host")?);
                     self.listen();
-                    if !greeted {
-                        greeted = true;
-                        notify::ready();
-                    }
+                    // Who waits for us is told when it is known that our controls hold, or don't.
+                    greet_by = greet_by.or_else(|| Some(Instant::now() + PROOF));
                 }
                 call = self.front.next() => match call {
                     Call::Text => self.show(),
@@ -362,6 +376,16 @@ impl Daemon {
                     self.wake([Facet::Nftables], Duration::ZERO);
                 }
                 () = sleep_until(ask) => self.ask(),
+                () = sleep_until(canary) => self.send_canaries(),
+                () = sleep_until(greet_by.filter(|_| !greeted)) => {}
+                ended = self.canaries.ended() => {
+                    let now = Instant::now();
+                    let news = self.canaries.take(ended, now);
+                    self.repair_fails &= !self.canaries.is_proven_since(Canary::Repair, now);
+                    if news {
+                        self.wake([Facet::Audit], Duration::ZERO);
+                    }
+                }
                 () = self.audits.ended() => {
                     if self.audits.is_fresh() {
                         self.wake([Facet::Listeners, Facet::Audit], Duration::ZERO);
@@ -525,6 +549,9 @@ impl Daemon {
                 continue;
             }
             touched |= event.own_touched || event.overrun;
+            if event.actor.as_ref().is_some_and(|(pid, _)| self.canaries.is_by(*pid)) {
+                continue;
+            }
             own_touched |= event.own_touched && event.actor.is_some();
             strangers.push(event);
         }
@@ -607,6 +634,9 @@ impl Daemon {
             found,
             "Nothing: it was repaired.",
         );
+        if ended == Ended::Done && self.canaries.is_all_of(&finding) {
+            return None;
+        }
         Some((finding, Outcome { action: ActionKind::ApplyTable, result: ended, took }))
     }
 
@@ -685,6 +715,28 @@ impl Daemon {
         self.audits.begin(&self.desired, snapshot, self.generation, run_dir, Instant::now(), self.uptime);
     }
 
+    /// Tries whether the controls hold that should.
+    fn send_canaries(&mut self) {
+        let Some(snapshot) = &self.snapshot else { return };
+        // In a fight, a repair that is withheld proves nothing.
+        let spent = lock(&self.budget).wait(ActionKind::ApplyTable, self.uptime.elapsed()).is_some();
+        let asked = self.canaries_asked();
+        let asked = canary::Asked { repair: asked.repair && !spent, ..asked };
+        self.canaries.begin(&self.desired, snapshot, &self.places, asked, Instant::now());
+    }
+
+    /// Those that are in force as far as reading back tells. What is not is told of anyway.
+    fn canaries_asked(&self) -> canary::Asked {
+        let enforces = self.desired.policy.enforce.mode == Mode::Enforce && !self.standing.is_on_trial();
+        let table = self.desired.table.is_some();
+        canary::Asked {
+            firewall: table,
+            guard: enforces && self.guarding.holds(),
+            counters: self.counters.is_some(),
+            repair: table,
+        }
+    }
+
     fn finish(&mut self, pass: Pass) {
         let (links_read, rules_read) = (pass.links_read, pass.generation.is_some());
         let Pass {
@@ -711,6 +763,7 @@ impl Daemon {
             self.replay = self.replay.take().or(replay);
         }
         assessment.extend(self.standing.findings(&self.policy_file, &self.policy_hash));
+        self.canaries.tell(&mut assessment);
         self.eyes = Some(eyes);
         self.generation = generation.or(self.generation);
         self.cycles += 1;
@@ -722,6 +775,9 @@ impl Daemon {
         self.withheld.extend(plan.withheld.drain(..));
         plan.withheld.extend(std::mem::take(&mut self.withheld));
         for (mut finding, outcome) in repaired {
+            if outcome.result == Ended::Done && self.canaries.is_all_of(&finding) {
+                continue;
+            }
             finding.by = finding.by.or_else(|| suspects.of(finding.code));
             self.record(finding.clone(), &outcome);
             let stands =
@@ -805,6 +861,7 @@ impl Daemon {
         };
         let (proof, disputed) = (assessment.proof.take(), std::mem::take(&mut assessment.disputed));
         self.audits.looked(&self.desired, &snapshot, self.generation, proof, disputed, Instant::now());
+        self.canaries.looked(&self.desired, &snapshot, self.canaries_asked(), Instant::now());
         let report = Report::new(&self.desired, &snapshot, assessment, now);
         notify::status(&headline(&report));
         self.snapshot = Some(snapshot);
@@ -919,7 +976,10 @@ impl Daemon {
     fn on_guard(&mut self, kept: Kept) {
         let (kind, found) = match kept {
             Kept::Sound => return,
-            Kept::Restored(found) => (EventKind::Repaired, found),
+            Kept::Restored(found) => {
+                self.canaries.doubt(Instant::now());
+                (EventKind::Repaired, found)
+            }
             Kept::Failed(why) => {
                 log::debug!("the tc guard: {why}");
                 return self.wake([Facet::Counters], Duration::ZERO);
@@ -1015,21 +1075,24 @@ impl Daemon {
         self.post();
     }
 
-    /// The controls that were seen to hold at the last look. Reading back is all the proof
-    /// there is so far; canaries come with a later version.
+    /// The controls that are as declared at the last look, and did what they are there for when
+    /// they were last tried.
     fn enforced(&self, report: &Report, counters: Option<&crate::observed::Counters>) -> BTreeSet<Control> {
         let enforce = &self.desired.policy.enforce;
         let stands = |codes: &[Code]| report.findings.iter().any(|f| codes.contains(&f.code));
         let blind = |facet| report.blind.iter().any(|blind| blind.facet == facet);
+        let now = Instant::now();
+        let proven = |canary| self.canaries.holds(canary, now);
         let mut held = BTreeSet::new();
         if self.desired.table.is_some()
             && enforce.mode == Mode::Enforce
             && self.seen.table
             && !stands(&[Code::FirewallMissing, Code::FirewallChanged])
+            && proven(Canary::Firewall)
         {
             held.insert(Control::Firewall);
         }
-        if enforce.mode == Mode::Enforce && self.guarding.holds() {
+        if enforce.mode == Mode::Enforce && self.guarding.holds() && proven(Canary::Guard) {
             held.insert(Control::Guard);
         }
         // Where there is no tunnel of ours or no peer, nothing is kept alive.
@@ -1045,10 +1108,12 @@ impl Daemon {
         if self.binds.holds() {
             held.insert(Control::Binds);
         }
-        if counters.is_some_and(|counters| !counters.attached.is_empty()) {
+        if counters.is_some_and(|counters| !counters.attached.is_empty()) && proven(Canary::Counters) {
             held.insert(Control::Counters);
         }
-        if !self.repair_fails && !blind(Facet::Nftables) && self.queries.is_some() {
+        // Where the policy has no table of ours, there is none to be repaired.
+        let repairs = self.desired.table.is_none() || proven(Canary::Repair);
+        if repairs && !self.repair_fails && !blind(Facet::Nftables) && self.queries.is_some() {
             held.insert(Control::Repair);
         }
         if self.privileges.with(self.front.confinement().cloned()).proven {

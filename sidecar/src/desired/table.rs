@@ -85,6 +85,14 @@ impl DropReason {
         format!("drop-{}-{family}", self.name())
     }
 
+    /// Of a stranger's packet to a port of this host that nobody opened.
+    pub const fn of(proto: Proto) -> Self {
+        match proto {
+            Proto::Tcp => DropReason::PublicTcp,
+            Proto::Udp => DropReason::PublicUdp,
+        }
+    }
+
     /// From the name of a counter; `None` for one that is not ours.
     pub fn of_counter(name: &str) -> Option<(Self, Family)> {
         Self::ALL

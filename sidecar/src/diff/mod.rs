@@ -17,6 +17,7 @@ use crate::policy::MeshKind;
 use crate::terms::{Actor, Stamp, printable};
 
 mod binds;
+pub mod canary;
 pub mod catalogue;
 mod exceptions;
 mod files;

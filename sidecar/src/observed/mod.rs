@@ -11,8 +11,10 @@ use serde::{Deserialize, Serialize};
 use crate::ruleset::Ruleset;
 use crate::terms::{Actor, Family, Port, Proto, PublicKey, Stamp};
 
+mod canary;
 mod probed;
 
+pub use canary::{Counted, Crossing, Flight};
 pub use probed::{Dispute, Fate, Probe, Probed, Probing, Run, Runs, Sweep};
 
 /// One thing we look at. The order is the order in reports.

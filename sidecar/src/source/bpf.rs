@@ -14,6 +14,7 @@ pub(super) mod events;
 mod former;
 pub mod guard;
 mod pins;
+mod tried;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
@@ -36,6 +37,7 @@ pub use attach::Hook;
 pub use config::{CountedService, CounterConfig};
 pub use events::{ListenEvents, Listening, ProgramLog};
 pub use pins::{BPFFS, DIRECTORY, ensure_bpffs, find_bpffs, pin_dir};
+pub use tried::{TestFrame, Tried};
 
 use crate::observed::{AttemptKey, CountedProto, Counters, Direction, Link, Reading, TrafficKey};
 use crate::sys;

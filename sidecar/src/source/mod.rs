@@ -2,6 +2,7 @@
 //! on captures) and reads thinly. A source that can't look says why; it never guesses.
 
 pub mod bpf;
+pub mod canary;
 pub mod evidence;
 pub mod files;
 pub mod flows;

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use rustix::process::{Signal, set_parent_process_death_signal};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -156,9 +157,7 @@ pub fn reading(found: anyhow::Result<Probed>) -> Reading<Probed> {
 pub fn run_from_stdin() -> anyhow::Result<()> {
     // Nobody waits for the answer of a daemon that was killed.
     set_parent_process_death_signal(Some(Signal::KILL)).context("tie the audit to the daemon")?;
-    let mut json = Vec::new();
-    std::io::stdin().take(ERRAND_BYTES_MAX).read_to_end(&mut json).context("read of the errand")?;
-    let errand: Errand = serde_json::from_slice(&json).context("decode of the errand")?;
+    let errand: Errand = errand_from_stdin()?;
     let answer = match run(&errand) {
         Ok(sweeps) => Answer::Probed { probed: Probed::new(&sweeps), cost: clock::cpu_time() },
         Err(error) if probe::is_busy(&error) => Answer::Busy,
@@ -166,6 +165,13 @@ pub fn run_from_stdin() -> anyhow::Result<()> {
     };
     let json = serde_json::to_vec(&answer).context("encode of the answer")?;
     std::io::stdout().write_all(&json).context("write of the answer")
+}
+
+/// What a child is to do.
+pub(super) fn errand_from_stdin<T: DeserializeOwned>() -> anyhow::Result<T> {
+    let mut json = Vec::new();
+    std::io::stdin().take(ERRAND_BYTES_MAX).read_to_end(&mut json).context("read of the errand")?;
+    serde_json::from_slice(&json).context("decode of the errand")
 }
 
 /// What the child says.
@@ -194,19 +200,37 @@ const DEADLINE: Duration = Duration::from_secs(60);
 /// child ends with the future.
 pub async fn run_in_child(verb: &str, errand: &Errand) -> anyhow::Result<Answer> {
     let json = serde_json::to_vec(errand).context("encode of the errand")?;
-    match tokio::time::timeout(DEADLINE, converse(verb, json)).await {
+    ask_child(verb, json, DEADLINE, Dropped::Ends).await
+}
+
+/// What becomes of a child whose answer nobody waits for any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Dropped {
+    Ends,
+    /// It has something to finish, and soon will have.
+    GoesOn,
+}
+
+/// Runs this program's `verb` with an errand on stdin, and waits so long for its answer.
+pub(super) async fn ask_child<T: DeserializeOwned>(
+    verb: &str,
+    errand: Vec<u8>,
+    deadline: Duration,
+    dropped: Dropped,
+) -> anyhow::Result<T> {
+    match tokio::time::timeout(deadline, converse(verb, errand, dropped)).await {
         Ok(answer) => answer,
-        Err(_) => bail!("the audit took more than {} s", DEADLINE.as_secs()),
+        Err(_) => bail!("the audit took more than {} s", deadline.as_secs()),
     }
 }
 
-async fn converse(verb: &str, errand: Vec<u8>) -> anyhow::Result<Answer> {
+async fn converse<T: DeserializeOwned>(verb: &str, errand: Vec<u8>, dropped: Dropped) -> anyhow::Result<T> {
     let mut child = tokio::process::Command::new("/proc/self/exe")
         .arg(verb)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
-        .kill_on_drop(true)
+        .kill_on_drop(dropped == Dropped::Ends)
         .spawn()
         .context("start of the audit")?;
     child.id().into_iter().for_each(memory::sacrifice);

@@ -11,6 +11,7 @@
 //! which nmap calls filtered, too).
 
 pub(super) mod btf;
+pub mod canary;
 mod conntrack;
 mod frame;
 pub mod keeper;
@@ -133,9 +134,13 @@ pub fn sweep_when_free(
     patience: Duration,
     progress: &mut dyn FnMut(Progress),
 ) -> anyhow::Result<Vec<Sweep>> {
+    when_free(patience, || sweep(request, progress))
+}
+
+fn when_free<T>(patience: Duration, mut go: impl FnMut() -> anyhow::Result<T>) -> anyhow::Result<T> {
     let deadline = Instant::now() + patience;
     loop {
-        match sweep(request, progress) {
+        match go() {
             Err(error) if is_busy(&error) && Instant::now() < deadline => {
                 std::thread::sleep(Duration::from_millis(20));
             }
@@ -200,7 +205,8 @@ pub fn sweep_by(
                 watched.push((index, attached));
             }
             for proto in &request.protos {
-                let mut order = order(request, offsets.unwrap_or_default(), &origin, *proto);
+                let mut order =
+                    order(request.link.index, request.mode, offsets.unwrap_or_default(), &origin, *proto);
                 order.index = index;
                 let from = neighbour.unwrap_or(frame::NOBODY);
                 shapes.push((*proto, origin, Shape { order, to, mac: device.mac, from }));
@@ -408,12 +414,12 @@ fn inject(programs: &mut Programs, shape: &Shape, ports: &[Port], kind: Kind) ->
     test_run(programs.inject.as_fd(), packet, ports.len() as u32)
 }
 
-fn order(request: &Request, offsets: btf::Offsets, origin: &Origin, proto: Proto) -> Order {
+fn order(index: u32, mode: Mode, offsets: btf::Offsets, origin: &Origin, proto: Proto) -> Order {
     let mut order = Order {
         // See Order: an answer's number is one more, and must not carry.
         head: random() | 0xffff,
         token: random(),
-        index: request.link.index,
+        index,
         frame_bytes: 0,
         skb_head: offsets.head,
         skb_network_header: offsets.network_header,
@@ -425,8 +431,8 @@ fn order(request: &Request, offsets: btf::Offsets, origin: &Origin, proto: Proto
         spread_mask: if origin.spread { u16::MAX } else { 0 },
         family: if origin.base.is_ipv4() { sidecar_ebpf::IPV4 as u8 } else { sidecar_ebpf::IPV6 as u8 },
         proto: proto.number(),
-        reply: u8::from(request.mode == Mode::Reply),
-        pad: 0,
+        reply: u8::from(mode == Mode::Reply),
+        canary: 0,
     };
     order.frame_bytes = frame::length(&order) as u32;
     order

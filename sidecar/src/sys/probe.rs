@@ -15,6 +15,8 @@ const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_MAP_TYPE_ARRAY: u32 = 2;
 const BPF_F_MMAPABLE: u32 = 1 << 10;
 const BPF_F_BEFORE: u32 = 1 << 3;
+const BPF_F_AFTER: u32 = 1 << 4;
+const BPF_F_LINK: u32 = 1 << 13;
 const BPF_TCX_INGRESS: u32 = 46;
 const BPF_TCX_EGRESS: u32 = 47;
 const BPF_NETFILTER: u32 = 45;
@@ -173,8 +175,23 @@ pub enum Direction {
     Out,
 }
 
-/// Puts a classifier before all others of a device; it leaves with the descriptor.
-pub fn attach_tcx(program: BorrowedFd<'_>, index: u32, direction: Direction) -> io::Result<OwnedFd> {
+/// Where a classifier goes among the others of a device.
+#[derive(Clone, Copy, Debug)]
+pub enum Rank<'a> {
+    First,
+    /// Right before this link.
+    Before(BorrowedFd<'a>),
+    /// Right behind it.
+    Behind(BorrowedFd<'a>),
+}
+
+/// Puts a classifier on a device; it leaves with the descriptor.
+pub fn attach_tcx(
+    program: BorrowedFd<'_>,
+    index: u32,
+    direction: Direction,
+    rank: Rank<'_>,
+) -> io::Result<OwnedFd> {
     #[repr(C)]
     struct LinkCreate {
         program: u32,
@@ -192,8 +209,15 @@ pub fn attach_tcx(program: BorrowedFd<'_>, index: u32, direction: Direction) -> 
             Direction::In => BPF_TCX_INGRESS,
             Direction::Out => BPF_TCX_EGRESS,
         },
-        flags: BPF_F_BEFORE,
-        relative: 0,
+        flags: match rank {
+            Rank::First => BPF_F_BEFORE,
+            Rank::Before(_) => BPF_F_BEFORE | BPF_F_LINK,
+            Rank::Behind(_) => BPF_F_AFTER | BPF_F_LINK,
+        },
+        relative: match rank {
+            Rank::First => 0,
+            Rank::Before(link) | Rank::Behind(link) => link.as_raw_fd() as u32,
+        },
         _hole: 0,
         expected_revision: 0,
     };

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use sidecar_ebpf::{
-    ANYONE, CLASSES_MAX, ClassEntry, LISTED, PortClasses, REFUSED, SOURCE_KEY_HEAD_BITS, SOURCES_MAX,
+    ANYONE, CANARY_CLASS, ClassEntry, LISTED, PortClasses, REFUSED, SOURCE_KEY_HEAD_BITS, SOURCES_MAX,
     SourceKey, TCP, UDP, port_index,
 };
 
@@ -60,7 +60,7 @@ impl CounterConfig {
         // Numbers of services that are gone come last: packets may still be counted
         // under them until their ports are rewritten.
         let free = |class: &u8| !current.contains_key(class);
-        let mut unused = (1..=CLASSES_MAX as u8).filter(free).chain(
+        let mut unused = (1..CANARY_CLASS).filter(free).chain(
             current
                 .iter()
                 .filter(|(_, entry)| {
@@ -297,14 +297,15 @@ mod tests {
     fn services_beyond_the_last_class_are_named_and_harm_no_other() {
         let many: Vec<_> = (1..=300).map(|port| service(Proto::Tcp, port, Scope::Public, None)).collect();
         let tables = config(&many).tables(&Classes::new());
-        assert_eq!((tables.classes.len(), tables.omitted.len()), (CLASSES_MAX, 45));
-        assert_eq!(class(&tables, 255, TCP, Scope::Public), 255);
-        assert_eq!(class(&tables, 256, TCP, Scope::Public), NO_CLASS);
+        assert_eq!((tables.classes.len(), tables.omitted.len()), (usize::from(CANARY_CLASS) - 1, 46));
+        assert!(!tables.classes.contains_key(&CANARY_CLASS));
+        assert_eq!(class(&tables, 254, TCP, Scope::Public), 254);
+        assert_eq!(class(&tables, 255, TCP, Scope::Public), NO_CLASS);
         // When all numbers were in use, those of services that are gone come back.
         let next = config(&many[100..]).tables(&tables.classes);
         assert_eq!(next.omitted.len(), 0);
         assert_eq!(class(&next, 200, TCP, Scope::Public), 200);
-        assert_eq!(class(&next, 300, TCP, Scope::Public), 45);
+        assert_eq!(class(&next, 300, TCP, Scope::Public), 46);
     }
 
     #[test]

@@ -10,6 +10,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::IpAddr;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
@@ -475,7 +476,25 @@ pub fn test_run(
     Ok((result.return_value as i32, u64::try_from(result.duration.as_nanos()).unwrap_or(u64::MAX)))
 }
 
-fn root(pin_dir: &Path) -> PathBuf {
+/// The link that holds it on this device; `None`: it is not there, or held by other means
+/// (before Linux 6.6).
+pub fn link(pin_dir: &Path, index: u32) -> anyhow::Result<Option<OwnedFd>> {
+    let pin = root(pin_dir).join("links").join(format!("in-{index}"));
+    let link = match sys::bpf::open_pin(&pin) {
+        Ok(link) => link,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error).with_context(|| format!("open of {}", pin.display())),
+    };
+    let there = sys::bpf::tcx_link(link.as_fd()).with_context(|| format!("look at {}", pin.display()))?;
+    Ok((there.index == index).then_some(link))
+}
+
+/// Whether it is on the interface of this name, by whatever means.
+pub fn is_on(pin_dir: &Path, interface: &str) -> anyhow::Result<bool> {
+    Ok(attachments(pin_dir).attached()?.iter().any(|name| name == interface))
+}
+
+pub(super) fn root(pin_dir: &Path) -> PathBuf {
     pin_dir.join(format!("{STEM}{ABI}"))
 }
 

@@ -23,6 +23,8 @@ pub const NOBODY: [u8; 6] = [2, 0, 0, 0x53, 0x47, 1];
 pub enum Kind {
     /// A SYN, or a datagram.
     Probe,
+    /// A segment of a connection that nobody began.
+    Later,
     /// Ends what the probe for this port began.
     Reset,
 }
@@ -33,6 +35,7 @@ const IPV4: usize = 20;
 const IPV6: usize = 40;
 const SYN: u8 = 2;
 const RST: u8 = 4;
+const ACK: u8 = 16;
 /// What a host some hops away would have left of 64.
 const TTL: u8 = 55;
 
@@ -53,12 +56,13 @@ pub fn frame(shape: &Shape, port: u16, kind: Kind) -> Frame {
         // Header of ten words, window 64240.
         let (sequence, flags) = match kind {
             Kind::Probe => (head, SYN),
+            Kind::Later => (head, ACK),
             Kind::Reset => (head.wrapping_add(1), RST),
         };
         segment[4..8].copy_from_slice(&sequence.to_be_bytes());
         segment[12..16].copy_from_slice(&[10 << 4, flags, 0xfa, 0xf0]);
         match kind {
-            Kind::Probe => {
+            Kind::Probe | Kind::Later => {
                 // MSS 1460, SACK permitted, timestamp, NOP, window scale 7: the order of Linux.
                 segment[20..26].copy_from_slice(&[2, 4, 0x05, 0xb4, 4, 2]);
                 segment[26..28].copy_from_slice(&[8, 10]);

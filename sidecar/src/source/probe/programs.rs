@@ -3,14 +3,14 @@
 
 use std::collections::{HashMap, HashSet};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 
 use anyhow::Context as _;
 use aya_obj::Object;
 use aya_obj::generated::bpf_insn;
 use sidecar_ebpf::sweep::{CHUNK, Frame, Order, Progress, Trace, maps, programs};
 
-use crate::sys::probe::{Direction, Hook, Kind, Mapped, attach_netfilter, attach_tcx, load, tap};
+use crate::sys::probe::{Direction, Hook, Kind, Mapped, Rank, attach_netfilter, attach_tcx, load, tap};
 use crate::terms::Family;
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("SPOKEGUARD_PROBE_OBJECT"));
@@ -68,7 +68,9 @@ impl Programs {
         object.relocate_calls(&text).context("link the audit's programs")?;
         let mut code = HashMap::new();
         let names = [programs::INJECT, programs::LOCAL, programs::FORWARD, programs::REPLY];
-        for name in names.into_iter().chain(programs::ARRIVE).chain(programs::TAP).chain(programs::CAUGHT) {
+        let around = programs::AROUND_GUARD.into_iter().flatten().chain(programs::AROUND_TABLE);
+        let devices = programs::ARRIVE.into_iter().chain(programs::TAP).chain(programs::CAUGHT);
+        for name in names.into_iter().chain(devices).chain(around) {
             let program =
                 object.programs.get(name).with_context(|| format!("the object has no program {name}"))?;
             let function = object.functions.remove(&program.function_key());
@@ -87,9 +89,34 @@ impl Programs {
         }
         // The last number of all is the keeper's.
         let priority = if place == Place::Behind { PRIORITY } else { PRIORITY - 1 };
-        let attach =
-            |(name, hook)| attach_last(&program(&self.code, name, Kind::Netfilter)?, family, hook, priority);
+        let attach = |(name, hook)| {
+            attach_near(&program(&self.code, name, Kind::Netfilter)?, family, hook, priority, -1)
+        };
         Ok(Attached(hooks.into_iter().map(attach).collect::<anyhow::Result<_>>()?))
+    }
+
+    /// Sensors on both sides of the chains of this priority in the hooks `input` and `forward`.
+    pub fn around_chains(&self, family: Family, priority: i32) -> anyhow::Result<Attached> {
+        let sides = programs::AROUND_TABLE.into_iter().zip([-1, 1]);
+        let places = sides.flat_map(|side| [Hook::LocalIn, Hook::Forward].map(|hook| (side, hook)));
+        let attach = |((name, step), hook)| {
+            let program = program(&self.code, name, Kind::Netfilter)?;
+            attach_near(&program, family, hook, priority + step, step)
+        };
+        Ok(Attached(places.map(attach).collect::<anyhow::Result<_>>()?))
+    }
+
+    /// Sensors on both sides of a tcx link of a device.
+    pub fn around_link(&self, index: u32, ethernet: bool, link: BorrowedFd<'_>) -> anyhow::Result<Attached> {
+        let layer = if ethernet { 0 } else { 1 };
+        let sides = programs::AROUND_GUARD.into_iter().zip([Rank::Before(link), Rank::Behind(link)]);
+        let attach = |(names, rank): ([&str; 2], _)| {
+            let program = program(&self.code, names[layer], Kind::Classifier)?;
+            attach_tcx(program.as_fd(), index, Direction::In, rank)
+                .map_err(denied)
+                .with_context(|| format!("attach {} to device {index}", names[layer]))
+        };
+        Ok(Attached(sides.map(attach).collect::<anyhow::Result<_>>()?))
     }
 
     /// Around a device.
@@ -103,7 +130,7 @@ impl Programs {
         let ways = [(programs::CAUGHT[layer], Direction::Out), (programs::ARRIVE[layer], Direction::In)];
         let attach = |(name, direction)| {
             let program = program(&self.code, name, Kind::Classifier)?;
-            attach_tcx(program.as_fd(), index, direction)
+            attach_tcx(program.as_fd(), index, direction, Rank::First)
                 .map_err(denied)
                 .with_context(|| format!("attach {name} to device {index}"))
         };
@@ -111,12 +138,22 @@ impl Programs {
     }
 }
 
-fn attach_last(program: &OwnedFd, family: Family, hook: Hook, last: i32) -> anyhow::Result<OwnedFd> {
-    let mut priority = last;
+/// At this priority, or at the next free one in steps of `step`.
+fn attach_near(
+    program: &OwnedFd,
+    family: Family,
+    hook: Hook,
+    wanted: i32,
+    step: i32,
+) -> anyhow::Result<OwnedFd> {
+    let mut priority = wanted;
     loop {
         match attach_netfilter(program.as_fd(), family, hook, priority) {
-            Err(error) if error.kind() == io::ErrorKind::ResourceBusy && priority > last - PRIORITIES => {
-                priority -= 1;
+            Err(error)
+                if error.kind() == io::ErrorKind::ResourceBusy
+                    && priority.abs_diff(wanted) < PRIORITIES.unsigned_abs() =>
+            {
+                priority += step;
             }
             other => {
                 return other
