@@ -1,6 +1,8 @@
 //! Run by BPF_PROG_TEST_RUN, once for each frame of a chunk: puts the next frame into the
 //! receive path of a device, in front of everything but native XDP.
 
+use core::hint::black_box;
+
 use aya_ebpf::bindings::{BPF_F_INGRESS, TC_ACT_OK};
 use aya_ebpf::helpers::generated::bpf_skb_store_bytes;
 use aya_ebpf::{macros::classifier, programs::TcContext};
@@ -15,10 +17,13 @@ pub fn inject(ctx: TcContext) -> i32 {
     let progress = unsafe { &mut *progress };
     let Some(frame) = FRAMES.get(progress.next) else { return TC_ACT_OK };
     progress.next += 1;
-    let length = order.frame_bytes;
-    if length == 0 || length > FRAME_MAX as u32 {
+    let last = u64::from(order.frame_bytes).wrapping_sub(1);
+    if last >= FRAME_MAX as u64 {
         return TC_ACT_OK;
     }
+    // The compiler would undo the subtraction and keep the check on a copy, from which verifiers before Linux 6.10
+    // learn nothing of the length.
+    let length = black_box(last) as u32 + 1;
     // The packet's data is still shared with the clone of the frame before; storing makes
     // a copy of its own first.
     // SAFETY: the frame is FRAME_MAX bytes long, and the kernel checks the packet's bounds.
