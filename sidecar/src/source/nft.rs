@@ -363,6 +363,14 @@ impl Drop for Running {
     }
 }
 
+/// What nft says where nf_tables is no part of the kernel: nfnetlink calls a subsystem that it doesn't know invalid.
+const UNSUPPORTED: [&str; 4] = [
+    "Protocol not supported",
+    "Operation not supported on",
+    "Unable to initialize Netlink socket",
+    "cache initialization failed: Invalid argument",
+];
+
 fn explained(operation: String, said: &str, status: std::process::ExitStatus) -> NftError {
     let lines: Vec<String> = (said.lines().map(str::trim))
         .filter(|line| !line.is_empty() && !line.chars().all(|c| c == '^' || c == '~' || c == ' '))
@@ -379,12 +387,9 @@ fn explained(operation: String, said: &str, status: std::process::ExitStatus) ->
     // at the end of a line, in the words of strerror(3).
     if said.contains("Operation not permitted") {
         NftError::Permission { operation }
-    } else if ["Protocol not supported", "Operation not supported on", "Unable to initialize Netlink socket"]
-        .iter()
-        .any(|cause| said.contains(cause))
-    {
+    } else if UNSUPPORTED.iter().any(|cause| said.contains(cause)) {
         NftError::Unsupported { operation }
-    } else if said.contains("No such file or directory") {
+    } else if said.contains("No such file or directory") && !said.contains("Could not open file") {
         NftError::NotFound { operation, text }
     } else {
         NftError::Failed { operation, text }
@@ -404,13 +409,22 @@ mod tests {
         let denied = "Operation not permitted (you must be root)\nnetlink: Error: cache initialization failed: \
                       Operation not permitted\n";
         assert!(of(denied).contains("CAP_NET_ADMIN"));
-        assert!(of("Unable to initialize Netlink socket: Protocol not supported\n").contains("no nf_tables"));
+        for lacking in [
+            "Unable to initialize Netlink socket: Protocol not supported\n",
+            "netlink: Error: cache initialization failed: Invalid argument\n",
+        ] {
+            assert!(of(lacking).contains("no nf_tables"), "{lacking}");
+        }
         assert!(
             of("Error: No such file or directory\nlist table inet x\n      ^^^\n").contains("no such table")
         );
         assert_eq!(
             of("internal:0:0-0: Error: bad\x1b[2J rule\n"),
             "nft x failed: internal:0:0-0: Error: bad\u{fffd}[2J rule"
+        );
+        // What nft reads, and nothing that it was asked about.
+        assert!(
+            of("Error: Could not open file \"/dev/stdin\": No such file or directory\n").contains("failed")
         );
         assert!(of("").starts_with("nft x failed: exit status"));
         let killed = explained("nft x".into(), "", std::process::ExitStatus::from_raw(libc::SIGKILL));

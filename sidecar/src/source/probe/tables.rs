@@ -43,7 +43,10 @@ impl Tables {
         stdin.write_all(script.as_bytes()).and_then(|()| stdin.flush()).context("feed nft")?;
         let deadline = Instant::now() + READY;
         // The last command of the script.
-        while nft::listing(&["-j", "list", "chain", "inet", TABLE, "ready"]).is_err() {
+        while let Err(error) = nft::listing(&["-j", "list", "chain", "inet", TABLE, "ready"]) {
+            if matches!(error.downcast_ref(), Some(nft::NftError::Unsupported { .. })) {
+                return Err(error);
+            }
             if Instant::now() >= deadline || !matches!(tables.0.try_wait(), Ok(None)) {
                 bail!("nft did not take the audit's table: {}", tables.complaint());
             }
@@ -72,7 +75,10 @@ impl Tables {
         if let Some(stderr) = self.0.stderr.as_mut() {
             let _ = stderr.take(4096).read_to_end(&mut text);
         }
-        String::from_utf8_lossy(&text).trim().to_owned()
+        // Before the error it remarks on a terminal that it has not got, and after it on every further line.
+        let text = String::from_utf8_lossy(&text);
+        let error = text.lines().find(|line| line.contains("Error"));
+        error.unwrap_or(text.trim()).to_owned()
     }
 }
 
