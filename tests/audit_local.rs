@@ -505,11 +505,17 @@ fn quiet_listener(node: &Node, at: SocketAddr) -> TcpListener {
 
 /// Programs on the spoke's public interface. Those of netfilter end with the same process.
 fn attached(node: &Node) -> usize {
-    node.inside(|| {
-        let both = [TcAttachType::Ingress, TcAttachType::Egress];
-        Ok(both.map(|way| SchedClassifier::query_tcx("eth0", way).unwrap().1.len()).iter().sum())
-    })
-    .unwrap()
+    let both = [TcAttachType::Ingress, TcAttachType::Egress];
+    let links = node.inside(|| Ok(both.map(|way| SchedClassifier::query_tcx("eth0", way))));
+    let links: Result<Vec<_>, _> = links.unwrap().into_iter().collect();
+    match links {
+        Ok(links) => links.iter().map(|(_, programs)| programs.len()).sum(),
+        // Linux before 6.6 knows filters only.
+        Err(_) => {
+            let shown = node.sh("tc filter show dev eth0 ingress; tc filter show dev eth0 egress").unwrap();
+            shown.lines().filter(|line| line.contains(" bpf ") && line.contains("handle")).count()
+        }
+    }
 }
 
 /// Conntrack's table, but for what bridges say to multicast routers.

@@ -22,6 +22,7 @@ mod need;
 mod node;
 mod product;
 mod reaper;
+mod second;
 mod service;
 mod tunnel;
 pub mod wire;
@@ -44,6 +45,7 @@ pub use node::{Answer, Http, Node, Outcome, Running, Scan, states, wait_until};
 pub use product::{Daemon, spokeguard};
 pub use reaper::reap;
 pub use rustix::process::Signal;
+pub use second::{SECOND_MESH, Second};
 pub use service::{Listening, Prometheus, Sshd};
 pub use tunnel::Keys;
 

@@ -87,7 +87,7 @@ impl Node {
         let helper = crate::helper()?;
         let cgroup = crate::reaper::cgroup(prefix);
         if let Some(group) = &cgroup {
-            fs::create_dir(group).with_context(|| format!("create {}", group.display()))?;
+            fs::create_dir_all(group).with_context(|| format!("create {}", group.display()))?;
         }
         let mut nodes = Vec::new();
         for name in names {

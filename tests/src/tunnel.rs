@@ -79,18 +79,27 @@ pub(crate) fn raise(lab: &Lab) -> Result<Vec<Running>> {
         "peer {} allowed-ips {SPOKE_MESH}/32,{SPOKE_MESH_V6}/128 persistent-keepalive 25",
         lab.keys.spoke.public
     );
-    end(&lab.hub, &lab.keys.hub, Some(TUNNEL_PORT), &spoke_peer)?;
-    // The mesh is the hub's to route: a spoke sends everything for it there.
-    let hub_peer = format!(
-        "peer {} allowed-ips {HUB_MESH}/32,{HUB_MESH_V6}/128,10.84.0.0/24,fd84::/64 endpoint {HUB_PUBLIC}:{TUNNEL_PORT} \
-         persistent-keepalive 25",
-        lab.keys.hub.public
-    );
-    end(&lab.spoke, &lab.keys.spoke, None, &hub_peer)?;
+    end(&lab.hub, &lab.keys.hub, Some(TUNNEL_PORT), &spoke_peer, addresses("hub"))?;
+    end(&lab.spoke, &lab.keys.spoke, None, &hub_peer(lab), addresses("spoke"))?;
     Ok(running)
 }
 
-fn end(node: &Node, keys: &KeyPair, port: Option<u16>, peer: &str) -> Result<()> {
+/// The mesh is the hub's to route: a spoke sends everything for it there.
+pub(crate) fn hub_peer(lab: &Lab) -> String {
+    format!(
+        "peer {} allowed-ips {HUB_MESH}/32,{HUB_MESH_V6}/128,10.84.0.0/24,fd84::/64 endpoint {HUB_PUBLIC}:{TUNNEL_PORT} \
+         persistent-keepalive 25",
+        lab.keys.hub.public
+    )
+}
+
+pub(crate) fn end(
+    node: &Node,
+    keys: &KeyPair,
+    port: Option<u16>,
+    peer: &str,
+    addresses: &[&str],
+) -> Result<()> {
     if kernel_has_it() {
         crate::ip(Some(&node.netns), "link add wg0 type wireguard\n")?;
     } else {
@@ -106,8 +115,7 @@ fn end(node: &Node, keys: &KeyPair, port: Option<u16>, peer: &str) -> Result<()>
     let port = port.map(|port| format!("listen-port {port}")).unwrap_or_default();
     let words = format!("wg set wg0 private-key {key_file} {port} {peer}");
     node.ok(&words.split_whitespace().collect::<Vec<_>>())?;
-    let mut batch: String =
-        addresses(&node.name).iter().map(|address| format!("addr add {address} dev wg0\n")).collect();
+    let mut batch: String = addresses.iter().map(|address| format!("addr add {address} dev wg0\n")).collect();
     batch += "link set wg0 mtu 1420 up\n";
     crate::ip(Some(&node.netns), &batch)
 }

@@ -22,6 +22,9 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("bench", "Measure beside the peers, in one run"),
 ];
 
+/// The machines' harness: cargo's words that run it.
+const VM: &[&str] = &["run", "--quiet", "--package", "spokeguard-vm-tests", "--bin", "vm", "--"];
+
 fn main() -> ExitCode {
     match run(&commands().get_matches()) {
         Ok(()) => ExitCode::SUCCESS,
@@ -36,7 +39,7 @@ fn commands() -> clap::Command {
     let all = Arg::new("all")
         .long("all")
         .action(ArgAction::SetTrue)
-        .help("Also run the integration tests against the release build (takes minutes more)");
+        .help("Also run the integration tests against the release build and more of them on real kernels (takes much longer)");
     let mut commands = clap::Command::new("cargo xtask")
         .about("Sets up, tests and shows spokeguard")
         .subcommand_required(true)
@@ -59,7 +62,8 @@ fn commands() -> clap::Command {
             .about("Put random bytes to the decoders (nightly, cargo-fuzz)")
             .args([decoder, seconds]),
     );
-    for (name, about) in programs() {
+    let vm = ("vm", "Boot real kernels under QEMU and run scenarios inside (--list: which)");
+    for (name, about) in programs().chain([vm]) {
         let rest = Arg::new("arguments").num_args(0..).trailing_var_arg(true).allow_hyphen_values(true);
         commands = commands.subcommand(clap::Command::new(name).about(about).arg(rest));
     }
@@ -81,7 +85,7 @@ fn run(matches: &ArgMatches) -> Result<()> {
         Some(("test", matches)) => test(matches.get_flag("all")),
         Some((name, matches)) => {
             let arguments: Vec<&String> = matches.get_many("arguments").into_iter().flatten().collect();
-            program(name, &arguments)
+            if name == "vm" { vm(&arguments) } else { program(name, &arguments) }
         }
         None => bail!("no command"),
     }
@@ -108,6 +112,12 @@ fn program(name: &str, arguments: &[&String]) -> Result<()> {
     Err(command.exec()).with_context(|| format!("start {name}"))
 }
 
+/// Becomes the harness, which builds what it needs itself.
+fn vm(arguments: &[&String]) -> Result<()> {
+    setup::setup()?;
+    Err(cargo().args(VM).args(arguments).exec()).context("start the harness of the machines")
+}
+
 fn test(all: bool) -> Result<()> {
     let mut steps = Steps::default();
     let result = passes(all, &mut steps);
@@ -122,6 +132,8 @@ fn passes(all: bool, steps: &mut Steps) -> Result<()> {
     steps.cargo("build", &["build", "--workspace"])?;
     steps.run("unit tests", promised(&["test", "--workspace", "--lib", "--bins"], "debug"))?;
     steps.integration("integration tests", "debug")?;
+    let quick: &[&str] = if all { &[] } else { &["--quick"] };
+    steps.cargo("real kernels", &[VM, quick].concat())?;
     let deny = ["deny", "--offline", "check", "licenses", "bans", "sources"];
     steps.cargo("licences, bans, sources", &deny)?;
     advisories(steps)?;

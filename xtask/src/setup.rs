@@ -38,6 +38,11 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("systemd-nspawn", "systemd-container"),
     ("dbus-daemon", "dbus"),
     ("faketime", "faketime"),
+    // Real kernels: their packages are unpacked, never installed.
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("depmod", "kmod"),
+    ("xz", "xz-utils"),
+    ("strip", "binutils"),
 ];
 
 /// A Rust compiler that comes with the source of its library, for the eBPF target.

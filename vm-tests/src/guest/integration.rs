@@ -1,0 +1,112 @@
+//! The integration tests on this kernel: a step for each.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::Steps;
+
+const PROGRAM: &str = "/opt/sg/integration-tests";
+
+/// What is run when nothing was named.
+const MODULES: &[&str] = &[
+    "audit_local",
+    "audit_faults",
+    "audit_matrix",
+    "audit_remote",
+    "binds",
+    "confirm",
+    "counters",
+    "daemon",
+    "enforce",
+    "glass",
+    "guard",
+    "look",
+    "metrics",
+    "netns",
+    "privileges",
+    "proof",
+];
+/// They need what a machine of this size is not given: Prometheus, Python, xmllint.
+const WITHOUT: &[&str] = &["prometheus", "libnmap", "xml"];
+
+/// The cases that a kernel without these modules skips; here they must not be skipped.
+pub fn cases(steps: &mut Steps) -> Result<()> {
+    for case in ["vlan", "flowtable"] {
+        steps.step(&format!("case {case}"), || {
+            let output = Command::new(PROGRAM)
+                .args(["--nocapture", "every_case_is_what_a_real_nmap_says_or_explained"])
+                .env("SPOKEGUARD_LAB", "required")
+                .env("SPOKEGUARD_AUDIT_CASE", case)
+                .stdin(Stdio::null())
+                .output()
+                .context("start the integration tests")?;
+            let text = String::from_utf8_lossy(&output.stdout).into_owned()
+                + &String::from_utf8_lossy(&output.stderr);
+            ensure!(output.status.success(), "{text}");
+            let (count, slowest) = text.split_once(" cases; ").context("no case was run")?;
+            let one = count.split_whitespace().last() == Some("1");
+            ensure!(one && !text.contains("skipped:"), "{text}");
+            Ok(slowest.lines().next().unwrap_or_default().to_owned())
+        })?;
+    }
+    Ok(())
+}
+
+/// Those that the words name, else all that this machine can run.
+pub fn run(steps: &mut Steps, words: &[String]) -> Result<()> {
+    let usual = MODULES.iter().map(|module| format!("{module}::"));
+    let filters: Vec<String> = if words.is_empty() { usual.collect() } else { words.to_vec() };
+    for filter in filters {
+        module(steps, &filter)?;
+    }
+    Ok(())
+}
+
+/// One at a time: two would be slower under emulation, and harder to tell apart. Each is told as it ends, and what
+/// the failed ones wrote when all have ended.
+fn module(steps: &mut Steps, filter: &str) -> Result<()> {
+    let begun = Instant::now();
+    let mut command = Command::new(PROGRAM);
+    command.args(["--test-threads=1", filter]).env("SPOKEGUARD_LAB", "required").stdin(Stdio::null());
+    for name in WITHOUT {
+        command.args(["--skip", name]);
+    }
+    let mut child = command.stdout(Stdio::piped()).spawn().context("start the integration tests")?;
+    let output = BufReader::new(child.stdout.take().context("a pipe that was asked for")?);
+    let (mut text, mut failed, mut count) = (String::new(), Vec::new(), 0);
+    for line in output.lines() {
+        let line = line.context("read what the integration tests write")?;
+        if let Some((name, result)) = line.strip_prefix("test ").and_then(|rest| rest.split_once(" ... ")) {
+            count += 1;
+            match result {
+                "ok" => steps.tell(name, Ok(String::new()))?,
+                _ => {
+                    println!("FAIL {name}");
+                    failed.push(name.to_owned());
+                }
+            }
+        }
+        text += &line;
+        text.push('\n');
+    }
+    let status = child.wait().context("wait for the integration tests")?;
+    for name in &failed {
+        steps.tell(name, Err(anyhow::anyhow!("{}", section(&text, name))))?;
+    }
+    let seconds = begun.elapsed().as_secs_f64();
+    steps.step(filter, || {
+        ensure!(count > 0, "no test is called so\n{text}");
+        ensure!(status.success() || !failed.is_empty(), "{status}\n{text}");
+        Ok(format!("{count} tests, {} failed, {seconds:.0} s", failed.len()))
+    })
+}
+
+/// What a failed test wrote.
+fn section(text: &str, name: &str) -> String {
+    let from = text.split(&format!("---- {name} stdout ----")).nth(1).unwrap_or("it said nothing");
+    let until = from.split("\n---- ").next().unwrap_or(from);
+    until.split("\nfailures:\n").next().unwrap_or(until).trim().chars().take(3000).collect()
+}

@@ -1,0 +1,221 @@
+//! Hub, two spokes and an outsider on the kernel's own WireGuard: what the policy promises, and what it refuses.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+
+use anyhow::{Context, Result, ensure};
+use lab::{
+    Answer, HUB_PUBLIC, Lab, Mesh, Node, SECOND_MESH, SPOKE_MESH, SPOKE_PUBLIC, SPOKE_PUBLIC_V6, Shape,
+};
+use serde_json::Value;
+
+use crate::{LONG, SOON, Steps, blind, codes, patiently};
+
+const METRICS: u16 = 9984;
+/// Every open port and its neighbours, those that must be shut, and some of nobody's.
+const PORTS: &str = "21-23,79-81,442-444,5431-5433,8079-8081,9983-9985,51819-51821,60000-60050";
+
+pub fn run(steps: &mut Steps) -> Result<()> {
+    let lab = steps.make("a lab of the kernel's WireGuard", || {
+        let lab = Lab::build(Shape { mesh: Mesh::WireGuard, container: true })?;
+        let link = lab.spoke.ok(&["ip", "-d", "link", "show", "wg0"])?;
+        ensure!(link.contains("wireguard"), "wg0 is not the kernel's: {link}");
+        Ok((lab, crate::release()?))
+    })?;
+    let second = steps.make("a second spoke, behind the same hub", || {
+        let second = lab.second_spoke()?;
+        let seen = patiently("one spoke reaches the other", || {
+            let answer = second.node.connect(SocketAddr::new(SPOKE_MESH, 9), SOON);
+            (answer == Answer::Refused).then_some(())
+        });
+        seen.map(|()| (second, format!("{SECOND_MESH} reaches {SPOKE_MESH} through the hub")))
+    })?;
+    // The kernel's WireGuard has no process: what a policy is wrong about must be found in the kernel.
+    let sshd = lab.spoke.sshd(22, &["0.0.0.0", "::"], "KbdInteractiveAuthentication no")?;
+    let _database = lab.spoke.listen("postgres", &["tcp/[::]:5432"])?;
+    let _web = lab.spoke.web()?;
+    let inside = lab.container.as_ref().context("the lab has a container")?;
+    let _app = inside.listen("admin-panel", &["tcp/[::]:8000"])?;
+    lab.publish(8080, 8000)?;
+    let folder = lab.dir.join("guard");
+    std::fs::create_dir_all(&folder)?;
+    let policy = lab.policy() + "[[local]]\nname = \"containers\"\ninterfaces = [\"docker0\"]\n";
+    let file = folder.join("policy.toml");
+    std::fs::write(&file, &policy)?;
+    let folders =
+        ["--policy", &file.display().to_string(), "--state-dir", &lab.dir.join("look").display().to_string()]
+            .map(str::to_owned);
+    let look = |verb: &[&str]| -> Result<(Option<i32>, Value)> {
+        let words: Vec<String> =
+            verb.iter().map(|word| word.to_string()).chain(folders.iter().cloned()).collect();
+        let words = [vec![lab::spokeguard()?.display().to_string()], words].concat();
+        let outcome = lab.spoke.run_within(LONG, &words)?;
+        let json = outcome.json()?;
+        Ok((outcome.code, json))
+    };
+
+    steps.step("before: everything is open, for nmap and for us", || {
+        lab.spoke.ok(&["wg", "set", "wg0", "peer", &lab.keys.hub.public, "persistent-keepalive", "0"])?;
+        let open = lab.internet.nmap_open(SPOKE_PUBLIC, PORTS)?;
+        ensure!(open == BTreeSet::from([22, 80, 443, 5432, 8080]), "nmap finds {open:?}");
+        let (code, report) = look(&["check", "--format", "json", "--no-probe"])?;
+        let found = codes(&report);
+        for wanted in ["firewall-missing", "listener-exposed", "ssh-bind", "mesh-keepalive", "dnat-exposed"] {
+            ensure!(found.contains(wanted), "no {wanted} among {found:?}");
+        }
+        ensure!(code == Some(1), "exit code {code:?}: {report:#}");
+        ensure!(blind(&report).is_empty(), "blind: {:?}", blind(&report));
+        Ok(format!("exit 1, {}", found.into_iter().collect::<Vec<_>>().join(" ")))
+    })?;
+    steps.step("an endpoint that is not the policy's is told, and one that is is not", || {
+        let hub = &lab.keys.hub.public;
+        let set = |endpoint: &str| lab.spoke.ok(&["wg", "set", "wg0", "peer", hub, "endpoint", endpoint]);
+        set("203.0.113.47:51999")?;
+        let (_, moved) = look(&["check", "--format", "json", "--no-probe"])?;
+        ensure!(codes(&moved).contains("mesh-endpoint"), "{moved:#}");
+        set(&format!("{HUB_PUBLIC}:51820"))?;
+        let (_, back) = look(&["check", "--format", "json", "--no-probe"])?;
+        ensure!(!codes(&back).contains("mesh-endpoint"), "{back:#}");
+        Ok("mesh-endpoint".to_owned())
+    })?;
+
+    let daemon = steps.make("the daemon starts", || {
+        let daemon = lab.spoke.daemon_in(&folder, &[])?;
+        let detail = format!("ready after {:.1} s", daemon.started_in.as_secs_f64());
+        Ok((daemon, detail))
+    })?;
+    let status = || -> Result<Value> {
+        lab.spoke.spokeguard(&daemon.arguments(&["status", "--format", "json"]))?.json()
+    };
+    steps.step("it holds every control, and is blind to nothing", || {
+        let page = patiently("all controls are enforced", || {
+            let page = scrape(&lab.hub).ok()?;
+            let held = |line: &&str| line.starts_with("spokeguard_control_enforced{");
+            let all: Vec<&str> = page.lines().filter(held).collect();
+            let every = !all.is_empty() && all.iter().all(|line| line.ends_with(" 1"));
+            every.then(|| {
+                all.iter()
+                    .map(|line| line["spokeguard_control_enforced{control=".len()..].to_owned())
+                    .collect::<Vec<_>>()
+            })
+        });
+        let report = status()?;
+        let held = page.with_context(|| format!("{report:#}\n{}", daemon.running.log()))?;
+        ensure!(blind(&report).is_empty(), "blind: {:?}", blind(&report));
+        Ok(held.join(" "))
+    })?;
+    steps.step("nmap finds 80 and 443, by IPv4 and IPv6, and no other", || {
+        for address in [SPOKE_PUBLIC, SPOKE_PUBLIC_V6] {
+            let open = lab.internet.nmap_open(address, PORTS)?;
+            ensure!(open == BTreeSet::from([80, 443]), "{address}: {open:?}");
+        }
+        Ok(PORTS.to_owned())
+    })?;
+    steps.step("the audit says of every such port what nmap says", || {
+        let mut compared = 0;
+        for address in [SPOKE_PUBLIC, SPOKE_PUBLIC_V6] {
+            let (ours, others) = audited(&lab, &daemon, address)?;
+            let theirs = lab.internet.nmap_states(address, PORTS)?;
+            for (port, state) in &theirs {
+                let ours = ours.get(port).unwrap_or(&others);
+                ensure!(ours == state, "{address} {port}: we say {ours}, nmap {state}");
+            }
+            compared += theirs.len();
+        }
+        Ok(format!("{compared} ports"))
+    })?;
+    steps.step("ssh for the hub through the tunnel, and for nobody else", || {
+        let login = sshd.login(&lab.hub, SPOKE_MESH, "echo in")?;
+        ensure!(login.stdout.trim() == "in", "{}", login.all());
+        let strangers =
+            [(&lab.internet, SPOKE_PUBLIC), (&lab.internet, SPOKE_PUBLIC_V6), (&second.node, SPOKE_MESH)];
+        for (from, to) in strangers {
+            let answer = from.connect(SocketAddr::new(to, 22), SOON);
+            ensure!(answer == Answer::Silent, "{} to {to}: {answer:?}", from.name);
+        }
+        Ok("the other spoke gets no answer either".to_owned())
+    })?;
+    steps.step("the hub scrapes through the tunnel, and nobody else does", || {
+        let page = scrape(&lab.hub)?;
+        let age = value(&page, "spokeguard_wireguard_handshake_age_seconds").context("no handshake age")?;
+        ensure!((0.0..180.0).contains(&age), "handshake age {age} s");
+        let counted = page.lines().filter(|line| {
+            line.starts_with("spokeguard_packets_total{") && line.contains("public") && !line.ends_with(" 0")
+        });
+        ensure!(counted.count() > 0, "no public packet was counted\n{page}");
+        for (from, to) in [(&lab.internet, SPOKE_PUBLIC), (&second.node, SPOKE_MESH)] {
+            let answer = from.connect(SocketAddr::new(to, METRICS), SOON);
+            ensure!(answer != Answer::Open, "{} to {to}: {answer:?}", from.name);
+        }
+        Ok(format!("handshake age {age:.0} s"))
+    })?;
+    steps.step("a keepalive of 0 is found and set back", || {
+        let hub = &lab.keys.hub.public;
+        lab.spoke.ok(&["wg", "set", "wg0", "peer", hub, "persistent-keepalive", "0"])?;
+        patiently("the keepalive is 25 s again", || {
+            let shown = lab.spoke.ok(&["wg", "show", "wg0", "persistent-keepalive"]).ok()?;
+            shown.trim_end().ends_with("\t25").then_some(())
+        })?;
+        let shown = lab.spoke.ok(&["wg", "show", "wg0", "peers"])?;
+        ensure!(shown.trim() == hub, "the peers are now {shown}");
+        let endpoint = lab.spoke.ok(&["wg", "show", "wg0", "endpoints"])?;
+        ensure!(endpoint.contains(&format!("{HUB_PUBLIC}:51820")), "{endpoint}");
+        Ok("same peer, same endpoint".to_owned())
+    })?;
+    steps.step("a flush is repaired, and the guard refuses meanwhile", || {
+        lab.spoke.ok(&["nft", "flush", "ruleset"])?;
+        let answer = lab.internet.connect(SocketAddr::new(SPOKE_PUBLIC, 5432), SOON);
+        ensure!(answer == Answer::Silent, "after a flush: {answer:?}");
+        patiently("the table is there again", || {
+            lab.spoke.ok(&["nft", "list", "table", "inet", "spokeguard"]).ok()
+        })
+        .with_context(|| daemon.running.log())?;
+        Ok("5432 did not answer".to_owned())
+    })?;
+    steps.step("a bind of every address is refused", || {
+        let refused =
+            lab.spoke.listen("redis", &["tcp/0.0.0.0:6379"]).err().map(|error| format!("{error:#}"));
+        let refused = refused.context("it was not refused")?;
+        ensure!(refused.contains("Operation not permitted"), "{refused}");
+        let _local = lab.spoke.listen("redis", &["tcp/127.0.0.1:6379"])?;
+        Ok("127.0.0.1 is not".to_owned())
+    })?;
+    let mut daemon = daemon;
+    steps.step("what holds outlives the daemon", || {
+        daemon.kill_9()?;
+        let open = lab.internet.nmap_open(SPOKE_PUBLIC, PORTS)?;
+        ensure!(open == BTreeSet::from([80, 443]), "{open:?}");
+        let login = sshd.login(&lab.hub, SPOKE_MESH, "echo in")?;
+        ensure!(login.stdout.trim() == "in", "{}", login.all());
+        Ok("kill -9".to_owned())
+    })
+}
+
+fn scrape(hub: &Node) -> Result<String> {
+    let answer = hub.http_get(SocketAddr::new(SPOKE_MESH, METRICS), "/metrics", &[])?;
+    ensure!(answer.status == 200, "{}: {}", answer.status, answer.body);
+    Ok(answer.body)
+}
+
+fn value(page: &str, name: &str) -> Option<f64> {
+    page.lines().find(|line| line.starts_with(name))?.rsplit(' ').next()?.parse().ok()
+}
+
+/// State by port, and that of all the others that were asked.
+fn audited(lab: &Lab, daemon: &lab::Daemon, address: IpAddr) -> Result<(BTreeMap<u16, String>, String)> {
+    let text = address.to_string();
+    let words = daemon.arguments(&["audit", "--format", "json", "--tcp", "-p", PORTS, "--address", &text]);
+    let outcome =
+        lab.spoke.run_within(LONG, &[&[lab::spokeguard()?.display().to_string()], &*words].concat())?;
+    let json = outcome.json()?;
+    let targets = json["targets"].as_array().into_iter().flatten();
+    let target = targets.into_iter().find(|target| target["address"] == *text);
+    let tcp = &target.with_context(|| format!("{text} was not audited: {json:#}"))?["protocols"][0];
+    let rest = tcp["others"]["state"].as_str().unwrap_or("none").to_owned();
+    let mut states: BTreeMap<u16, String> = BTreeMap::new();
+    for port in tcp["ports"].as_array().into_iter().flatten() {
+        let number = port["port"].as_u64().and_then(|number| u16::try_from(number).ok()).context("a port")?;
+        states.insert(number, port["state"].as_str().unwrap_or("none").to_owned());
+    }
+    Ok((states, rest))
+}

@@ -1,0 +1,26 @@
+#!/usr/bin/busybox sh
+# The first process of a machine: what an init would mount, then the scenario, then the end.
+export PATH=/usr/sbin:/usr/bin HOME=/root
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs dev /dev
+mkdir -p /dev/pts /dev/shm
+ln -s /proc/self/fd /dev/fd
+for number in 0:stdin 1:stdout 2:stderr; do ln -s "/proc/self/fd/${number%:*}" "/dev/${number#*:}"; done
+mount -t devpts devpts /dev/pts
+mount -t tmpfs -o mode=1777 tmpfs /dev/shm
+mount -t cgroup2 cgroup2 /sys/fs/cgroup
+mount -t bpf bpf /sys/fs/bpf
+mount -t tracefs tracefs /sys/kernel/tracing 2>/dev/null
+# Built into the kernels of some series. The last for its device, which udev makes elsewhere.
+modprobe -q -a virtio_pci virtio_console tun
+ip link set lo up
+hostname vm
+for port in /sys/class/virtio-ports/*; do
+    if [ "$(cat "$port/name")" = steps ]; then steps=/dev/${port##*/}; fi
+done
+echo "init done at $(cut -d ' ' -f 1 /proc/uptime) s"
+# shellcheck disable=SC2046
+/opt/sg/sg-vm-guest "$steps" $(cat /opt/sg/words)
+sync
+poweroff -f

@@ -1,0 +1,215 @@
+//! One machine: its start, what it says, and its end, whether it wants to or not.
+
+use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::packages::Arch;
+use crate::step::{Line, Verdict, verdict};
+
+/// What to boot, and how long it may take.
+#[derive(Debug)]
+pub struct Machine<'a> {
+    pub arch: Arch,
+    pub vmlinuz: &'a Path,
+    /// Archives, in this order.
+    pub initrd: Vec<&'a Path>,
+    pub memory_mib: u32,
+    pub limit: Duration,
+    /// For its files; emptied first.
+    pub folder: &'a Path,
+}
+
+/// Package and program that machines of an architecture need.
+pub fn emulator(arch: Arch) -> (&'static str, &'static str) {
+    match arch {
+        Arch::Amd64 => ("qemu-system-x86", "qemu-system-x86_64"),
+        Arch::Arm64 => ("qemu-system-arm", "qemu-system-aarch64"),
+    }
+}
+
+/// Boots, calls `heard` with each line as it comes, and gives what came of it.
+pub fn run(machine: &Machine, mut heard: impl FnMut(&Line)) -> Result<Verdict> {
+    let folder = machine.folder;
+    fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
+    let (steps, serial) = (folder.join("steps"), folder.join("serial.log"));
+    let initrd = folder.join("initrd");
+    let mut whole = File::create(&initrd).with_context(|| format!("create {}", initrd.display()))?;
+    for part in &machine.initrd {
+        let mut part = File::open(part).with_context(|| format!("open {}", part.display()))?;
+        std::io::copy(&mut part, &mut whole).context("write the initrd (no space?)")?;
+    }
+    drop(whole);
+    File::create(&steps).context("create the file of steps")?;
+    let child = Guarded(start(machine, &initrd, &steps, &serial)?);
+    let verdict = follow(child, &steps, machine.limit, &mut heard).with_context(|| {
+        let complaint = fs::read_to_string(folder.join("emulator.log")).unwrap_or_default();
+        format!("the emulator said: {}", complaint.trim_end())
+    })?;
+    // Made anew for each run.
+    fs::remove_file(&initrd).with_context(|| format!("remove {}", initrd.display()))?;
+    Ok(verdict)
+}
+
+/// Reads the steps until the process ends; kills it when its time is over.
+fn follow(
+    mut child: Guarded,
+    steps: &Path,
+    limit: Duration,
+    heard: &mut dyn FnMut(&Line),
+) -> Result<Verdict> {
+    let (deadline, mut lines) = (Instant::now() + limit, Vec::new());
+    let mut reader = Reader::open(steps)?;
+    loop {
+        // In this order: what was written before the end is read after it.
+        let ended = child.0.try_wait().context("wait for the emulator")?;
+        for line in reader.lines()? {
+            heard(&line);
+            lines.push(line);
+        }
+        if let Some(status) = ended {
+            ensure!(status.success(), "the emulator ended with {status}");
+            return Ok(verdict(&lines));
+        }
+        if Instant::now() > deadline {
+            return Ok(Verdict::Failed(format!("still running after {} s: killed", limit.as_secs())));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn start(machine: &Machine, initrd: &Path, steps: &Path, serial: &Path) -> Result<Child> {
+    let (package, program) = emulator(machine.arch);
+    let console = match machine.arch {
+        Arch::Amd64 => "ttyS0",
+        Arch::Arm64 => "ttyAMA0",
+    };
+    let mut command = Command::new(program);
+    match machine.arch {
+        Arch::Amd64 => command.args(["-cpu", "max"]),
+        // The processor of the fleet's small machines.
+        Arch::Arm64 => command.args(["-M", "virt", "-cpu", "neoverse-n1"]),
+    };
+    // Time inside goes by instructions, 2 ns each, and skips what is idle: however busy this machine is, nothing
+    // in there is late, and nobody waits for a timer.
+    command.args([
+        "-accel",
+        "tcg,thread=single",
+        "-icount",
+        "shift=1,sleep=off",
+        "-rtc",
+        "clock=vm",
+        "-smp",
+        "1",
+    ]);
+    command.args(["-no-reboot", "-nic", "none", "-display", "none"]);
+    command.args(["-monitor", "none", "-m", &machine.memory_mib.to_string()]);
+    command.arg("-kernel").arg(machine.vmlinuz).arg("-initrd").arg(initrd);
+    command.args(["-append", &format!("console={console} quiet loglevel=4 panic=-1")]);
+    command.args(["-device", "virtio-serial-pci", "-device", "virtserialport,chardev=steps,name=steps"]);
+    command.args(["-chardev", &format!("file,id=steps,path={}", quoted(steps))]);
+    command.args(["-serial", &format!("file:{}", quoted(serial))]);
+    let log = File::create(machine.folder.join("emulator.log")).context("create the emulator's log")?;
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+    command.spawn().with_context(|| format!("start {program} (apt-get install {package})"))
+}
+
+/// A comma would begin another option.
+fn quoted(path: &Path) -> String {
+    path.display().to_string().replace(',', ",,")
+}
+
+/// Ends with us, whatever happens.
+struct Guarded(Child);
+
+impl Drop for Guarded {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The lines of a growing file.
+struct Reader {
+    file: File,
+    read: u64,
+    rest: Vec<u8>,
+}
+
+impl Reader {
+    fn open(path: &Path) -> Result<Reader> {
+        let file = File::open(path).with_context(|| format!("open {}", path.display()))?;
+        Ok(Reader { file, read: 0, rest: Vec::new() })
+    }
+
+    fn lines(&mut self) -> Result<Vec<Line>> {
+        self.file.seek(SeekFrom::Start(self.read)).context("read the steps")?;
+        self.read += self.file.read_to_end(&mut self.rest).context("read the steps")? as u64;
+        let Some(end) = self.rest.iter().rposition(|byte| *byte == b'\n') else { return Ok(Vec::new()) };
+        let rest = self.rest.split_off(end + 1);
+        let whole = std::mem::replace(&mut self.rest, rest);
+        let lines = whole.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
+        lines
+            .map(|line| {
+                serde_json::from_slice(line)
+                    .with_context(|| format!("understand the step {}", String::from_utf8_lossy(line)))
+            })
+            .collect()
+    }
+}
+
+/// The last of what the console showed.
+pub fn console(folder: &Path, lines: usize) -> String {
+    let text = fs::read(folder.join("serial.log")).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text).replace('\r', "");
+    let all: Vec<&str> = text.lines().collect();
+    all[all.len().saturating_sub(lines)..].iter().map(|line| format!("    | {line}\n")).collect()
+}
+
+pub fn folder(name: &str) -> PathBuf {
+    crate::target().join("vm/runs").join(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What becomes of a machine that does this; how many lines were heard, and how long it took.
+    fn followed(script: &str, limit: Duration) -> (Result<Verdict>, usize, Duration) {
+        let folder = tempfile::tempdir().unwrap();
+        let steps = folder.path().join("steps");
+        File::create(&steps).unwrap();
+        let mut shell = Command::new("sh");
+        shell.args(["-c", script]).env("STEPS", &steps);
+        let (begun, mut heard) = (Instant::now(), 0);
+        let child = Guarded(shell.spawn().unwrap());
+        let verdict = follow(child, &steps, limit, &mut |_| heard += 1);
+        (verdict, heard, begun.elapsed())
+    }
+
+    const STEP: &str = r#"echo '{"step":{"name":"a","ok":true,"seconds":1,"detail":""}}' >>$STEPS;"#;
+    const END: &str = r#"echo '{"end":{"steps":1}}' >>$STEPS;"#;
+    const LONG: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn only_a_machine_that_says_everything_and_ends_well_has_passed() {
+        assert_eq!(followed(&format!("{STEP}{END}"), LONG).0.unwrap(), Verdict::Ok);
+        for silent in ["true".to_owned(), STEP.to_owned(), END.to_owned()] {
+            assert!(matches!(followed(&silent, LONG).0.unwrap(), Verdict::Failed(_)), "{silent}");
+        }
+        for broken in [format!("{STEP}{END} exit 3"), format!("echo nonsense >>$STEPS; {STEP}{END}")] {
+            assert!(followed(&broken, LONG).0.is_err(), "{broken}");
+        }
+    }
+
+    #[test]
+    fn a_machine_that_hangs_is_killed_and_what_it_said_is_kept() {
+        let (verdict, heard, took) = followed(&format!("{STEP} exec sleep 987"), Duration::from_millis(500));
+        assert_eq!(verdict.unwrap(), Verdict::Failed("still running after 0 s: killed".into()));
+        assert!(heard == 1 && took < LONG, "{heard} lines, {took:?}");
+    }
+}

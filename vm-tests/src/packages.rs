@@ -1,0 +1,188 @@
+//! Debian's packages, downloaded and unpacked but never installed: this machine stays as it is.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail, ensure};
+
+/// As Debian calls them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Arch {
+    Amd64,
+    Arm64,
+}
+
+impl Arch {
+    pub const ALL: [Arch; 2] = [Arch::Amd64, Arch::Arm64];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Arch::Amd64 => "amd64",
+            Arch::Arm64 => "arm64",
+        }
+    }
+
+    /// The folder of its libraries.
+    pub fn triple(self) -> &'static str {
+        match self {
+            Arch::Amd64 => "x86_64-linux-gnu",
+            Arch::Arm64 => "aarch64-linux-gnu",
+        }
+    }
+}
+
+/// A package in the version that apt would install now.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Package {
+    /// The file's name, as apt writes it: NAME_VERSION_ARCH.deb, with a version's colon as `%3a`.
+    pub file: String,
+    /// Of the file, where apt says it.
+    pub checksum: String,
+    size: u64,
+}
+
+impl Package {
+    pub fn name(&self) -> &str {
+        self.file.split('_').next().unwrap_or_default()
+    }
+
+    /// As `apt-get download` wants it.
+    fn exact(&self) -> Result<String> {
+        let mut words = self.file.trim_end_matches(".deb").split('_');
+        let (Some(name), Some(version), Some(arch)) = (words.next(), words.next(), words.next()) else {
+            bail!("{} is no package's file", self.file)
+        };
+        Ok(format!("{name}:{arch}={}", version.replace("%3a", ":")))
+    }
+}
+
+/// These packages and all that they depend on, as on a machine where nothing is installed yet.
+pub fn with_dependencies(arch: Arch, names: &[&str]) -> Result<Vec<Package>> {
+    let mut command = apt_get(arch);
+    command.args(["-o", "Dir::State::status=/dev/null", "-o", "APT::Install-Recommends=false"]);
+    // What apt has lying about is not listed.
+    command.args(["-o", "Dir::Cache::archives=/nonexistent"]);
+    command.args(["--print-uris", "-qq", "install"]).args(names);
+    let packages: Vec<Package> = said(&mut command)?.lines().filter_map(listed).collect();
+    for name in names {
+        ensure!(packages.iter().any(|package| package.name() == *name), "apt-get lists no package {name}");
+    }
+    Ok(packages)
+}
+
+/// Debian's kernel of a series for virtual machines, such as `6.12`. The package that stands for the newest of a
+/// series changes its dependency with each update.
+pub fn kernel(arch: Arch, series: &str) -> Result<Package> {
+    let arch_name = arch.name();
+    for meta in [format!("linux-image-{series}-cloud-{arch_name}"), format!("linux-image-cloud-{arch_name}")]
+    {
+        let asked = said(Command::new("apt-cache").args(["depends", &format!("{meta}:{arch_name}")]));
+        let text = asked.unwrap_or_default();
+        let names = text.lines().filter_map(|line| line.trim().strip_prefix("Depends: "));
+        let image = names
+            .map(|name| name.split(':').next().unwrap_or(name))
+            .find(|name| name.strip_prefix("linux-image-").is_some_and(|rest| is_of(rest, series)));
+        let Some(image) = image else { continue };
+        let mut command = apt_get(arch);
+        command.args(["--print-uris", "-qq", "download", &format!("{image}:{arch_name}")]);
+        let text = said(&mut command)?;
+        return text.lines().find_map(listed).with_context(|| format!("apt-get lists no file for {image}"));
+    }
+    bail!("apt offers no kernel {series} for {arch_name} (looked for linux-image-{series}-cloud-{arch_name})")
+}
+
+fn is_of(version: &str, series: &str) -> bool {
+    version.strip_prefix(series).is_some_and(|rest| rest.starts_with(['.', '-', '+']))
+}
+
+/// A line of `--print-uris`: 'URI' FILE SIZE CHECKSUM, where the last is missing for some archives.
+fn listed(line: &str) -> Option<Package> {
+    let mut words = line.strip_prefix('\'')?.split_whitespace().skip(1);
+    let (file, size) = (words.next()?, words.next()?.parse().ok()?);
+    let checksum = words.next().unwrap_or_default().to_owned();
+    let plain = file.ends_with(".deb") && !file.contains('/') && file.split('_').count() == 3;
+    plain.then(|| Package { file: file.to_owned(), checksum, size })
+}
+
+/// Downloads what is not in `folder` yet.
+pub fn download(packages: &[Package], arch: Arch, folder: &Path) -> Result<Vec<PathBuf>> {
+    fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
+    let path = |package: &Package| folder.join(&package.file);
+    let there = |package: &Package| fs::metadata(path(package)).is_ok_and(|meta| meta.len() == package.size);
+    let missing: Vec<&Package> = packages.iter().filter(|package| !there(package)).collect();
+    if !missing.is_empty() {
+        let megabytes = missing.iter().map(|package| package.size).sum::<u64>() / 1_000_000;
+        println!("vm: download of {} packages, {megabytes} MB", missing.len());
+        let mut command = apt_get(arch);
+        command.current_dir(folder).args(["-qq", "download"]);
+        for package in &missing {
+            command.arg(package.exact()?);
+        }
+        said(&mut command)?;
+    }
+    for package in missing {
+        ensure!(there(package), "apt-get downloaded no {} of {} bytes", package.file, package.size);
+    }
+    Ok(packages.iter().map(path).collect())
+}
+
+/// The files of a package into a folder.
+pub fn unpack(package: &Path, folder: &Path) -> Result<()> {
+    said(Command::new("dpkg-deb").arg("--extract").arg(package).arg(folder)).map(|_| ())
+}
+
+fn apt_get(arch: Arch) -> Command {
+    let mut command = Command::new("apt-get");
+    command.args(["-o", "Acquire::Retries=3", "-o", "APT::Sandbox::User=root"]);
+    if arch.name() != host() {
+        command.args(["-o", &format!("APT::Architecture={}", arch.name())]);
+    }
+    command
+}
+
+fn host() -> &'static str {
+    if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" }
+}
+
+/// Runs a command to its end; its output, or its last words.
+pub(crate) fn said(command: &mut Command) -> Result<String> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    let shown: Vec<_> = command.get_args().take(12).map(|word| word.to_string_lossy().into_owned()).collect();
+    let shown = format!("{program} {}", shown.join(" "));
+    let output = command.env("LC_ALL", "C").stdin(Stdio::null()).output();
+    let output = output.with_context(|| format!("start {program} (is it installed?)"))?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "`{shown}`: {}\n{}", output.status, errors.trim_end());
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_of_apt_is_a_package_and_anything_else_is_not() {
+        let line = "'http://host/pool/t/tar_1.34_amd64.deb' tar_1%3a1.34_amd64.deb 42 SHA256:ab";
+        let package = listed(line).unwrap();
+        assert_eq!((package.name(), package.size, &*package.checksum), ("tar", 42, "SHA256:ab"));
+        assert_eq!(package.exact().unwrap(), "tar:amd64=1:1.34");
+        let bare = listed("'u' x_1_amd64.deb 7 ").unwrap();
+        assert_eq!((bare.size, &*bare.checksum), (7, ""));
+        for other in [
+            "",
+            "'u' x_1_amd64.deb many MD5Sum:ab",
+            "Reading package lists...",
+            "'http://host/x' ../x_1_amd64.deb 1 a",
+            "'u' x.deb 1 a",
+        ] {
+            assert_eq!(listed(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn a_series_is_not_another_that_begins_like_it() {
+        assert!(is_of("6.1.0-56-cloud-amd64", "6.1") && is_of("6.12.117+deb12-cloud-amd64", "6.12"));
+        assert!(!is_of("6.12.117+deb12-cloud-amd64", "6.1") && !is_of("6.1.0-56-cloud-amd64", "6.12"));
+    }
+}
