@@ -416,6 +416,7 @@ fn request(lab: &Lab, addresses: &[IpAddr], protos: &[Proto]) -> Request {
         ports: vec![1..=u16::MAX],
         source: None,
         named: Vec::new(),
+        plain: false,
         mode: Mode::Verdict,
         rate: None,
         care: Vec::new(),

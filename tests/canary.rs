@@ -109,16 +109,9 @@ fn canaries_are_refused_counted_and_repaired_and_leave_no_trace() {
     assert!(daemon.running.stop().unwrap().success());
     let events = Events::mark(&daemon);
     // The first look of the next one finds nothing that it did not know.
-    let daemon = lab.spoke.daemon_in(&daemon.folder().to_path_buf(), &[]).unwrap();
+    let daemon = lab.spoke.daemon_in(daemon.folder(), &[]).unwrap();
     assert_eq!(enforced(&lab), [1.0; 5], "{}", daemon.running.log());
-    // They did meet our table.
-    let met = |body: &str| {
-        let packets = body.lines().filter_map(|line| line.trim().strip_prefix("packets "));
-        packets.filter_map(|rest| rest.split(' ').next()?.parse::<u64>().ok()).sum::<u64>()
-    };
-    let counted = lab.spoke.ok(&["nft", "list", "counters", "table", "inet", "spokeguard"]).unwrap();
-    assert!(met(&counted) >= 4, "{counted}");
-    // And are in no number that an operator reads.
+    // They are in no number that an operator reads.
     wait_until(LONG, "the first audit", || fresh(&lab.hub).contains("audit_age").then_some(())).unwrap();
     let body = fresh(&lab.hub);
     for name in ["dropped_packets_total", "repairs_total", "drift_events_total", "refused_binds_total"] {
@@ -207,7 +200,12 @@ fn a_control_that_reads_back_well_is_defeated_and_found_out() {
         .unwrap();
     for means in [newer, older] {
         let [table, layer, counts] = judged(&flown(&lab, means));
-        is_untried(&table, "before it got to our table");
+        if means == newer {
+            is_untried(&table, "before it got to our table");
+        } else {
+            // Nobody stands beside our table to say whose refusal it was.
+            assert_eq!(table, Outcome::Proven);
+        }
         assert_eq!((layer, counts), (Outcome::Proven, Outcome::Proven), "{means:?}");
     }
     lab.spoke.nft("delete table inet stranger").unwrap();

@@ -336,7 +336,7 @@ fn thirty_two_megabytes_are_enough_and_what_is_too_much_opens_nothing() {
         let own = group.stat("rss").or_else(|_| group.stat("anon")).unwrap();
         eprintln!("{when}: peak {} KiB, now {} KiB without files", group.peak().unwrap() >> 10, own >> 10);
     };
-    let mut daemon = spoke.daemon_under(&wrapper, &folder, &[]).unwrap_or_else(|error| {
+    let daemon = spoke.daemon_under(&wrapper, &folder, &[]).unwrap_or_else(|error| {
         panic!("{error:#}; {} killed, peak {}", group.killed().unwrap(), group.peak().unwrap())
     });
     say("started");

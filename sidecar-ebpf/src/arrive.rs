@@ -58,8 +58,10 @@ fn arrive<const IP: usize>(mut ctx: TcContext) -> i32 {
     let Some(order) = ORDERS.get(0) else { return TC_ACT_UNSPEC };
     let Some((port, _)) = probed(&ctx, order, IP) else { return TC_ACT_UNSPEC };
     see(port);
-    // SAFETY: a writable field of the context.
-    unsafe { (*ctx.skb.skb).priority = PRIORITY };
+    if order.canary & canary::PLAIN == 0 {
+        // SAFETY: a writable field of the context.
+        unsafe { (*ctx.skb.skb).priority = PRIORITY };
+    }
     if order.canary & canary::COUNTED != 0 {
         let block = ctx.cb_mut();
         block[0] = MARK[0];

@@ -6,7 +6,7 @@ use core::hint::black_box;
 use aya_ebpf::bindings::{BPF_F_INGRESS, TC_ACT_OK};
 use aya_ebpf::helpers::generated::bpf_skb_store_bytes;
 use aya_ebpf::{macros::classifier, programs::TcContext};
-use sidecar_ebpf::sweep::{FRAME_MAX, TC_INDEX};
+use sidecar_ebpf::sweep::{FRAME_MAX, TC_INDEX, TC_INDEX_PLAIN, canary};
 
 use crate::probe_maps::{FRAMES, ORDERS, PROGRESS};
 
@@ -28,8 +28,9 @@ pub fn inject(ctx: TcContext) -> i32 {
     // a copy of its own first.
     // SAFETY: the frame is FRAME_MAX bytes long, and the kernel checks the packet's bounds.
     let stored = unsafe { bpf_skb_store_bytes(ctx.skb.skb, 0, frame.bytes.as_ptr().cast(), length, 0) };
+    let index = if order.canary & canary::PLAIN != 0 { TC_INDEX_PLAIN } else { TC_INDEX };
     // SAFETY: a writable field of the context.
-    unsafe { (*ctx.skb.skb).tc_index = TC_INDEX };
+    unsafe { (*ctx.skb.skb).tc_index = index };
     if stored != 0 || ctx.clone_redirect(order.index, BPF_F_INGRESS as u64).is_err() {
         progress.refused += 1;
     }

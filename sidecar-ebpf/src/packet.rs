@@ -5,7 +5,7 @@
 
 use aya_ebpf::programs::TcContext;
 use aya_ebpf::programs::sk_buff::SkBuff;
-use sidecar_ebpf::sweep::{PRIORITY, TC_INDEX};
+use sidecar_ebpf::sweep::{PRIORITY, TC_INDEX, TC_INDEX_PLAIN};
 use sidecar_ebpf::{ICMP, IN, IPV4, IPV6, OTHER, TCP, UDP, notes};
 
 const ETHERNET_BYTES: usize = 14;
@@ -291,10 +291,11 @@ unsafe fn byte(at: usize) -> u8 {
 pub fn is_probe(ctx: &TcContext) -> bool {
     // SAFETY: fields of the context, the first readable, the second writable.
     unsafe {
-        if (*ctx.skb.skb).tc_index != TC_INDEX {
-            return false;
+        match (*ctx.skb.skb).tc_index {
+            TC_INDEX => (*ctx.skb.skb).priority = PRIORITY,
+            TC_INDEX_PLAIN => {}
+            _ => return false,
         }
-        (*ctx.skb.skb).priority = PRIORITY;
     }
     true
 }

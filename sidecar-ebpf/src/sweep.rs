@@ -45,6 +45,8 @@ pub mod canary {
     /// It meets no other program at tc ingress, so that the guard hides nothing of what
     /// is behind it.
     pub const PAST_TC: u8 = 2;
+    /// Also of an audit: it keeps its priority, since somebody's rules ask for that.
+    pub const PLAIN: u8 = 4;
 }
 
 /// Bits of [`Trace::stages`]: where a probe was seen on its way.
@@ -84,7 +86,7 @@ pub struct Order {
     pub proto: u8,
     /// 1: replies of sockets are wanted, and theirs alone.
     pub reply: u8,
-    /// Bits of [`canary`]; 0 in an audit.
+    /// Bits of [`canary`]; in an audit at most [`canary::PLAIN`].
     pub canary: u8,
 }
 const _: () = assert!(size_of::<Order>() == 52);
@@ -168,6 +170,8 @@ const _: () = assert!(size_of::<Trace>() == 24);
 ///
 /// `skb->tc_index`, set by the injector: for tc programs.
 pub const TC_INDEX: u32 = 0x5347;
+/// The same for a probe that is [`canary::PLAIN`].
+pub const TC_INDEX_PLAIN: u32 = 0x5348;
 /// `skb->priority`, set by the first of our programs at tc ingress, for what comes behind it;
 /// routing forgets it in IPv4 packets that are passed on. Not the mark, by which other
 /// people's rules and routes choose.

@@ -7,9 +7,10 @@ use std::str::FromStr;
 use ipnet::{IpNet, Ipv4Subnets, Ipv6Subnets};
 
 use super::join::View;
+use crate::desired::TABLE;
 use crate::observed::Link;
 use crate::ruleset::evaluate::published;
-use crate::ruleset::{Operand, Statement, VerdictMap};
+use crate::ruleset::{Operand, Statement, Term, VerdictMap};
 use crate::terms::{Port, Proto, Scope};
 
 /// One address as strangers get to it.
@@ -162,6 +163,32 @@ impl View<'_> {
         // Everybody is in there.
         out.retain(|net| net.prefix_len() > 0);
         out.into_iter().take(NAMED_MAX).collect()
+    }
+}
+
+impl View<'_> {
+    /// Whether a verdict of somebody else's rules may hang on a packet's priority, by which our own
+    /// table knows a probe.
+    pub fn asks_for_priority(&self) -> bool {
+        let tables = self.rules.seen().into_iter().flat_map(|rules| &rules.tables);
+        let rules = tables.filter(|t| t.name != TABLE).flat_map(|t| &t.chains).flat_map(|c| &c.rules);
+        rules.flat_map(|rule| &rule.statements).any(|statement| match statement {
+            Statement::Match(of) => is_of_priority(&of.left),
+            Statement::Vmap { key, .. } => is_of_priority(key),
+            // What isn't understood may ask for anything.
+            Statement::Unknown(json) => json.contains("priority"),
+            _ => false,
+        })
+    }
+}
+
+fn is_of_priority(term: &Term) -> bool {
+    match term {
+        Term::Meta(key) => key == "priority",
+        Term::And { term, .. } => is_of_priority(term),
+        Term::Concat(terms) => terms.iter().any(is_of_priority),
+        Term::Unknown(json) => json.contains("priority"),
+        _ => false,
     }
 }
 

@@ -171,6 +171,7 @@ impl Sight<'_> {
                 ports: ranges(&ports),
                 source: self.options.source,
                 named: self.named.clone(),
+                plain: self.view.asks_for_priority(),
                 mode: if self.options.reply { probe::Mode::Reply } else { probe::Mode::Verdict },
                 rate: self.options.rate,
                 care,

@@ -47,7 +47,7 @@ const ADDRESSES_MAX: usize = 256;
 const PATIENCE: Duration = Duration::from_secs(3);
 
 pub fn errand(view: &View, run_dir: &Path, extent: &Extent) -> Errand {
-    let named = view.named();
+    let (named, plain) = (view.named(), view.asks_for_priority());
     let request =
         |link: &crate::observed::Link, addresses: Vec<IpAddr>, protos: Vec<Proto>, ports: &[Port]| {
             let asked = Ports::of(ports);
@@ -66,6 +66,7 @@ pub fn errand(view: &View, run_dir: &Path, extent: &Extent) -> Errand {
                 ports: ranges(ports),
                 source: None,
                 named: named.clone(),
+                plain,
                 mode: Mode::Verdict,
                 rate: None,
                 run_dir: run_dir.to_owned(),

@@ -56,6 +56,9 @@ pub struct Request {
     pub source: Option<IpAddr>,
     /// Prefixes that rules name: a chosen source lies in none of them.
     pub named: Vec<IpNet>,
+    /// Rules of others ask for a packet's priority: probes keep theirs, and our table counts them.
+    #[serde(default)]
+    pub plain: bool,
     pub mode: Mode,
     /// At most so many probes a second.
     pub rate: Option<u32>,
@@ -208,6 +211,7 @@ pub fn sweep_by(
                 let mut order =
                     order(request.link.index, request.mode, offsets.unwrap_or_default(), &origin, *proto);
                 order.index = index;
+                order.canary = if request.plain { sidecar_ebpf::sweep::canary::PLAIN } else { 0 };
                 let from = neighbour.unwrap_or(frame::NOBODY);
                 shapes.push((*proto, origin, Shape { order, to, mac: device.mac, from }));
             }

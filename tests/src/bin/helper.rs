@@ -104,6 +104,7 @@ fn sweep(interface: &str, address: &str, run_dir: &Path) -> Result<()> {
         ports: vec![1..=u16::MAX],
         source: None,
         named: Vec::new(),
+        plain: false,
         mode: probe::Mode::Verdict,
         rate: Some(100),
         care: Vec::new(),
