@@ -21,6 +21,11 @@ pub fn run(decoder: Option<&str>, seconds: u64) -> Result<()> {
         all.join(" ")
     );
     tools()?;
+    // The workspace's versions, to which cargo adds what the fuzzers need besides.
+    let lock = Path::new(FOLDER).join("Cargo.lock");
+    if !lock.exists() {
+        std::fs::copy("Cargo.lock", &lock).with_context(|| format!("write {}", lock.display()))?;
+    }
     for name in chosen {
         println!("==> {name}, {seconds} s");
         let corpus = PathBuf::from(FOLDER).join("corpus").join(name);
