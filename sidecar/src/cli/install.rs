@@ -29,6 +29,9 @@ const PROGRAM: &str = "/usr/local/sbin/spokeguard";
 const PROGRAM_FOLDERS: [&str; 6] =
     ["/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin", "/bin", "/sbin"];
 
+/// Of shut.nft, before the line that a mesh interface of another name gets.
+const TUNNEL: &str = "iifname \"tailscale*\" accept";
+
 /// Path below the root, and text.
 const FILES: [(&str, &str); 6] = [
     ("usr/lib/spokeguard/shut.nft", include_str!("../../../contrib/systemd/shut.nft")),
@@ -62,7 +65,11 @@ pub fn install(global: &Global, options: &Options) -> anyhow::Result<u8> {
     let nft = find("nft").context("nft is missing: install nftables first (apt install nftables)")?;
     root.all_ours_or_absent()?;
     let program = root.program()?;
-    let mut told = root.put(&program, &nft)?;
+    let policy = super::policy::load(global, crate::sys::clock::now());
+    // An image's policy is not this host's.
+    let mesh = policy.as_ref().ok().filter(|_| root.is_running());
+    let mesh = mesh.map(|(loaded, _)| loaded.policy.mesh.interface.clone());
+    let mut told = root.put(&program, &nft, mesh.as_deref())?;
     if !root.is_running() {
         let wants = |target: &str, unit: &str| root.link(&format!("{UNITS}/{target}.wants/{unit}"), unit);
         wants("sysinit.target", BOOT)?;
@@ -73,7 +80,6 @@ pub fn install(global: &Global, options: &Options) -> anyhow::Result<u8> {
     }
     systemctl(&["daemon-reload"])?;
     systemctl(&["enable", "--quiet", BOOT, SERVICE])?;
-    let policy = super::policy::load(global, crate::sys::clock::now());
     match policy {
         Ok(_) => {
             systemctl(&["restart", SERVICE])?;
@@ -156,13 +162,18 @@ impl Root {
     }
 
     /// Writes every file that isn't there yet, and says what became of each.
-    fn put(&self, program: &Path, nft: &Path) -> anyhow::Result<Vec<String>> {
+    /// Through the interface `mesh` its operator gets in when the sealed rules can't be loaded.
+    fn put(&self, program: &Path, nft: &Path, mesh: Option<&str>) -> anyhow::Result<Vec<String>> {
         self.all_ours_or_absent()?;
         let mut told = Vec::new();
         for (path, text) in FILES {
             let text = text
                 .replace("ExecStart=spokeguard ", &format!("ExecStart={} ", program.display()))
                 .replace("ExecStart=nft ", &format!("ExecStart={} ", nft.display()));
+            let text = match mesh {
+                Some(mesh) => text.replace(TUNNEL, &format!("{TUNNEL}\n\t\tiifname \"{mesh}\" accept")),
+                None => text,
+            };
             let verb = if self.write(path, &text)? { "wrote" } else { "is as it was:" };
             told.push(format!("{verb} {}", self.path(path).display()));
         }
@@ -296,7 +307,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let root = Root(folder.path().to_owned());
         let nft = Path::new("/usr/sbin/nft");
-        assert!(root.put(Path::new(PROGRAM), nft).unwrap().iter().all(|line| line.starts_with("wrote ")));
+        assert!(
+            root.put(Path::new(PROGRAM), nft, Some("mesh0"))
+                .unwrap()
+                .iter()
+                .all(|line| line.starts_with("wrote "))
+        );
         let files = relative(folder.path());
         assert_eq!(files.len(), FILES.len());
         for path in &files {
@@ -305,8 +321,13 @@ mod tests {
             assert!(!text.contains("ExecStart=nft") && !text.contains("ExecStart=spokeguard"), "{path}");
         }
         assert!(
-            root.put(Path::new(PROGRAM), nft).unwrap().iter().all(|line| line.starts_with("is as it was:"))
+            root.put(Path::new(PROGRAM), nft, Some("mesh0"))
+                .unwrap()
+                .iter()
+                .all(|line| line.starts_with("is as it was:"))
         );
+        let shut = fs::read_to_string(root.path("usr/lib/spokeguard/shut.nft")).unwrap();
+        assert_eq!(shut.matches("\t\tiifname \"mesh0\" accept\n").count(), 1, "{shut}");
         // Nobody else's drop-in goes with ours.
         let other = root.path("etc/systemd/system/ssh.service.d/other.conf");
         fs::write(&other, "[Service]\n").unwrap();
@@ -325,7 +346,7 @@ mod tests {
         let unit = root.path("etc/systemd/system/spokeguard.service");
         fs::create_dir_all(unit.parent().unwrap()).unwrap();
         fs::write(&unit, "[Service]\n").unwrap();
-        for done in [root.put(Path::new(PROGRAM), Path::new("/usr/sbin/nft")), root.take()] {
+        for done in [root.put(Path::new(PROGRAM), Path::new("/usr/sbin/nft"), None), root.take()] {
             let text = format!("{:#}", done.unwrap_err());
             assert!(
                 text.ends_with("spokeguard.service: not written by spokeguard install; move it away first"),
