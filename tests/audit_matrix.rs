@@ -125,6 +125,7 @@ impl Report {
             Err(error) => self.wrong += &format!("{}: {error:#}\n", case.name),
         }
         self.times.push((took.as_secs_f64(), case.name.clone()));
+        eprintln!("{:>3} {:<28} {:.1} s", self.times.len(), case.name, took.as_secs_f64());
     }
 }
 
