@@ -419,6 +419,7 @@ fn request(lab: &Lab, addresses: &[IpAddr], protos: &[Proto]) -> Request {
         plain: false,
         mode: Mode::Verdict,
         rate: None,
+        threads: 2,
         care: Vec::new(),
         keeper: None,
         run_dir: lab.dir.join("run"),

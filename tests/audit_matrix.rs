@@ -249,7 +249,7 @@ impl Case {
                 })
                 .map(|(port, _)| *port)
                 .collect();
-            if disputed.is_empty() || disputed.len() > 3000 {
+            if disputed.is_empty() {
                 break;
             }
             let slowly = again > 0 && disputed.len() < 300;

@@ -98,6 +98,7 @@ const MODULES: &[&str] = &[
     "kernel/drivers/net/vrf",
     "kernel/drivers/net/wireguard/",
     "kernel/drivers/virtio/",
+    "kernel/fs/ext4/",
     "kernel/lib/",
     "kernel/net/802/",
     "kernel/net/8021q/",
@@ -172,6 +173,17 @@ pub fn root(arch: Arch) -> Result<PathBuf> {
         forget(&format!("root-{}-", arch.name()), &name)?;
     }
     Ok(root)
+}
+
+/// An empty disk.
+pub fn disk(folder: &Path) -> Result<PathBuf> {
+    const BYTES: u64 = 64 << 20;
+    let path = folder.join("disk.raw");
+    let file = fs::File::create(&path).with_context(|| format!("create {}", path.display()))?;
+    file.set_len(BYTES).with_context(|| format!("write {} (no space?)", path.display()))?;
+    said(Command::new("mke2fs").args(["-q", "-t", "ext4"]).arg(&path))
+        .context("apt-get install e2fsprogs")?;
+    Ok(path)
 }
 
 /// Documentation, translations and what a package manager wants are half of what is unpacked.

@@ -19,6 +19,7 @@ pub struct Machine<'a> {
     /// Archives, in this order.
     pub initrd: Vec<&'a Path>,
     pub memory_mib: u32,
+    pub disk: Option<&'a Path>,
     pub limit: Duration,
     /// For its files; emptied first.
     pub folder: &'a Path,
@@ -113,6 +114,9 @@ fn start(machine: &Machine, initrd: &Path, steps: &Path, serial: &Path) -> Resul
     command.args(["-device", "virtio-serial-pci", "-device", "virtserialport,chardev=steps,name=steps"]);
     command.args(["-chardev", &format!("file,id=steps,path={}", quoted(steps))]);
     command.args(["-serial", &format!("file:{}", quoted(serial))]);
+    if let Some(disk) = machine.disk {
+        command.args(["-drive", &format!("file={},format=raw,if=virtio", quoted(disk))]);
+    }
     let log = File::create(machine.folder.join("emulator.log")).context("create the emulator's log")?;
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
     command.spawn().with_context(|| format!("start {program} (apt-get install {package})"))

@@ -109,26 +109,39 @@ fn boot(
         fs::remove_dir_all(&folder).with_context(|| format!("remove {}", folder.display()))?;
     }
     let kernel = image::kernel(arch, series)?;
-    let words = [&[scenario.name.to_owned()], filters].concat().join(" ");
     let scratch = folder.join("programs");
     let own = folder.join("own.cpio");
-    let mut file = Vec::new();
     let programs =
         Programs { plain: programs.plain.clone(), tests: programs.tests.clone().filter(|_| scenario.tests) };
-    payload::tree(&programs, &scratch, &words)?.write(&mut file)?;
-    fs::File::create(&own)
-        .and_then(|mut out| out.write_all(&file))
-        .with_context(|| format!("write {}", own.display()))?;
     println!("\nvm: {} on {} ({}, {} MiB)", scenario.name, kernel.release, arch.name(), scenario.memory_mib);
-    let machine = Machine {
-        arch,
-        vmlinuz: &kernel.vmlinuz,
-        initrd: vec![root, &kernel.modules, &own],
-        memory_mib: scenario.memory_mib,
-        limit: Duration::from_secs(scenario.limit_s),
-        folder: &folder,
-    };
-    let verdict = machine::run(&machine, show)?;
+    fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
+    let disk = if scenario.boots > 1 { Some(image::disk(&folder)?) } else { None };
+    let mut verdict = Verdict::Ok;
+    for boot in 1..=scenario.boots {
+        let number = if disk.is_some() { vec![boot.to_string()] } else { vec![] };
+        let words = [&[scenario.name.to_owned()], &*number, filters].concat().join(" ");
+        let mut file = Vec::new();
+        payload::tree(&programs, &scratch, &words)?.write(&mut file)?;
+        fs::File::create(&own)
+            .and_then(|mut out| out.write_all(&file))
+            .with_context(|| format!("write {}", own.display()))?;
+        let machine = Machine {
+            arch,
+            vmlinuz: &kernel.vmlinuz,
+            initrd: vec![root, &kernel.modules, &own],
+            memory_mib: scenario.memory_mib,
+            disk: disk.as_deref(),
+            limit: Duration::from_secs(scenario.limit_s),
+            folder: &folder,
+        };
+        verdict = machine::run(&machine, show)?;
+        if verdict != Verdict::Ok {
+            break;
+        }
+    }
+    if let Some(disk) = disk {
+        fs::remove_file(&disk).with_context(|| format!("remove {}", disk.display()))?;
+    }
     fs::remove_dir_all(&scratch).with_context(|| format!("remove {}", scratch.display()))?;
     fs::remove_file(&own).with_context(|| format!("remove {}", own.display()))?;
     Ok(verdict)

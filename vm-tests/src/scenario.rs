@@ -10,6 +10,8 @@ pub struct Scenario {
     pub quick: &'static [&'static str],
     pub memory_mib: u32,
     pub limit_s: u64,
+    /// More than one: with a disk that outlives each of them.
+    pub boots: u32,
     /// Whether it needs the integration tests' program.
     pub tests: bool,
 }
@@ -22,7 +24,38 @@ pub const ALL: &[Scenario] = &[
         quick: &["6.12"],
         memory_mib: 1024,
         limit_s: 900,
+        boots: 1,
         tests: false,
+    },
+    Scenario {
+        name: "lock-out",
+        about: "A policy that shuts the hub out goes back: by itself, with all of ours killed, across a power cut",
+        kernels: &["6.1", "6.12"],
+        quick: &[],
+        memory_mib: 1024,
+        limit_s: 900,
+        boots: 2,
+        tests: false,
+    },
+    Scenario {
+        name: "docker-like",
+        about: "Others write rules after ours, delete, flush and restore: containers, NixOS, iptables",
+        kernels: &["6.1", "6.12"],
+        quick: &[],
+        memory_mib: 1024,
+        limit_s: 900,
+        boots: 1,
+        tests: false,
+    },
+    Scenario {
+        name: "upgrade",
+        about: "A long connection and steady traffic across restarts, reloads and upgrades; counted exactly",
+        kernels: &["6.1", "6.12"],
+        quick: &[],
+        memory_mib: 1536,
+        limit_s: 1800,
+        boots: 1,
+        tests: true,
     },
     Scenario {
         name: "no-features",
@@ -31,6 +64,7 @@ pub const ALL: &[Scenario] = &[
         quick: &[],
         memory_mib: 1024,
         limit_s: 900,
+        boots: 1,
         tests: false,
     },
     Scenario {
@@ -40,6 +74,7 @@ pub const ALL: &[Scenario] = &[
         quick: &[],
         memory_mib: 1536,
         limit_s: 1800,
+        boots: 1,
         tests: true,
     },
     Scenario {
@@ -49,6 +84,7 @@ pub const ALL: &[Scenario] = &[
         quick: &[],
         memory_mib: 1536,
         limit_s: 7200,
+        boots: 1,
         tests: true,
     },
 ];

@@ -174,6 +174,7 @@ impl Sight<'_> {
                 plain: self.view.asks_for_priority(),
                 mode: if self.options.reply { probe::Mode::Reply } else { probe::Mode::Verdict },
                 rate: self.options.rate,
+                threads: std::thread::available_parallelism().map_or(1, |cpus| cpus.get().min(2)) as u8,
                 care,
                 run_dir: self.run_dir.clone(),
                 keeper: std::env::current_exe().ok(),

@@ -11,6 +11,7 @@ use anyhow::{Context as _, bail, ensure};
 use clap::Args;
 
 use super::Global;
+use crate::terms::Port;
 
 #[derive(Args)]
 pub struct Options {
@@ -29,8 +30,9 @@ const PROGRAM: &str = "/usr/local/sbin/spokeguard";
 const PROGRAM_FOLDERS: [&str; 6] =
     ["/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin", "/bin", "/sbin"];
 
-/// Of shut.nft, before the line that a mesh interface of another name gets.
+/// Of shut.nft, before the lines that a mesh interface of another name and a tunnel's other port get.
 const TUNNEL: &str = "iifname \"tailscale*\" accept";
+const OUTSIDE: &str = "udp dport { 41641, 51820 } accept";
 
 /// Path below the root, and text.
 const FILES: [(&str, &str); 6] = [
@@ -65,11 +67,14 @@ pub fn install(global: &Global, options: &Options) -> anyhow::Result<u8> {
     let nft = find("nft").context("nft is missing: install nftables first (apt install nftables)")?;
     root.all_ours_or_absent()?;
     let program = root.program()?;
-    let policy = super::policy::load(global, crate::sys::clock::now());
     // An image's policy is not this host's.
-    let mesh = policy.as_ref().ok().filter(|_| root.is_running());
-    let mesh = mesh.map(|(loaded, _)| loaded.policy.mesh.interface.clone());
-    let mut told = root.put(&program, &nft, mesh.as_deref())?;
+    let mut of_root = global.clone();
+    if let Ok(below) = global.policy.strip_prefix("/") {
+        of_root.policy = root.0.join(below);
+    }
+    let policy = super::policy::load(&of_root, crate::sys::clock::now());
+    let mesh = policy.as_ref().ok().map(|(loaded, _)| &loaded.policy.mesh);
+    let mut told = root.put(&program, &nft, mesh.map(|mesh| (&*mesh.interface, mesh.listen_port)))?;
     if !root.is_running() {
         let wants = |target: &str, unit: &str| root.link(&format!("{UNITS}/{target}.wants/{unit}"), unit);
         wants("sysinit.target", BOOT)?;
@@ -162,8 +167,13 @@ impl Root {
     }
 
     /// Writes every file that isn't there yet, and says what became of each.
-    /// Through the interface `mesh` its operator gets in when the sealed rules can't be loaded.
-    fn put(&self, program: &Path, nft: &Path, mesh: Option<&str>) -> anyhow::Result<Vec<String>> {
+    /// Through the interface `mesh` its operator gets in when the sealed rules can't be loaded; the port is its tunnel's.
+    fn put(
+        &self,
+        program: &Path,
+        nft: &Path,
+        mesh: Option<(&str, Option<Port>)>,
+    ) -> anyhow::Result<Vec<String>> {
         self.all_ours_or_absent()?;
         let mut told = Vec::new();
         for (path, text) in FILES {
@@ -171,7 +181,11 @@ impl Root {
                 .replace("ExecStart=spokeguard ", &format!("ExecStart={} ", program.display()))
                 .replace("ExecStart=nft ", &format!("ExecStart={} ", nft.display()));
             let text = match mesh {
-                Some(mesh) => text.replace(TUNNEL, &format!("{TUNNEL}\n\t\tiifname \"{mesh}\" accept")),
+                Some((mesh, _)) => text.replace(TUNNEL, &format!("{TUNNEL}\n\t\tiifname \"{mesh}\" accept")),
+                None => text,
+            };
+            let text = match mesh.and_then(|(_, port)| port) {
+                Some(port) => text.replace(OUTSIDE, &format!("{OUTSIDE}\n\t\tudp dport {port} accept")),
                 None => text,
             };
             let verb = if self.write(path, &text)? { "wrote" } else { "is as it was:" };
@@ -308,7 +322,7 @@ mod tests {
         let root = Root(folder.path().to_owned());
         let nft = Path::new("/usr/sbin/nft");
         assert!(
-            root.put(Path::new(PROGRAM), nft, Some("mesh0"))
+            root.put(Path::new(PROGRAM), nft, Some(("mesh0", Port::new(40000))))
                 .unwrap()
                 .iter()
                 .all(|line| line.starts_with("wrote "))
@@ -321,13 +335,14 @@ mod tests {
             assert!(!text.contains("ExecStart=nft") && !text.contains("ExecStart=spokeguard"), "{path}");
         }
         assert!(
-            root.put(Path::new(PROGRAM), nft, Some("mesh0"))
+            root.put(Path::new(PROGRAM), nft, Some(("mesh0", Port::new(40000))))
                 .unwrap()
                 .iter()
                 .all(|line| line.starts_with("is as it was:"))
         );
         let shut = fs::read_to_string(root.path("usr/lib/spokeguard/shut.nft")).unwrap();
         assert_eq!(shut.matches("\t\tiifname \"mesh0\" accept\n").count(), 1, "{shut}");
+        assert_eq!(shut.matches("\t\tudp dport 40000 accept\n").count(), 1, "{shut}");
         // Nobody else's drop-in goes with ours.
         let other = root.path("etc/systemd/system/ssh.service.d/other.conf");
         fs::write(&other, "[Service]\n").unwrap();

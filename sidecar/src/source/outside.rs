@@ -69,6 +69,8 @@ pub fn errand(view: &View, run_dir: &Path, extent: &Extent) -> Errand {
                 plain,
                 mode: Mode::Verdict,
                 rate: None,
+                // The host has better things to do with its other CPUs.
+                threads: 1,
                 run_dir: run_dir.to_owned(),
             }
         };

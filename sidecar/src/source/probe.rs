@@ -23,7 +23,9 @@ pub(super) mod tables;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
 use std::os::fd::AsFd as _;
+use std::panic::resume_unwind;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
@@ -33,13 +35,13 @@ use sidecar_ebpf::sweep::{self, CHUNK, Order, Trace, ends};
 
 use crate::audit::{Care, Fate, Sweep};
 use crate::observed::Link;
-use crate::sys::probe::{settle, test_run};
+use crate::sys::probe::{Mapped, settle, test_run};
 use crate::terms::{Family, Port, Proto};
 use aya::util::KernelVersion;
 use frame::{Kind, Shape, frame};
 use keeper::{Keeper, Unfinished};
 use lock::Lock;
-use programs::{Attached, Place, Programs};
+use programs::{Attached, Lane, Place, Programs};
 pub(crate) use route::Routes;
 use route::{Door, Origin};
 pub use tables::TABLE;
@@ -62,6 +64,8 @@ pub struct Request {
     pub mode: Mode,
     /// At most so many probes a second.
     pub rate: Option<u32>,
+    /// So many threads inject; each keeps a CPU busy for a moment.
+    pub threads: u8,
     /// Ports that are probed slowly or not at all, since rules limit what all sources do
     /// together, and what a probe uses up real traffic lacks.
     pub care: Vec<Care>,
@@ -180,7 +184,8 @@ pub fn sweep_by(
         bail!(SweepError::Down(name.clone()));
     }
     let ports = ports(&request.ports);
-    let mut programs = Programs::load().context("load the audit's programs")?;
+    let mut programs = Programs::load(usize::from(request.threads.clamp(1, THREADS_MAX)))
+        .context("load the audit's programs")?;
     // A kernel without types runs no netfilter programs either.
     let offsets = if means.programs { known(btf::read()) } else { None };
     let around = format!("attach the audit's programs around {name}");
@@ -262,6 +267,9 @@ fn known<T>(result: anyhow::Result<T>) -> Option<T> {
     result.inspect_err(|error| log::debug!("older means, since: {error:#}")).ok()
 }
 
+pub const THREADS_MAX: u8 = 2;
+/// Fewer than these ports aren't worth a thread.
+const SHARE: usize = 4 * CHUNK as usize;
 /// How often a port is probed that was not seen to arrive.
 const TRIES: u32 = 3;
 /// A chunk arrives within microseconds, unless the CPU is busy elsewhere.
@@ -328,32 +336,34 @@ impl Run<'_> {
         of: usize,
         progress: &mut dyn FnMut(Progress),
     ) -> anyhow::Result<()> {
-        let chunk = if rate.is_some() { 1 } else { CHUNK as usize };
         let mut pending = ports.to_vec();
-        let mut lost = 0;
         for _ in 0..TRIES {
-            let mut done = (of - pending.len()) as u32;
-            for chunk in pending.chunks(chunk) {
-                let start = Instant::now();
-                self.inject(chunk, Kind::Probe)?;
-                if self.wait(chunk, ARRIVAL, |trace| trace.seen != 0) == 0 {
-                    lost += 1;
-                    if lost >= LOST_CHUNKS {
-                        bail!(SweepError::Lost { interface: self.request.link.name.clone() });
-                    }
-                } else {
-                    lost = 0;
-                }
-                if self.request.mode == Mode::Reply {
-                    self.finish(chunk)?;
-                }
-                done += chunk.len() as u32;
+            let done = AtomicUsize::new(of - pending.len());
+            let (traces, lanes) = (&self.programs.traces, &mut self.programs.lanes);
+            // Sockets and the sets of a table are left their time.
+            let single = rate.is_some() || self.tables.is_some() || self.request.mode == Mode::Reply;
+            let threads = if single { 1 } else { (pending.len() / SHARE).clamp(1, lanes.len()) };
+            let way = Way { request: self.request, traces, shape: &self.shape, proto: self.proto, rate };
+            let mut tell = || {
+                let done = done.load(Ordering::Relaxed) as u32;
                 progress(Progress { address: self.shape.to, proto: self.proto, done, of: of as u32 });
-                if let Some(rate) = rate {
-                    let due = Duration::from_secs(1) * chunk.len() as u32 / rate.max(1);
-                    std::thread::sleep(due.saturating_sub(start.elapsed()));
+            };
+            // What a thread sends, its own CPU takes through the host, so each needs one.
+            let mut shares = pending.chunks(pending.len().div_ceil(threads).max(1)).zip(lanes);
+            let Some(mine) = shares.next() else { break };
+            std::thread::scope(|scope| {
+                let (way, done) = (&way, &done);
+                let others: Vec<_> = shares
+                    .map(|(share, lane)| scope.spawn(move || way.walk(lane, share, done, &mut || ())))
+                    .collect();
+                let (share, lane) = mine;
+                let mut result = way.walk(lane, share, done, &mut tell);
+                for other in others {
+                    result = result.and(other.join().unwrap_or_else(|panic| resume_unwind(panic)));
                 }
-            }
+                result
+            })?;
+            tell();
             pending.retain(|port| self.trace(*port).seen == 0);
             if pending.is_empty() {
                 break;
@@ -362,35 +372,8 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn inject(&mut self, ports: &[Port], kind: Kind) -> anyhow::Result<()> {
-        inject(self.programs, &self.shape, ports, kind)
-            .with_context(|| format!("inject probes into {}", self.request.link.name))
-    }
-
-    /// Waits until all of a chunk is as wanted; how many are.
-    fn wait(&self, ports: &[Port], limit: Duration, wanted: impl Fn(&Trace) -> bool) -> usize {
-        let deadline = Instant::now() + limit;
-        loop {
-            let there = ports.iter().filter(|port| wanted(&self.trace(**port))).count();
-            if there == ports.len() || Instant::now() >= deadline {
-                return there;
-            }
-            std::thread::sleep(Duration::from_micros(50));
-        }
-    }
-
     fn trace(&self, port: Port) -> Trace {
         self.programs.traces.get(u32::from(port.get())).unwrap_or_default()
-    }
-
-    /// Reply mode: ends at once what the probes of a chunk began.
-    fn finish(&mut self, chunk: &[Port]) -> anyhow::Result<()> {
-        self.wait(chunk, ANSWER, |trace| trace.end != ends::NONE);
-        if self.proto == Proto::Tcp {
-            // Also where no answer was seen: a container may be about to give one.
-            self.inject(chunk, Kind::Reset)?;
-        }
-        Ok(())
     }
 
     /// Reply mode: outlives retransmissions, and takes conntrack's entries away.
@@ -407,15 +390,88 @@ impl Run<'_> {
     }
 }
 
-/// Up to a chunk of frames, into the order's device.
-fn inject(programs: &mut Programs, shape: &Shape, ports: &[Port], kind: Kind) -> std::io::Result<()> {
-    for (at, port) in ports.iter().enumerate() {
-        programs.frames.set(at as u32, frame(shape, port.get(), kind));
+/// What the threads of a sweep have in common.
+struct Way<'a> {
+    request: &'a Request,
+    traces: &'a Mapped<Trace>,
+    shape: &'a Shape,
+    proto: Proto,
+    rate: Option<u32>,
+}
+
+impl Way<'_> {
+    /// Probes these ports once, each of them.
+    fn walk(
+        &self,
+        lane: &mut Lane,
+        ports: &[Port],
+        done: &AtomicUsize,
+        tell: &mut dyn FnMut(),
+    ) -> anyhow::Result<()> {
+        let chunk = if self.rate.is_some() { 1 } else { CHUNK as usize };
+        let mut lost = 0;
+        for chunk in ports.chunks(chunk) {
+            let start = Instant::now();
+            self.inject(lane, chunk, Kind::Probe)?;
+            if self.wait(chunk, ARRIVAL, |trace| trace.seen != 0) == 0 {
+                lost += 1;
+                if lost >= LOST_CHUNKS {
+                    bail!(SweepError::Lost { interface: self.request.link.name.clone() });
+                }
+            } else {
+                lost = 0;
+            }
+            if self.request.mode == Mode::Reply {
+                self.finish(lane, chunk)?;
+            }
+            done.fetch_add(chunk.len(), Ordering::Relaxed);
+            tell();
+            if let Some(rate) = self.rate {
+                let due = Duration::from_secs(1) * chunk.len() as u32 / rate.max(1);
+                std::thread::sleep(due.saturating_sub(start.elapsed()));
+            }
+        }
+        Ok(())
     }
-    programs.progress.set(0, sweep::Progress::default());
+
+    fn inject(&self, lane: &mut Lane, ports: &[Port], kind: Kind) -> anyhow::Result<()> {
+        inject(lane, self.shape, ports, kind)
+            .with_context(|| format!("inject probes into {}", self.request.link.name))
+    }
+
+    /// Waits until all of a chunk is as wanted; how many are.
+    fn wait(&self, ports: &[Port], limit: Duration, wanted: impl Fn(&Trace) -> bool) -> usize {
+        let deadline = Instant::now() + limit;
+        let trace = |port: &Port| self.traces.get(u32::from(port.get())).unwrap_or_default();
+        loop {
+            let there = ports.iter().filter(|port| wanted(&trace(port))).count();
+            if there == ports.len() || Instant::now() >= deadline {
+                return there;
+            }
+            std::thread::sleep(Duration::from_micros(50));
+        }
+    }
+
+    /// Reply mode: ends at once what the probes of a chunk began.
+    fn finish(&self, lane: &mut Lane, chunk: &[Port]) -> anyhow::Result<()> {
+        self.wait(chunk, ANSWER, |trace| trace.end != ends::NONE);
+        if self.proto == Proto::Tcp {
+            // Also where no answer was seen: a container may be about to give one.
+            self.inject(lane, chunk, Kind::Reset)?;
+        }
+        Ok(())
+    }
+}
+
+/// Up to a chunk of frames, into the order's device.
+fn inject(lane: &mut Lane, shape: &Shape, ports: &[Port], kind: Kind) -> std::io::Result<()> {
+    for (at, port) in ports.iter().enumerate() {
+        lane.frames.set(at as u32, frame(shape, port.get(), kind));
+    }
+    lane.progress.set(0, sweep::Progress::default());
     let first = frame(shape, ports.first().map_or(1, |port| port.get()), kind);
     let packet = &first.bytes[..frame::length(&shape.order)];
-    test_run(programs.inject.as_fd(), packet, ports.len() as u32)
+    test_run(lane.inject.as_fd(), packet, ports.len() as u32)
 }
 
 fn order(index: u32, mode: Mode, offsets: btf::Offsets, origin: &Origin, proto: Proto) -> Order {

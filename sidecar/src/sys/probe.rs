@@ -44,6 +44,12 @@ pub struct Mapped<T: aya::Pod> {
     entry: PhantomData<T>,
 }
 
+// SAFETY: the mapping lasts as long as the value and is not tied to a thread; every access is a volatile copy,
+// as it has to be beside the kernel's own, and writing takes `&mut`.
+unsafe impl<T: aya::Pod + Send> Send for Mapped<T> {}
+// SAFETY: the same.
+unsafe impl<T: aya::Pod + Sync> Sync for Mapped<T> {}
+
 impl<T: aya::Pod> Mapped<T> {
     const STRIDE: usize = size_of::<T>().next_multiple_of(8);
 

@@ -107,6 +107,7 @@ fn sweep(interface: &str, address: &str, run_dir: &Path) -> Result<()> {
         plain: false,
         mode: probe::Mode::Verdict,
         rate: Some(100),
+        threads: 2,
         care: Vec::new(),
         keeper: None,
         run_dir: run_dir.to_path_buf(),

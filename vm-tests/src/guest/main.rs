@@ -1,7 +1,9 @@
 //! What runs inside a machine: `sg-vm-guest PORT SCENARIO WORDS..` writes each step to the virtio port.
 
+mod docker_like;
 mod features;
 mod integration;
+mod lock_out;
 mod spoke;
 
 use std::collections::BTreeSet;
@@ -12,6 +14,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use rustix::system::RebootCommand;
 use serde_json::Value;
 use vm::step::Line;
 
@@ -38,6 +41,9 @@ fn run(words: &[String]) -> Result<()> {
     let done = match scenario.as_str() {
         "spoke" => spoke::run(&mut steps),
         "no-features" => features::run(&mut steps),
+        "lock-out" => lock_out::run(&mut steps, rest.first().map_or("", String::as_str)),
+        "docker-like" => docker_like::run(&mut steps),
+        "upgrade" => integration::run(&mut steps, &["exact::".to_owned()]),
         "cases" => integration::cases(&mut steps),
         "tests" => integration::run(&mut steps, rest),
         other => bail!("no scenario {other}"),
@@ -46,7 +52,12 @@ fn run(words: &[String]) -> Result<()> {
         steps.tell("the scenario", Err(error))?;
     }
     let steps_made = steps.count;
-    steps.write(&Line::End { steps: steps_made })
+    steps.write(&Line::End { steps: steps_made })?;
+    if scenario == "lock-out" {
+        // What is not on the disk by now never gets there.
+        rustix::system::reboot(RebootCommand::PowerOff).context("cut the power")?;
+    }
+    Ok(())
 }
 
 struct Steps {

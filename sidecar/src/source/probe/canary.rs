@@ -57,7 +57,7 @@ const ARRIVAL: Duration = Duration::from_secs(1);
 /// Tries it now, whoever else may do so, and by older means if so told. An address that no
 /// stranger could be answered from is passed over.
 pub fn fly(means: Means, trial: &Trial, flights: &mut Vec<Flight>) -> anyhow::Result<()> {
-    let mut programs = Programs::load().context("load the canary's programs")?;
+    let mut programs = Programs::load(1).context("load the canary's programs")?;
     let offsets = if means.programs { known(btf::read()) } else { None };
     let counters = if trial.counters { Bpf::open(&trial.pins)? } else { None };
     let mut routes = Routes::open()?;
@@ -199,7 +199,7 @@ impl Aim<'_> {
         self.programs.traces.set(u32::from(port.get()), Trace::default());
         self.programs.orders.set(0, shape.order);
         let tables = if self.sensed { None } else { Some(Tables::put(&shape.order)?) };
-        inject(self.programs, &shape, &vec![port; usize::from(frames)], kind)
+        inject(&mut self.programs.lanes[0], &shape, &vec![port; usize::from(frames)], kind)
             .with_context(|| format!("inject a canary into {}", self.target.link.name))?;
         let deadline = Instant::now() + ARRIVAL;
         while self.trace(port).arrivals < frames && Instant::now() < deadline {

@@ -96,7 +96,7 @@ impl Unfinished {
         let mut first = Ok(());
         if self.is_tcp() {
             for chunk in ports.chunks(CHUNK as usize) {
-                first = first.and(inject(programs, &shape, chunk, Kind::Reset));
+                first = first.and(inject(&mut programs.lanes[0], &shape, chunk, Kind::Reset));
             }
         }
         std::thread::sleep(if self.is_tcp() { RETRANSMISSION } else { ANSWER });
@@ -105,7 +105,7 @@ impl Unfinished {
     }
 
     fn hold(&self, place: Place) -> anyhow::Result<(Programs, Option<super::Attached>)> {
-        let mut programs = Programs::load().context("load the audit's programs")?;
+        let mut programs = Programs::load(1).context("load the audit's programs")?;
         let mut order = self.shape().order;
         let offsets = super::known(btf::read());
         let btf::Offsets { head, network_header, .. } = offsets.unwrap_or_default();

@@ -21,13 +21,21 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("SPOKEGUARD_PROBE_OBJECT
 const PRIORITY: i32 = i32::MAX - 2;
 const PRIORITIES: i32 = 16;
 
+type Code = HashMap<&'static str, Vec<bpf_insn>>;
+
 pub struct Programs {
     pub orders: Mapped<Order>,
+    pub traces: Mapped<Trace>,
+    /// At least one.
+    pub lanes: Vec<Lane>,
+    code: Code,
+}
+
+/// An injector and what it works from, for one thread.
+pub struct Lane {
     pub frames: Mapped<Frame>,
     pub progress: Mapped<Progress>,
-    pub traces: Mapped<Trace>,
     pub inject: OwnedFd,
-    code: HashMap<&'static str, Vec<bpf_insn>>,
 }
 
 /// Which of a family's hooks a process needs.
@@ -45,18 +53,35 @@ pub enum Place {
 pub struct Attached(#[allow(dead_code, reason = "held for its descriptors")] Vec<OwnedFd>);
 
 impl Programs {
-    pub fn load() -> anyhow::Result<Self> {
+    /// So many threads can inject at a time.
+    pub fn load(lanes: usize) -> anyhow::Result<Self> {
         let orders = Mapped::create(1).map_err(denied).context("create a BPF map")?;
-        let frames = Mapped::create(CHUNK).context("create a BPF map")?;
-        let progress = Mapped::create(1).context("create a BPF map")?;
         let traces = Mapped::create(1 << 16).context("create a BPF map")?;
+        let parsed = Object::parse(OBJECT).context("parse the audit's programs")?;
+        let mut out = Self { orders, traces, lanes: Vec::new(), code: HashMap::new() };
+        for _ in 0..lanes.max(1) {
+            let frames = Mapped::create(CHUNK).context("create a BPF map")?;
+            let progress = Mapped::create(1).context("create a BPF map")?;
+            // All but the injector use what all lanes share, so that any lane's copy will do.
+            out.code = out.wired(parsed.clone(), &frames, &progress)?;
+            let inject = program(&out.code, programs::INJECT, Kind::Classifier)?;
+            out.lanes.push(Lane { frames, progress, inject });
+        }
+        Ok(out)
+    }
+
+    fn wired(
+        &self,
+        mut object: Object,
+        frames: &Mapped<Frame>,
+        progress: &Mapped<Progress>,
+    ) -> anyhow::Result<Code> {
         let descriptors = [
-            (maps::ORDERS, orders.as_fd()),
+            (maps::ORDERS, self.orders.as_fd()),
             (maps::FRAMES, frames.as_fd()),
             (maps::PROGRESS, progress.as_fd()),
-            (maps::TRACES, traces.as_fd()),
+            (maps::TRACES, self.traces.as_fd()),
         ];
-        let mut object = Object::parse(OBJECT).context("parse the audit's programs")?;
         let text: HashSet<usize> = object.functions.keys().map(|(section, _)| *section).collect();
         let known = std::mem::take(&mut object.maps);
         let mut wired = Vec::new();
@@ -76,8 +101,7 @@ impl Programs {
             let function = object.functions.remove(&program.function_key());
             code.insert(name, function.with_context(|| format!("{name} has no code"))?.instructions);
         }
-        let inject = program(&code, programs::INJECT, Kind::Classifier)?;
-        Ok(Self { orders, frames, progress, traces, inject, code })
+        Ok(code)
     }
 
     /// Into a family's netfilter hooks.
@@ -164,7 +188,7 @@ fn attach_near(
     }
 }
 
-fn program(code: &HashMap<&str, Vec<bpf_insn>>, name: &str, kind: Kind) -> anyhow::Result<OwnedFd> {
+fn program(code: &Code, name: &str, kind: Kind) -> anyhow::Result<OwnedFd> {
     let code = code.get(name).with_context(|| format!("no program {name}"))?;
     let mut log = vec![0; 64 << 10];
     load(kind, code, &mut log).map_err(|error| {
