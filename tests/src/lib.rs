@@ -40,7 +40,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 pub use memory::MemoryGroup;
-pub use need::{Need, lacking, libnmap, missing};
+pub use need::{Need, firewalld, lacking, libnmap, missing};
 pub use node::{Answer, Http, Node, Outcome, Running, Scan, states, wait_until};
 pub use product::{Daemon, spokeguard};
 pub use reaper::reap;

@@ -1,6 +1,6 @@
 //! What a test needs from the machine, and what to say when it is not there.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// One thing that a machine may lack.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -26,10 +26,18 @@ pub enum Need {
     /// iptables-nft, and ufw on top of it.
     Iptables,
     Prometheus,
+    /// Packages that are installed in a container only.
+    Firewalld,
     /// A container with systemd as its init.
     Nspawn,
     /// The product's own program.
     Spokeguard,
+}
+
+/// Firewalld's packages, downloaded by `cargo xtask setup` and never installed here: a host that starts what it
+/// installs would be shut.
+pub fn firewalld() -> PathBuf {
+    target().join("packages/firewalld")
 }
 
 /// True when the test must be skipped, after saying why. On a machine that promised to have everything
@@ -89,11 +97,14 @@ pub fn missing(needs: &[Need]) -> Vec<String> {
                 program("systemd-nspawn", "systemd-container");
                 program("dbus-daemon", "dbus");
             }
-            Need::Spokeguard => {}
+            Need::Firewalld | Need::Spokeguard => {}
         }
     }
     if needs.contains(&Need::Libnmap) && !libnmap().is_file() {
         out.push("Python's libnmap is missing (cargo xtask setup)".to_string());
+    }
+    if needs.contains(&Need::Firewalld) && !firewalld().is_dir() {
+        out.push("the packages of firewalld are missing (cargo xtask setup, on Debian as root)".to_string());
     }
     let in_a_lab = needs.iter().any(|need| *need != Need::Spokeguard);
     if in_a_lab && !rustix::process::geteuid().is_root() {
@@ -120,10 +131,13 @@ pub fn missing(needs: &[Need]) -> Vec<String> {
 }
 
 /// The Python of the folder that `cargo xtask setup` fills.
-pub fn libnmap() -> std::path::PathBuf {
+pub fn libnmap() -> PathBuf {
+    target().join("python/bin/python3")
+}
+
+fn target() -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("/"));
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), Into::into);
-    target.join("python/bin/python3")
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), Into::into)
 }
 
 /// Where a program is; the folders of administrators' programs too, which a user's PATH may lack.

@@ -13,7 +13,7 @@ mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mount -t bpf bpf /sys/fs/bpf
 mount -t tracefs tracefs /sys/kernel/tracing 2>/dev/null
 # Built into the kernels of some series. The last for its device, which udev makes elsewhere.
-modprobe -q -a virtio_pci virtio_console tun
+modprobe -q -a virtio_pci virtio_console virtio_blk tun
 ip link set lo up
 hostname vm
 for port in /sys/class/virtio-ports/*; do

@@ -65,6 +65,10 @@ const BPF_LINKER: &[&str] = &[
 /// A reader of nmap's XML that others wrote, in a folder of its own below cargo's.
 const LIBNMAP: &str = "python-libnmap==0.7.3";
 
+/// Run in a container only: a host that starts what it installs would be shut.
+const FIREWALLD: &str = "firewalld";
+const FIREWALLD_FOLDER: &str = "packages/firewalld";
+
 const CARGO_DENY: &[&str] = &["install", "cargo-deny", "--version", "0.20.2", "--locked"];
 
 /// How often a download is tried.
@@ -81,7 +85,9 @@ pub fn setup() -> Result<()> {
     let deny = find("cargo-deny").is_none();
     let python = python_folder();
     let libnmap = !has_libnmap(&python);
-    if packages.is_empty() && !linker && !deny && !libnmap {
+    let firewalld = target().join(FIREWALLD_FOLDER);
+    let contained = firewalld.is_dir();
+    if packages.is_empty() && !linker && !deny && !libnmap && contained {
         println!("setup: everything is there");
         return Ok(());
     }
@@ -106,13 +112,46 @@ pub fn setup() -> Result<()> {
         let mut pip = Command::new(python.join("bin/pip"));
         timed(LIBNMAP, pip.args(["install", "--quiet", "--disable-pip-version-check", LIBNMAP]))?;
     }
+    if !contained {
+        download(FIREWALLD, &firewalld)?;
+    }
     Ok(())
 }
 
+fn target() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| crate::root().join("target"), PathBuf::from)
+}
+
 fn python_folder() -> PathBuf {
-    let target =
-        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| crate::root().join("target"), PathBuf::from);
-    target.join("python")
+    target().join("python")
+}
+
+/// Fetches a package and what it needs beyond what is installed here, and installs none of it.
+fn download(package: &str, folder: &Path) -> Result<()> {
+    if find("apt-get").is_none() || !is_root() {
+        println!("setup: {package} is not downloaded (needs root on Debian); its test will say so");
+        return Ok(());
+    }
+    let half = folder.with_extension("half");
+    fs::create_dir_all(half.join("partial")).with_context(|| format!("create {}", half.display()))?;
+    let apt = |arguments: &[&str]| {
+        let mut command = Command::new("apt-get");
+        command
+            .args(["-o", "Acquire::Retries=3", "-o", "DPkg::Lock::Timeout=120", "-qq", "-y"])
+            .args(arguments);
+        command.arg("-o").arg(format!("Dir::Cache::archives={}", half.display()));
+        command.env("DEBIAN_FRONTEND", "noninteractive");
+        command
+    };
+    timed("apt-get update", &mut apt(&["update"]))?;
+    let words = ["install", "--download-only", "--no-install-recommends", package];
+    timed(&format!("download of {package}, which is not installed"), &mut apt(&words))?;
+    // What is left is packages alone.
+    for path in [half.join("lock"), half.join("partial")] {
+        let removed = if path.is_dir() { fs::remove_dir(&path) } else { fs::remove_file(&path) };
+        removed.with_context(|| format!("remove {}", path.display()))?;
+    }
+    fs::rename(&half, folder).with_context(|| format!("name {}", folder.display()))
 }
 
 fn has_libnmap(folder: &Path) -> bool {
