@@ -1,0 +1,23 @@
+# Addresses, prefixes and durations as the policy writes them.
+{ lib }:
+rec {
+  isV6 = lib.hasInfix ":";
+  # Before a port.
+  bracketed = address: if isV6 address then "[${address}]" else address;
+  # As a prefix of its own.
+  alone = address: address + (if isV6 address then "/128" else "/32");
+  # Without the length.
+  address = prefix: builtins.head (lib.splitString "/" prefix);
+  # Of a keepalive; null where there is none.
+  seconds =
+    text:
+    let
+      number = builtins.fromJSON (builtins.head (builtins.match "([0-9]+).*" text));
+    in
+    if text == null || text == "off" then
+      null
+    else if lib.hasSuffix "m" text then
+      60 * number
+    else
+      number;
+}

@@ -1,0 +1,117 @@
+# services.spokeguard: the policy, the units that keep it, and a host that agrees with it.
+{
+  config,
+  lib,
+  pkgs,
+  ...
+}:
+let
+  cfg = config.services.spokeguard;
+  policy = import ./policy.nix {
+    inherit lib pkgs;
+    host = config;
+  };
+  secret =
+    what:
+    lib.mkOption {
+      type = lib.types.nullOr lib.types.str;
+      default = null;
+      description = "File that holds ${what}. Passed on by systemd (LoadCredential), never in the store.";
+    };
+  manage =
+    what:
+    lib.mkOption {
+      type = lib.types.bool;
+      default = true;
+      description = "Set up ${what} as the policy says. Where this is false, contradictions are still errors.";
+    };
+in
+{
+  imports = [
+    ./checks.nix
+    ./host.nix
+    ./profiles.nix
+    ./units.nix
+  ];
+
+  options.services.spokeguard = {
+    enable = lib.mkEnableOption "spokeguard, which holds the host to what its policy exposes";
+    package = lib.mkPackageOption pkgs "spokeguard" { };
+
+    settings = lib.mkOption {
+      inherit (policy) type;
+      default = { };
+      description = "The policy file, key by key; `spokeguard policy check` judges it during the build.";
+    };
+    policyFile = lib.mkOption {
+      type = lib.types.nullOr lib.types.path;
+      default = null;
+      description = "A policy file to use as it is. The host is set up from what it says; leave `settings` alone.";
+    };
+    checkPolicy = lib.mkOption {
+      type = lib.types.bool;
+      default = true;
+      description = "Have the build fail on a policy that is not right (an exception past its day, too).";
+    };
+
+    kumaUrlFile = secret "the push URL of Uptime Kuma";
+    ntfyUrlFile = secret "the URL of an ntfy topic";
+
+    manageOpenssh = manage "`services.openssh`: mesh addresses only, no passwords";
+    manageFirewall = manage "`networking.firewall` (public ports, ports of the mesh) and nftables";
+    manageWireguard = manage "the keepalive of WireGuard peers, and the interface if `privateKeyFile` is set";
+
+    wireguard.privateKeyFile = lib.mkOption {
+      type = lib.types.nullOr lib.types.str;
+      default = null;
+      description = "This node's WireGuard key. With it the mesh interface is made from the policy.";
+    };
+
+    profile = lib.mkOption {
+      type = lib.types.nullOr (
+        lib.types.enum [
+          "spoke"
+          "hub"
+        ]
+      );
+      default = null;
+      description = "`\"spoke\"`: two generations, weekly garbage collection. `\"hub\"`: peers and scraping of `hub.spokes`.";
+    };
+    hub.spokes = lib.mkOption {
+      type = lib.types.attrsOf (
+        lib.types.submodule {
+          options.address = lib.mkOption {
+            type = lib.types.listOf lib.types.str;
+            description = "Its addresses in the mesh.";
+          };
+          options.publicKey = lib.mkOption {
+            type = lib.types.str;
+            description = "Its WireGuard public key.";
+          };
+        }
+      );
+      default = { };
+      description = "The spokes by name: `address`, `publicKey`.";
+    };
+
+    policyText = lib.mkOption {
+      type = lib.types.attrsOf lib.types.anything;
+      internal = true;
+      readOnly = true;
+      description = "The policy as the file has it.";
+    };
+  };
+
+  config = lib.mkIf cfg.enable {
+    services.spokeguard.settings = lib.mkMerge [
+      (lib.mkIf (cfg.policyFile != null) (builtins.fromTOML (builtins.readFile cfg.policyFile)))
+      (lib.mkIf (cfg.kumaUrlFile != null) {
+        heartbeat.kuma_url_file = "/run/credentials/spokeguard.service/kuma-url";
+      })
+      (lib.mkIf (cfg.ntfyUrlFile != null) {
+        heartbeat.ntfy_url_file = "/run/credentials/spokeguard.service/ntfy-url";
+      })
+    ];
+    services.spokeguard.policyText = policy.said cfg.settings;
+  };
+}

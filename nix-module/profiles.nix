@@ -1,0 +1,43 @@
+# Opt-in habits: a small spoke that keeps two generations, and the hub that its fleet comes to.
+{ config, lib, ... }:
+let
+  cfg = config.services.spokeguard;
+  inherit (lib) mkDefault mkIf;
+in
+{
+  config = lib.mkMerge [
+    (mkIf (cfg.enable && cfg.profile == "spoke") {
+      services.spokeguard.settings.node.role = mkDefault "spoke";
+
+      boot.loader.grub.configurationLimit = mkDefault 2;
+      boot.loader.systemd-boot.configurationLimit = mkDefault 2;
+      boot.loader.generic-extlinux-compatible.configurationLimit = mkDefault 2;
+
+      nix.gc.automatic = mkDefault true;
+      nix.gc.dates = mkDefault "weekly";
+      # A boot menu of two entries still keeps every generation in the store.
+      systemd.services.nix-gc.serviceConfig.ExecStartPre =
+        "${lib.getExe' config.nix.package "nix-env"} --profile /nix/var/nix/profiles/system --delete-generations +2";
+    })
+
+    (mkIf (cfg.enable && cfg.profile == "hub") {
+      services.spokeguard.settings.node.role = mkDefault "hub";
+
+      services.prometheus.scrapeConfigs = mkIf (cfg.hub.spokes != { }) [
+        {
+          job_name = "spokeguard";
+          static_configs = lib.mapAttrsToList (name: spoke: {
+            targets = map (
+              address:
+              let
+                inherit (import ./addresses.nix { inherit lib; }) bracketed;
+              in
+              "${bracketed address}:${toString cfg.settings.metrics.port}"
+            ) [ (builtins.head spoke.address) ];
+            labels.node = name;
+          }) cfg.hub.spokes;
+        }
+      ];
+    })
+  ];
+}

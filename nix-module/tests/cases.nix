@@ -1,0 +1,407 @@
+# Hosts that are right, contradict themselves or are unwise. Each is the spoke below and a module.
+{ lib }:
+let
+  key = "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=";
+  other = "4ZgJs9GrzJw8bJvZWhT17fec1pYzW27an2YCZ8HE+Ec=";
+  mesh = more: { services.spokeguard.settings.mesh = more; };
+  settings = more: { services.spokeguard.settings = more; };
+  peer = more: {
+    networking.wireguard.interfaces.wg0 = {
+      ips = lib.mkForce [ "10.84.0.16/24" ];
+      peers = lib.mkForce [ ({ publicKey = key; } // more) ];
+    };
+  };
+in
+{
+  spoke = {
+    services.spokeguard = {
+      enable = true;
+      wireguard.privateKeyFile = lib.mkOverride 900 "/etc/wireguard/key";
+      settings = {
+        node.name = "singapore";
+        mesh.address = lib.mkOverride 900 [ "10.84.0.16" ];
+        mesh.prefix = lib.mkOverride 900 [ "10.84.0.0/24" ];
+        mesh.hub.address = "10.84.0.1";
+        mesh.hub.public_key = lib.mkOverride 900 key;
+        mesh.hub.endpoint = "203.0.113.47:51820";
+        public.tcp = [
+          80
+          443
+        ];
+      };
+    };
+  };
+
+  cases = {
+    # Right.
+    plain.module = { };
+    peers-of-others.module = peer { };
+    wg-quick.module = {
+      services.spokeguard.wireguard.privateKeyFile = null;
+      networking.wg-quick.interfaces.wg0 = {
+        address = [ "10.84.0.16/24" ];
+        peers = [ { publicKey = key; } ];
+      };
+      networking.wg-quick.interfaces.wg1.peers = [ { publicKey = other; } ];
+    };
+    both-families.module = mesh {
+      address = [
+        "10.84.0.16"
+        "fd84::16"
+      ];
+      prefix = [
+        "10.84.0.0/24"
+        "fd84::/64"
+      ];
+    };
+    by-interface.module = settings {
+      public.interfaces = [ "eth0" ];
+      local = [
+        {
+          name = "lan";
+          interfaces = [
+            "vmbr0"
+            "docker*"
+          ];
+          tcp = [ 53 ];
+          udp = [ 53 ];
+        }
+      ];
+      mesh.service = [
+        {
+          name = "netdata";
+          tcp = [ 19999 ];
+        }
+      ];
+    };
+    exception.module = settings {
+      exception = [
+        {
+          name = "emergency-ssh";
+          tcp = [ 2222 ];
+          from = [
+            "198.51.100.0/24"
+            "2001:db8::/32"
+          ];
+          reason = "way in when the mesh is down";
+          until = "2099-01-31";
+        }
+      ];
+    };
+    sockets.module = {
+      services.openssh.startWhenNeeded = true;
+    };
+    old-state-version.module = {
+      system.stateVersion = "23.05";
+    };
+    keys-of-later-versions.module = settings { ssh.later = "x"; };
+    urls.module = {
+      services.spokeguard.kumaUrlFile = "/run/secrets/kuma";
+      services.spokeguard.ntfyUrlFile = "/run/secrets/ntfy";
+    };
+    unmanaged.module = {
+      services.spokeguard.manageOpenssh = false;
+      services.spokeguard.manageFirewall = false;
+      services.spokeguard.manageWireguard = false;
+      networking.wireguard.interfaces.wg0 = {
+        ips = [ "10.84.0.16/24" ];
+        peers = [
+          {
+            publicKey = key;
+            persistentKeepalive = 25;
+          }
+        ];
+      };
+      networking.firewall.allowedTCPPorts = [
+        80
+        443
+      ];
+    };
+    tailscale.module = {
+      services.tailscale.enable = true;
+      services.spokeguard.wireguard.privateKeyFile = null;
+      services.spokeguard.settings = {
+        mesh.kind = "tailscale";
+        mesh.address = [ ];
+        mesh.prefix = null;
+        mesh.hub = lib.mkForce null;
+        ssh.from = "mesh";
+        ssh.rebind = true;
+      };
+    };
+
+    # The mesh contradicts itself.
+    no-mesh-address = {
+      module = mesh { address = [ ]; };
+      errors = [
+        "services.spokeguard: settings.mesh.address is empty: write this node's address in the mesh"
+        "services.spokeguard: sshd would listen on every address, and its binds are refused: name its addresses in settings.mesh.address, or set settings.ssh.rebind = true"
+      ];
+    };
+    no-mesh-prefix = {
+      module = mesh { prefix = null; };
+      errors = [
+        "services.spokeguard: settings.mesh.prefix is missing: write the mesh's network, such as [ \"10.84.0.0/24\" ]"
+      ];
+    };
+    another-address = {
+      module = {
+        networking.wireguard.interfaces.wg0.ips = lib.mkForce [ "10.84.0.99/24" ];
+      };
+      errors = [
+        "services.spokeguard: networking says that wg0 has 10.84.0.99, and settings.mesh.address is 10.84.0.16: write the same in both"
+      ];
+    };
+    another-keepalive = {
+      module = peer { persistentKeepalive = 10; };
+      errors = [
+        "services.spokeguard: a peer of wg0 has persistentKeepalive = 10, and settings.mesh.keepalive is 25s: leave persistentKeepalive out"
+      ];
+    };
+    another-hub = {
+      module = mesh { hub.public_key = other; } // peer { };
+      errors = [ "services.spokeguard: no peer of wg0 has the public key of settings.mesh.hub" ];
+    };
+    another-listen-port = {
+      module = {
+        services.spokeguard.settings.mesh.listen_port = 51820;
+        networking.wireguard.interfaces.wg0.listenPort = lib.mkForce 51821;
+      };
+      errors = [
+        "services.spokeguard: wg0 listens on UDP 51821, and settings.mesh.listen_port is 51820: write the same in both"
+      ];
+    };
+    hub-without-key = {
+      module = mesh { hub.public_key = null; };
+      errors = [
+        "services.spokeguard: wireguard.privateKeyFile makes wg0, which needs settings.mesh.hub with its public_key and endpoint"
+      ];
+      warnings = [
+        "services.spokeguard: mesh.hub.public_key is missing: another peer in its place would not be noticed"
+      ];
+    };
+
+    # sshd does.
+    ssh-for-everybody = {
+      module = {
+        services.openssh.openFirewall = true;
+      };
+      errors = [
+        "services.spokeguard: services.openssh.openFirewall is true and opens tcp 22 on every interface, and the policy has sshd for the mesh: set it to false"
+      ];
+    };
+    another-ssh-port = {
+      module = {
+        services.openssh.ports = [ 2222 ];
+      };
+      errors = [
+        "services.spokeguard: services.openssh.ports is 2222, and settings.ssh.port is 22: write the same in both"
+      ];
+    };
+    ssh-elsewhere-too = {
+      module = {
+        services.openssh.listenAddresses = [
+          {
+            addr = "0.0.0.0";
+            port = 22;
+          }
+        ];
+      };
+      errors = [
+        "services.spokeguard: services.openssh.listenAddresses has 0.0.0.0, which settings.ssh.bind does not: name the address there, or remove it here"
+      ];
+    };
+    ssh-everywhere = {
+      module = {
+        services.spokeguard.manageOpenssh = false;
+        services.openssh.enable = true;
+        services.openssh.openFirewall = false;
+        services.openssh.settings.PasswordAuthentication = false;
+      };
+      errors = [
+        "services.spokeguard: sshd would listen on every address, and its binds are refused: name its addresses in settings.mesh.address, or set settings.ssh.rebind = true"
+      ];
+    };
+
+    # The firewall does.
+    more-ports = {
+      module = {
+        networking.firewall.allowedTCPPorts = [ 8080 ];
+        networking.firewall.interfaces.eth1.allowedUDPPorts = [ 5353 ];
+      };
+      errors = [
+        "services.spokeguard: networking.firewall opens tcp 8080 to everyone, and settings.public.tcp does not: name it there, or remove it here"
+        "services.spokeguard: networking.firewall opens udp 5353 to everyone, and settings.public.udp does not: name it there, or remove it here"
+      ];
+    };
+    port-range = {
+      module = {
+        networking.firewall.allowedTCPPortRanges = [
+          {
+            from = 80;
+            to = 80;
+          }
+          {
+            from = 440;
+            to = 443;
+          }
+        ];
+      };
+      errors = [
+        "services.spokeguard: networking.firewall opens tcp 440-443 to everyone, and settings.public.tcp does not: name it there, or remove it here"
+      ];
+    };
+    flush = {
+      module = {
+        networking.nftables.ruleset = "table inet mine { }";
+      };
+      errors = [
+        "services.spokeguard: networking.nftables.flushRuleset takes table inet spokeguard away at every rebuild: put your rules into networking.nftables.tables, and set it to false"
+      ];
+    };
+    same-table = {
+      module = {
+        networking.nftables.tables.spokeguard = { };
+      };
+      errors = [
+        "services.spokeguard: networking.nftables.tables.spokeguard has the name of spokeguard's own table: choose another"
+      ];
+    };
+
+    # Secrets and roles.
+    secret-in-the-store = {
+      module = {
+        services.spokeguard.kumaUrlFile = "${builtins.storeDir}/x-kuma";
+      };
+      errors = [
+        "services.spokeguard: kumaUrlFile is in the Nix store, which everybody can read: write a path outside of it, as a string"
+      ];
+    };
+    another-profile = {
+      module = {
+        services.spokeguard.profile = "hub";
+        services.spokeguard.settings.node.role = "spoke";
+      };
+      errors = [
+        "services.spokeguard: profile is \"hub\", and settings.node.role is \"spoke\": write the same in both"
+      ];
+    };
+    spokes-of-a-spoke = {
+      module = {
+        services.spokeguard.hub.spokes.a = {
+          address = [ "10.84.0.2" ];
+          publicKey = other;
+        };
+      };
+      errors = [ "services.spokeguard: hub.spokes are for the hub, and settings.node.role is \"spoke\"" ];
+    };
+    two-of-one-address = {
+      module = {
+        services.spokeguard.profile = "hub";
+        services.spokeguard.settings.mesh.hub = lib.mkForce null;
+        services.spokeguard.settings.ssh.from = "mesh";
+        services.spokeguard.hub.spokes.a = {
+          address = [ "10.84.0.2" ];
+          publicKey = other;
+        };
+        services.spokeguard.hub.spokes.b = {
+          address = [ "10.84.0.2" ];
+          publicKey = other;
+        };
+      };
+      errors = [
+        "services.spokeguard: hub.spokes: the address 10.84.0.2 is there twice"
+        "services.spokeguard: hub.spokes: the public key ${other} is there twice"
+      ];
+    };
+
+    # Unwise.
+    no-firewall = {
+      module = {
+        networking.firewall.enable = false;
+      };
+      warnings = [
+        "services.spokeguard: networking.firewall is off: nothing holds this host but spokeguard"
+      ];
+    };
+    shut-by-the-firewall = {
+      module = {
+        services.spokeguard.manageFirewall = false;
+        networking.firewall.allowedTCPPorts = [ 80 ];
+      };
+      warnings = [
+        "services.spokeguard: the policy has 443 public, and networking.firewall does not open it"
+      ];
+    };
+    looking-on = {
+      module = settings {
+        enforce.mode = "audit";
+        enforce.firewall = false;
+        enforce.allow_no_admin_path = true;
+        mesh.keepalive = "off";
+      };
+      warnings = [
+        "services.spokeguard: enforce.mode is \"audit\": it counts, and drops nothing"
+        "services.spokeguard: enforce.firewall is false: it looks on, and holds nothing"
+        "services.spokeguard: enforce.allow_no_admin_path: this node may end up without a way in"
+        "services.spokeguard: mesh.keepalive is off: behind NAT the hub can't reach this node, once it is silent"
+      ];
+    };
+    no-interface = {
+      module = {
+        services.spokeguard.wireguard.privateKeyFile = null;
+        services.openssh.settings.PasswordAuthentication = true;
+        networking.firewall.trustedInterfaces = [
+          "wg0"
+          "lo"
+          "eth1"
+        ];
+      };
+      warnings = [
+        "services.spokeguard: nothing declares the interface wg0: set wireguard.privateKeyFile, or make it yourself"
+        "services.spokeguard: sshd takes passwords (services.openssh.settings.PasswordAuthentication)"
+        "services.spokeguard: networking.firewall.trustedInterfaces trusts eth1, which is public by the policy"
+      ];
+    };
+    no-tailscale = {
+      module = {
+        services.spokeguard.wireguard.privateKeyFile = null;
+        services.spokeguard.settings.mesh = {
+          kind = "tailscale";
+          hub.public_key = null;
+        };
+      };
+      warnings = [
+        "services.spokeguard: mesh.kind is \"tailscale\", and services.tailscale is off"
+      ];
+    };
+  };
+
+  # The evaluation itself must refuse these.
+  broken = {
+    port-zero = settings { public.tcp = [ 0 ]; };
+    port-too-high = settings { metrics.port = 70000; };
+    port-as-text = settings { ssh.port = "22"; };
+    role = settings { node.role = "boss"; };
+    keepalive = mesh { keepalive = "often"; };
+    version = settings { version = 2; };
+    bool = settings { enforce.binds = "yes"; };
+    url-of-a-path = {
+      services.spokeguard.kumaUrlFile = ./cases.nix;
+    };
+    until = settings {
+      exception = [
+        {
+          name = "x";
+          from = [ "::/0" ];
+          reason = "x";
+          until = "soon";
+        }
+      ];
+    };
+    exception-key = settings { exception = [ { nmae = "x"; } ]; };
+    option = {
+      services.spokeguard.polcy = "/x";
+    };
+  };
+}

@@ -1,0 +1,200 @@
+# The units of contrib/systemd in NixOS's terms: the confirmed rules before any network with nft
+# alone, a host that shuts itself where that fails, and the daemon.
+{
+  config,
+  lib,
+  pkgs,
+  ...
+}:
+let
+  cfg = config.services.spokeguard;
+  inherit (cfg.settings) mesh;
+  nft = lib.getExe' pkgs.nftables "nft";
+
+  text =
+    if cfg.policyFile != null then
+      cfg.policyFile
+    else
+      (pkgs.formats.toml { }).generate "spokeguard-policy.toml" cfg.policyText;
+  canRun = pkgs.stdenv.buildPlatform.canExecute pkgs.stdenv.hostPlatform;
+  policy =
+    if cfg.checkPolicy && canRun then
+      pkgs.runCommand "spokeguard-policy-checked.toml" { nativeBuildInputs = [ cfg.package ]; } ''
+        spokeguard policy check --policy ${text}
+        cp ${text} $out
+      ''
+    else
+      text;
+
+  shut = pkgs.writeText "spokeguard-shut.nft" (
+    builtins.replaceStrings
+      [
+        ''iifname "tailscale*" accept''
+        "41641, 51820"
+      ]
+      [
+        "iifname \"tailscale*\" accept\n\t\tiifname \"${mesh.interface}\" accept"
+        (lib.concatMapStringsSep ", " toString (
+          lib.unique (
+            [
+              41641
+              51820
+            ]
+            ++ lib.optional (mesh.listen_port != null) mesh.listen_port
+          )
+        ))
+      ]
+      (builtins.readFile ../contrib/systemd/shut.nft)
+  );
+
+  sandbox = {
+    NoNewPrivileges = true;
+    ProtectSystem = "strict";
+    PrivateDevices = true;
+    ProtectControlGroups = true;
+    ProtectKernelLogs = true;
+    ProtectClock = true;
+    ProtectHostname = true;
+    MemoryDenyWriteExecute = true;
+    LockPersonality = true;
+    RestrictNamespaces = true;
+    RestrictRealtime = true;
+    RestrictSUIDSGID = true;
+    SystemCallArchitectures = "native";
+  };
+  # What nft alone needs, at boot.
+  loader = file: {
+    Type = "oneshot";
+    RemainAfterExit = true;
+    ExecStart = "${nft} -f ${file}";
+    TimeoutStartSec = 30;
+    CapabilityBoundingSet = "CAP_NET_ADMIN";
+    ProtectHome = true;
+    RestrictAddressFamilies = "AF_NETLINK AF_UNIX";
+    SystemCallFilter = "@system-service";
+  };
+  early = {
+    documentation = [ "man:spokeguard(1)" ];
+    wants = [ "network-pre.target" ];
+    before = [
+      "network-pre.target"
+      "shutdown.target"
+    ];
+    conflicts = [ "shutdown.target" ];
+    # Once a boot: a rebuild must not put back what was confirmed before what is in force now.
+    restartIfChanged = false;
+  };
+in
+{
+  config = lib.mkIf cfg.enable {
+    # Where every command looks for it.
+    environment.etc."spokeguard/policy.toml".source = policy;
+    environment.etc."spokeguard/shut.nft".source = shut;
+    environment.systemPackages = [
+      cfg.package
+      pkgs.nftables
+    ];
+
+    systemd.services.spokeguard-boot = early // {
+      description = "The confirmed rules of spokeguard, before any network";
+      wantedBy = [ "sysinit.target" ];
+      after = [
+        "systemd-modules-load.service"
+        "local-fs.target"
+      ];
+      unitConfig = {
+        DefaultDependencies = false;
+        RequiresMountsFor = "/var/lib/spokeguard";
+        OnFailure = "spokeguard-shut.service";
+        ConditionPathExists = [
+          "|/var/lib/spokeguard/sealed.nft"
+          "|/var/lib/spokeguard/confirmed.toml"
+        ];
+      };
+      serviceConfig = sandbox // loader "/var/lib/spokeguard/sealed.nft";
+    };
+
+    systemd.services.spokeguard-shut = early // {
+      description = "Shut the host until spokeguard's rules are back";
+      after = [ "systemd-modules-load.service" ];
+      unitConfig.DefaultDependencies = false;
+      serviceConfig = sandbox // loader shut;
+    };
+
+    systemd.services.spokeguard = {
+      description = "spokeguard: what the internet and the mesh may reach";
+      documentation = [ "man:spokeguard(1)" ];
+      wantedBy = [ "multi-user.target" ];
+      after = [ "spokeguard-boot.service" ];
+      # The way back from rules on trial runs with this path, too.
+      path = [ pkgs.nftables ];
+      # A changed policy is taken up, on trial; only a changed program or unit restarts, and adopts.
+      reloadTriggers = [ policy ];
+      stopIfChanged = false;
+      unitConfig.StartLimitIntervalSec = 0;
+      serviceConfig = sandbox // {
+        Type = "notify";
+        NotifyAccess = "main";
+        ExecStartPre = "-+${lib.getExe' pkgs.coreutils "mkdir"} -p -m 700 /sys/fs/bpf/spokeguard";
+        ExecStart = "${lib.getExe' cfg.package "spokeguard"} run";
+        ExecReload = "${lib.getExe' pkgs.coreutils "kill"} -HUP $MAINPID";
+        Restart = "always";
+        RestartSec = 5;
+        WatchdogSec = 60;
+        TimeoutStartSec = 60;
+        # Rules stay when the daemon goes, and so does what keeps the way back.
+        KillMode = "process";
+        StateDirectory = "spokeguard";
+        StateDirectoryMode = "0700";
+        RuntimeDirectory = "spokeguard";
+        RuntimeDirectoryMode = "0700";
+        RuntimeDirectoryPreserve = true;
+        MemoryMax = "32M";
+        MemorySwapMax = 0;
+        TasksMax = 64;
+        LimitNOFILE = 4096;
+        UMask = "0077";
+        CapabilityBoundingSet = lib.concatStringsSep " " [
+          "CAP_NET_ADMIN"
+          "CAP_NET_RAW"
+          "CAP_BPF"
+          "CAP_PERFMON"
+          "CAP_SYS_PTRACE"
+          "CAP_DAC_READ_SEARCH"
+          "CAP_NET_BIND_SERVICE"
+        ];
+        ProtectHome = "read-only";
+        PrivateTmp = true;
+        PrivateMounts = true;
+        ProtectKernelTunables = true;
+        ReadWritePaths = "-/sys/fs/bpf/spokeguard -/proc/sys/net";
+        ProtectKernelModules = true;
+        RestrictAddressFamilies = "AF_NETLINK AF_INET AF_INET6 AF_UNIX AF_PACKET";
+        SystemCallFilter = [
+          "@system-service bpf seccomp landlock_create_ruleset landlock_add_rule landlock_restrict_self"
+          "~@resources"
+        ];
+        SystemCallErrorNumber = "EPERM";
+        LoadCredential =
+          lib.optional (cfg.kumaUrlFile != null) "kuma-url:${cfg.kumaUrlFile}"
+          ++ lib.optional (cfg.ntfyUrlFile != null) "ntfy-url:${cfg.ntfyUrlFile}";
+      };
+    };
+
+    # A mesh address may come late: sshd waits for it instead of giving up.
+    systemd.services.sshd =
+      lib.mkIf (config.services.openssh.enable && !config.services.openssh.startWhenNeeded)
+        {
+          after = [ "spokeguard-boot.service" ];
+          unitConfig.StartLimitIntervalSec = 0;
+          serviceConfig.Restart = "always";
+          serviceConfig.RestartSec = lib.mkDefault 2;
+        };
+    systemd.sockets.sshd =
+      lib.mkIf (config.services.openssh.enable && config.services.openssh.startWhenNeeded)
+        {
+          after = [ "spokeguard-boot.service" ];
+          socketConfig.FreeBind = true;
+        };
+  };
+}
