@@ -14,15 +14,24 @@ let
   inherit (config.networking) firewall nftables;
   inherit (config.services) openssh;
 
-  unless = message: assertion: { inherit assertion message; };
-  only = condition: list: if condition then list else [ ];
+  # An error, where the contradiction is there.
+  unless = contradiction: words: {
+    assertion = !contradiction;
+    message = lib.concatStringsSep " " words;
+  };
+  warn = unwise: words: lib.optional unwise (lib.concatStringsSep " " words);
+  # Not looked at where the condition does not hold.
+  only = lib.optionals;
   shown = lib.concatMapStringsSep ", " toString;
   isHub = policy.node.role == "hub";
   overWireguard = mesh.kind == "wireguard";
 
   sshAddresses = if ssh.bind == "mesh" then mesh.address else ssh.bind;
-  sshdAddresses = map (listen: lib.removeSuffix "]" (lib.removePrefix "[" (toString listen.addr))) openssh.listenAddresses;
-  strayAddresses = lib.subtractLists sshAddresses sshdAddresses;
+  bare = address: lib.removeSuffix "]" (lib.removePrefix "[" address);
+  strayAddresses = lib.subtractLists sshAddresses (
+    map (listen: bare (toString listen.addr)) openssh.listenAddresses
+  );
+  refusesBinds = enforce.binds && enforce.mode == "enforce";
 
   # What the firewall lets everybody reach on an interface that is neither the mesh nor local.
   isPublic =
@@ -42,7 +51,8 @@ let
   stray =
     proto: ports: ranges:
     let
-      isStray = range: lib.length (lib.filter (port: port >= range.from && port <= range.to) (lib.unique allowed.${proto})) < range.to - range.from + 1;
+      named = range: lib.count (port: port >= range.from && port <= range.to) (lib.unique allowed.${proto});
+      isStray = range: named range < range.to - range.from + 1;
     in
     lib.unique (
       map toString (lib.subtractLists allowed.${proto} (lib.concatMap (gate: gate.${ports}) gates))
@@ -52,17 +62,20 @@ let
     );
   strayTcp = stray "tcp" "allowedTCPPorts" "allowedTCPPortRanges";
   strayUdp = stray "udp" "allowedUDPPorts" "allowedUDPPortRanges";
-  shutTcp = lib.subtractLists (lib.concatMap (gate: gate.allowedTCPPorts) gates) public.tcp;
-  shutUdp = lib.subtractLists (lib.concatMap (gate: gate.allowedUDPPorts) gates) public.udp;
+  shutPorts =
+    lib.subtractLists (lib.concatMap (gate: gate.allowedTCPPorts) gates) public.tcp
+    ++ lib.subtractLists (lib.concatMap (gate: gate.allowedUDPPorts) gates) public.udp;
+  trustedPublic = lib.filter (name: name != "lo" && isPublic name) firewall.trustedInterfaces;
 
   declared =
     config.networking.wireguard.interfaces.${mesh.interface}
       or config.networking.wg-quick.interfaces.${mesh.interface} or null;
   declaredAddresses = map net.address (declared.ips or declared.address or [ ]);
   keepalive = net.seconds mesh.keepalive;
-  otherKeepalive = lib.filter (peer: peer.persistentKeepalive != keepalive) declared.peers;
+  otherKeepalives = lib.remove keepalive (map (peer: peer.persistentKeepalive) declared.peers);
+  hubKey = if mesh.hub == null then null else mesh.hub.public_key;
 
-  secrets = lib.filterAttrs (_: file: file != null && lib.hasPrefix builtins.storeDir file) {
+  storedSecrets = lib.filterAttrs (_: file: file != null && lib.hasPrefix builtins.storeDir file) {
     inherit (cfg) kumaUrlFile ntfyUrlFile;
     "wireguard.privateKeyFile" = cfg.wireguard.privateKeyFile;
   };
@@ -77,117 +90,140 @@ in
       map (entry: entry // { message = "services.spokeguard: ${entry.message}"; }) (
         # The mesh.
         only overWireguard [
-          (unless "settings.mesh.address is empty: write this node's address in the mesh" (mesh.address != [ ]))
-          (unless "settings.mesh.prefix is missing: write the mesh's network, such as [ \"10.84.0.0/24\" ]" (
-            mesh.prefix != null
-          ))
+          (unless (mesh.address == [ ]) [
+            "settings.mesh.address is empty: write this node's address in the mesh"
+          ])
+          (unless (mesh.prefix == null) [
+            "settings.mesh.prefix is missing: write the mesh's network, such as [ \"10.84.0.0/24\" ]"
+          ])
         ]
         ++ only (overWireguard && declared != null) [
-          (unless "networking says that ${mesh.interface} has ${shown declaredAddresses}, and settings.mesh.address is ${shown mesh.address}: write the same in both" (
-            lib.subtractLists declaredAddresses mesh.address == [ ]
-          ))
-          (unless "${mesh.interface} listens on UDP ${toString declared.listenPort}, and settings.mesh.listen_port is ${toString mesh.listen_port}: write the same in both" (
-            mesh.listen_port == null || declared.listenPort == mesh.listen_port
-          ))
-          (unless "a peer of ${mesh.interface} has persistentKeepalive = ${
-            toString (map (peer: peer.persistentKeepalive) otherKeepalive)
-          }, and settings.mesh.keepalive is ${toString mesh.keepalive}: leave persistentKeepalive out" (
-            keepalive == null || otherKeepalive == [ ]
-          ))
-          (unless "no peer of ${mesh.interface} has the public key of settings.mesh.hub" (
-            isHub
-            || mesh.hub == null
-            || mesh.hub.public_key == null
-            || lib.any (peer: peer.publicKey == mesh.hub.public_key) declared.peers
-          ))
+          (unless (lib.subtractLists declaredAddresses mesh.address != [ ]) [
+            "networking says that ${mesh.interface} has ${shown declaredAddresses},"
+            "and settings.mesh.address is ${shown mesh.address}: write the same in both"
+          ])
+          (unless (mesh.listen_port != null && declared.listenPort != mesh.listen_port) [
+            "${mesh.interface} listens on UDP ${toString declared.listenPort},"
+            "and settings.mesh.listen_port is ${toString mesh.listen_port}: write the same in both"
+          ])
+          (unless (keepalive != null && otherKeepalives != [ ]) [
+            "a peer of ${mesh.interface} has persistentKeepalive = ${shown otherKeepalives},"
+            "and settings.mesh.keepalive is ${toString mesh.keepalive}: leave persistentKeepalive out"
+          ])
+          (unless (!isHub && hubKey != null && !(lib.any (peer: peer.publicKey == hubKey) declared.peers)) [
+            "no peer of ${mesh.interface} has the public key of settings.mesh.hub"
+          ])
         ]
         ++ only (overWireguard && cfg.wireguard.privateKeyFile != null && !isHub) [
-          (unless "wireguard.privateKeyFile makes ${mesh.interface}, which needs settings.mesh.hub with its public_key and endpoint" (
-            mesh.hub != null && mesh.hub.public_key != null && mesh.hub.endpoint != null
-          ))
+          (unless (hubKey == null || mesh.hub.endpoint == null) [
+            "wireguard.privateKeyFile makes ${mesh.interface},"
+            "which needs settings.mesh.hub with its public_key and endpoint"
+          ])
         ]
 
         # sshd.
         ++ only openssh.enable [
-          (unless "services.openssh.openFirewall is true and opens tcp ${shown openssh.ports} on every interface, and the policy has sshd for the mesh: set it to false" (
-            !openssh.openFirewall
-          ))
-          (unless "services.openssh.ports is ${shown openssh.ports}, and settings.ssh.port is ${toString ssh.port}: write the same in both" (
-            openssh.ports == [ ssh.port ]
-          ))
-          (unless "services.openssh.listenAddresses has ${shown strayAddresses}, which settings.ssh.bind does not: name the address there, or remove it here" (
-            strayAddresses == [ ]
-          ))
-          (unless "sshd would listen on every address, and its binds are refused: name its addresses in settings.mesh.address, or set settings.ssh.rebind = true" (
-            openssh.listenAddresses != [ ] || ssh.rebind || !enforce.binds || enforce.mode == "audit"
-          ))
+          (unless openssh.openFirewall [
+            "services.openssh.openFirewall is true and opens tcp ${shown openssh.ports} on every interface,"
+            "and the policy has sshd for the mesh: set it to false"
+          ])
+          (unless (openssh.ports != [ ssh.port ]) [
+            "services.openssh.ports is ${shown openssh.ports},"
+            "and settings.ssh.port is ${toString ssh.port}: write the same in both"
+          ])
+          (unless (strayAddresses != [ ]) [
+            "services.openssh.listenAddresses has ${shown strayAddresses}, which settings.ssh.bind does not:"
+            "name the address there, or remove it here"
+          ])
+          (unless (openssh.listenAddresses == [ ] && !ssh.rebind && refusesBinds) [
+            "sshd would listen on every address, and its binds are refused:"
+            "name its addresses in settings.mesh.address, or set settings.ssh.rebind = true"
+          ])
         ]
 
         # The firewall.
         ++ only firewall.enable [
-          (unless "networking.firewall opens tcp ${shown strayTcp} to everyone, and settings.public.tcp does not: name it there, or remove it here" (
-            strayTcp == [ ]
-          ))
-          (unless "networking.firewall opens udp ${shown strayUdp} to everyone, and settings.public.udp does not: name it there, or remove it here" (
-            strayUdp == [ ]
-          ))
+          (unless (strayTcp != [ ]) [
+            "networking.firewall opens tcp ${shown strayTcp} to everyone,"
+            "and settings.public.tcp does not: name it there, or remove it here"
+          ])
+          (unless (strayUdp != [ ]) [
+            "networking.firewall opens udp ${shown strayUdp} to everyone,"
+            "and settings.public.udp does not: name it there, or remove it here"
+          ])
         ]
         ++ only nftables.enable [
-          (unless "networking.nftables.flushRuleset takes table inet spokeguard away at every rebuild: put your rules into networking.nftables.tables, and set it to false" (
-            !nftables.flushRuleset
-          ))
-          (unless "networking.nftables.tables.spokeguard has the name of spokeguard's own table: choose another" (
-            !(nftables.tables ? spokeguard)
-          ))
+          (unless nftables.flushRuleset [
+            "networking.nftables.flushRuleset takes table inet spokeguard away at every rebuild:"
+            "put your rules into networking.nftables.tables, and set it to false"
+          ])
+          (unless (nftables.tables ? spokeguard) [
+            "networking.nftables.tables.spokeguard has the name of spokeguard's own table: choose another"
+          ])
         ]
 
         # Secrets and roles.
-        ++ lib.mapAttrsToList (
-          name: _: unless "${name} is in the Nix store, which everybody can read: write a path outside of it, as a string" false
-        ) secrets
+        ++ map (
+          name:
+          unless true [
+            "${name} is in the Nix store, which everybody can read:"
+            "write a path outside of it, as a string"
+          ]
+        ) (builtins.attrNames storedSecrets)
         ++ only (cfg.profile != null) [
-          (unless "profile is \"${cfg.profile}\", and settings.node.role is \"${policy.node.role}\": write the same in both" (
-            cfg.profile == policy.node.role
-          ))
+          (unless (cfg.profile != policy.node.role) [
+            "profile is \"${cfg.profile}\", and settings.node.role is \"${policy.node.role}\":"
+            "write the same in both"
+          ])
         ]
         ++ [
-          (unless "hub.spokes are for the hub, and settings.node.role is \"${policy.node.role}\"" (
-            cfg.hub.spokes == { } || isHub
-          ))
-          (unless "hub.spokes: the address ${shown (twice addresses)} is there twice" (twice addresses == [ ]))
-          (unless "hub.spokes: the public key ${shown (twice keys)} is there twice" (twice keys == [ ]))
+          (unless (cfg.hub.spokes != { } && !isHub) [
+            "hub.spokes are for the hub, and settings.node.role is \"${policy.node.role}\""
+          ])
+          (unless (twice addresses != [ ]) [
+            "hub.spokes: the address ${shown (twice addresses)} is there twice"
+          ])
+          (unless (twice keys != [ ]) [
+            "hub.spokes: the public key ${shown (twice keys)} is there twice"
+          ])
         ]
       );
 
-    warnings =
-      map (text: "services.spokeguard: ${text}") (
-        lib.optional (!firewall.enable) "networking.firewall is off: nothing holds this host but spokeguard"
-        ++ lib.optional (firewall.enable && shutTcp ++ shutUdp != [ ]) (
-          "the policy has ${shown (shutTcp ++ shutUdp)} public, and networking.firewall does not open it"
-        )
-        ++ lib.optional (enforce.mode == "audit") "enforce.mode is \"audit\": it counts, and drops nothing"
-        ++ lib.optional (!enforce.firewall) "enforce.firewall is false: it looks on, and holds nothing"
-        ++ lib.optional enforce.allow_no_admin_path "enforce.allow_no_admin_path: this node may end up without a way in"
-        ++ lib.optional (overWireguard && !isHub && keepalive == null) (
-          "mesh.keepalive is off: behind NAT the hub can't reach this node, once it is silent"
-        )
-        ++ lib.optional (overWireguard && declared == null && !config.systemd.network.enable) (
-          "nothing declares the interface ${mesh.interface}: set wireguard.privateKeyFile, or make it yourself"
-        )
-        ++ lib.optional (!overWireguard && !config.services.tailscale.enable) (
-          "mesh.kind is \"tailscale\", and services.tailscale is off"
-        )
-        ++ lib.optional (openssh.enable && openssh.settings.PasswordAuthentication != false) (
-          "sshd takes passwords (services.openssh.settings.PasswordAuthentication)"
-        )
-        ++ lib.optional (overWireguard && mesh.hub != null && mesh.hub.public_key == null) (
-          "mesh.hub.public_key is missing: another peer in its place would not be noticed"
-        )
-        ++ lib.optional (lib.any isPublic (lib.remove "lo" firewall.trustedInterfaces)) (
-          "networking.firewall.trustedInterfaces trusts ${
-            shown (lib.filter isPublic (lib.remove "lo" firewall.trustedInterfaces))
-          }, which is public by the policy"
-        )
-      );
+    warnings = map (text: "services.spokeguard: ${text}") (
+      warn (!firewall.enable) [
+        "networking.firewall is off: nothing holds this host but spokeguard"
+      ]
+      ++ warn (firewall.enable && shutPorts != [ ]) [
+        "the policy has ${shown shutPorts} public, and networking.firewall does not open it"
+      ]
+      ++ warn (enforce.mode == "audit") [
+        "enforce.mode is \"audit\": it counts, and drops nothing"
+      ]
+      ++ warn (!enforce.firewall) [
+        "enforce.firewall is false: it looks on, and holds nothing"
+      ]
+      ++ warn enforce.allow_no_admin_path [
+        "enforce.allow_no_admin_path: this node may end up without a way in"
+      ]
+      ++ warn (overWireguard && !isHub && keepalive == null) [
+        "mesh.keepalive is off: behind NAT the hub can't reach this node, once it is silent"
+      ]
+      ++ warn (overWireguard && declared == null && !config.systemd.network.enable) [
+        "nothing declares the interface ${mesh.interface}:"
+        "set wireguard.privateKeyFile, or make it yourself"
+      ]
+      ++ warn (!overWireguard && !config.services.tailscale.enable) [
+        "mesh.kind is \"tailscale\", and services.tailscale is off"
+      ]
+      ++ warn (openssh.enable && openssh.settings.PasswordAuthentication != false) [
+        "sshd takes passwords (services.openssh.settings.PasswordAuthentication)"
+      ]
+      ++ warn (overWireguard && mesh.hub != null && hubKey == null) [
+        "mesh.hub.public_key is missing: another peer in its place would not be noticed"
+      ]
+      ++ warn (trustedPublic != [ ]) [
+        "networking.firewall.trustedInterfaces trusts ${shown trustedPublic}, which is public by the policy"
+      ]
+    );
   };
 }

@@ -1,6 +1,4 @@
-# The module with its package, where there are no flakes: imports = [ ".../nix-module" ];
-{ lib, pkgs, ... }:
-{
-  imports = [ ./module.nix ];
-  services.spokeguard.package = lib.mkDefault (pkgs.spokeguard or (pkgs.callPackage ./package.nix { }));
-}
+# The module where there are no flakes: imports = [ ".../nix-module" ]. The package is that of
+# `pkgs`, or built with the eBPF objects of a release:
+#   services.spokeguard.package = pkgs.callPackage ".../nix-module/package.nix" { ebpfObjects = ./objects; };
+import ./module.nix

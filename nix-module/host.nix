@@ -19,6 +19,8 @@ let
     allowedTCPPorts = tcp;
     allowedUDPPorts = udp;
   };
+  keepalive = net.seconds mesh.keepalive;
+  hubKey = if mesh.hub == null then null else mesh.hub.public_key;
   tunnel = lib.optional (mesh.listen_port != null) mesh.listen_port;
   services = mesh.service;
 
@@ -43,8 +45,8 @@ let
     {
       options.peers = mkOption {
         type = listOf (submodule {
-          config = mkIf (cfg.enable && cfg.manageWireguard && name == mesh.interface && net.seconds mesh.keepalive != null) {
-            persistentKeepalive = mkDefault (net.seconds mesh.keepalive);
+          config = mkIf (cfg.enable && cfg.manageWireguard && name == mesh.interface && keepalive != null) {
+            persistentKeepalive = mkDefault keepalive;
           };
         });
       };
@@ -118,9 +120,9 @@ in
             inherit (cfg.wireguard) privateKeyFile;
             listenPort = mkIf (mesh.listen_port != null) mesh.listen_port;
             peers =
-              lib.optional (cfg.settings.node.role != "hub" && mesh.hub != null && mesh.hub.public_key != null) {
+              lib.optional (cfg.settings.node.role != "hub" && hubKey != null) {
                 name = "hub";
-                publicKey = mesh.hub.public_key;
+                publicKey = hubKey;
                 inherit (mesh.hub) endpoint;
                 allowedIPs = if mesh.prefix == null then [ ] else mesh.prefix;
               }

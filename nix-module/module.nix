@@ -23,7 +23,7 @@ let
     lib.mkOption {
       type = lib.types.bool;
       default = true;
-      description = "Set up ${what} as the policy says. Where this is false, contradictions are still errors.";
+      description = "Set up ${what}. Where this is false, contradictions are still errors.";
     };
 in
 {
@@ -46,7 +46,7 @@ in
     policyFile = lib.mkOption {
       type = lib.types.nullOr lib.types.path;
       default = null;
-      description = "A policy file to use as it is. The host is set up from what it says; leave `settings` alone.";
+      description = "A policy file to use as it is, and to set the host up from, in place of `settings`.";
     };
     checkPolicy = lib.mkOption {
       type = lib.types.bool;
@@ -57,9 +57,9 @@ in
     kumaUrlFile = secret "the push URL of Uptime Kuma";
     ntfyUrlFile = secret "the URL of an ntfy topic";
 
-    manageOpenssh = manage "`services.openssh`: mesh addresses only, no passwords";
-    manageFirewall = manage "`networking.firewall` (public ports, ports of the mesh) and nftables";
-    manageWireguard = manage "the keepalive of WireGuard peers, and the interface if `privateKeyFile` is set";
+    manageOpenssh = manage "`services.openssh` as the policy says: its addresses only, and no passwords";
+    manageFirewall = manage "`networking.firewall` and nftables as the policy says";
+    manageWireguard = manage "the WireGuard interface (with `privateKeyFile`) and its peers' keepalive";
 
     wireguard.privateKeyFile = lib.mkOption {
       type = lib.types.nullOr lib.types.str;
@@ -75,7 +75,8 @@ in
         ]
       );
       default = null;
-      description = "`\"spoke\"`: two generations, weekly garbage collection. `\"hub\"`: peers and scraping of `hub.spokes`.";
+      description = ''
+        `"spoke"`: two generations, weekly garbage collection. `"hub"`: a peer and a scrape a spoke.'';
     };
     hub.spokes = lib.mkOption {
       type = lib.types.attrsOf (

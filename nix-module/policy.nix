@@ -51,7 +51,7 @@ rec {
     };
     "file" = {
       path = needed types.str "A file with a secret in it.";
-      mode = needed (types.strMatching "0?[0-7]{3}") "The most permissive mode allowed, in quotes: `\"0600\"`.";
+      mode = needed (types.strMatching "0?[0-7]{3}") "The most permissive mode allowed: `\"0600\"`.";
     };
   };
 
@@ -133,8 +133,10 @@ rec {
       ssh.bind = option (types.either (types.enum [ "mesh" ]) texts) "mesh" (
         "Where sshd listens: `\"mesh\"` or a list of addresses."
       );
-      ssh.rebind = option types.bool false "Move a wildcard bind of sshd to the mesh address instead of refusing it.";
-      ssh.from = from "`\"hub\"`, `\"mesh\"` or a list of prefixes. Default: the hub, if there is one to come in from.";
+      ssh.rebind = option types.bool false (
+        "Move a wildcard bind of sshd to the mesh address instead of refusing it."
+      );
+      ssh.from = from "`\"hub\"`, `\"mesh\"` or a list of prefixes. By default whoever the role suggests.";
 
       local = tables "local" "LANs and container bridges: neither public nor mesh, each with its own list.";
       exception = tables "exception" "Declared holes: reported as accepted risk, never as OK.";
@@ -147,7 +149,9 @@ rec {
       enforce.firewall = option types.bool true "Keep the nftables table and the guard in force.";
       enforce.binds = option types.bool true "Refuse new listeners that the policy does not allow.";
       enforce.keepalive = option types.bool true "Repair the keepalive of WireGuard peers.";
-      enforce.confirm_within = option duration "60s" "How long a change is on trial before it is rolled back.";
+      enforce.confirm_within = option duration "60s" (
+        "How long a change is on trial before it is rolled back."
+      );
       enforce.allow_no_admin_path = option types.bool false "Permit a policy that leaves no way in.";
 
       metrics.port = option port 9984 "Port of the metrics, on the mesh addresses, for the hub.";

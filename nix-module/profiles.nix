@@ -3,6 +3,8 @@
 let
   cfg = config.services.spokeguard;
   inherit (lib) mkDefault mkIf;
+  net = import ./addresses.nix { inherit lib; };
+  nixEnv = lib.getExe' config.nix.package "nix-env";
 in
 {
   config = lib.mkMerge [
@@ -17,7 +19,7 @@ in
       nix.gc.dates = mkDefault "weekly";
       # A boot menu of two entries still keeps every generation in the store.
       systemd.services.nix-gc.serviceConfig.ExecStartPre =
-        "${lib.getExe' config.nix.package "nix-env"} --profile /nix/var/nix/profiles/system --delete-generations +2";
+        "${nixEnv} --profile /nix/var/nix/profiles/system --delete-generations +2";
     })
 
     (mkIf (cfg.enable && cfg.profile == "hub") {
@@ -27,13 +29,9 @@ in
         {
           job_name = "spokeguard";
           static_configs = lib.mapAttrsToList (name: spoke: {
-            targets = map (
-              address:
-              let
-                inherit (import ./addresses.nix { inherit lib; }) bracketed;
-              in
-              "${bracketed address}:${toString cfg.settings.metrics.port}"
-            ) [ (builtins.head spoke.address) ];
+            targets = [
+              "${net.bracketed (builtins.head spoke.address)}:${toString cfg.settings.metrics.port}"
+            ];
             labels.node = name;
           }) cfg.hub.spokes;
         }

@@ -23,6 +23,7 @@ mod machine;
 mod metrics;
 mod neighbours;
 mod netns;
+mod nix;
 mod predict;
 mod privileges;
 mod proof;

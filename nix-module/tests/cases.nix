@@ -3,6 +3,7 @@
 let
   key = "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=";
   other = "4ZgJs9GrzJw8bJvZWhT17fec1pYzW27an2YCZ8HE+Ec=";
+  say = lib.concatStringsSep " ";
   mesh = more: { services.spokeguard.settings.mesh = more; };
   settings = more: { services.spokeguard.settings = more; };
   peer = more: {
@@ -134,14 +135,17 @@ in
     no-mesh-address = {
       module = mesh { address = [ ]; };
       errors = [
-        "services.spokeguard: settings.mesh.address is empty: write this node's address in the mesh"
-        "services.spokeguard: sshd would listen on every address, and its binds are refused: name its addresses in settings.mesh.address, or set settings.ssh.rebind = true"
+        "settings.mesh.address is empty: write this node's address in the mesh"
+        (say [
+          "sshd would listen on every address, and its binds are refused: name its addresses in"
+          "settings.mesh.address, or set settings.ssh.rebind = true"
+        ])
       ];
     };
     no-mesh-prefix = {
       module = mesh { prefix = null; };
       errors = [
-        "services.spokeguard: settings.mesh.prefix is missing: write the mesh's network, such as [ \"10.84.0.0/24\" ]"
+        "settings.mesh.prefix is missing: write the mesh's network, such as [ \"10.84.0.0/24\" ]"
       ];
     };
     another-address = {
@@ -149,18 +153,24 @@ in
         networking.wireguard.interfaces.wg0.ips = lib.mkForce [ "10.84.0.99/24" ];
       };
       errors = [
-        "services.spokeguard: networking says that wg0 has 10.84.0.99, and settings.mesh.address is 10.84.0.16: write the same in both"
+        (say [
+          "networking says that wg0 has 10.84.0.99, and settings.mesh.address is 10.84.0.16:"
+          "write the same in both"
+        ])
       ];
     };
     another-keepalive = {
       module = peer { persistentKeepalive = 10; };
       errors = [
-        "services.spokeguard: a peer of wg0 has persistentKeepalive = 10, and settings.mesh.keepalive is 25s: leave persistentKeepalive out"
+        (say [
+          "a peer of wg0 has persistentKeepalive = 10, and settings.mesh.keepalive is 25s: leave"
+          "persistentKeepalive out"
+        ])
       ];
     };
     another-hub = {
       module = mesh { hub.public_key = other; } // peer { };
-      errors = [ "services.spokeguard: no peer of wg0 has the public key of settings.mesh.hub" ];
+      errors = [ "no peer of wg0 has the public key of settings.mesh.hub" ];
     };
     another-listen-port = {
       module = {
@@ -168,16 +178,19 @@ in
         networking.wireguard.interfaces.wg0.listenPort = lib.mkForce 51821;
       };
       errors = [
-        "services.spokeguard: wg0 listens on UDP 51821, and settings.mesh.listen_port is 51820: write the same in both"
+        "wg0 listens on UDP 51821, and settings.mesh.listen_port is 51820: write the same in both"
       ];
     };
     hub-without-key = {
       module = mesh { hub.public_key = null; };
       errors = [
-        "services.spokeguard: wireguard.privateKeyFile makes wg0, which needs settings.mesh.hub with its public_key and endpoint"
+        (say [
+          "wireguard.privateKeyFile makes wg0, which needs settings.mesh.hub with its public_key"
+          "and endpoint"
+        ])
       ];
       warnings = [
-        "services.spokeguard: mesh.hub.public_key is missing: another peer in its place would not be noticed"
+        "mesh.hub.public_key is missing: another peer in its place would not be noticed"
       ];
     };
 
@@ -187,7 +200,10 @@ in
         services.openssh.openFirewall = true;
       };
       errors = [
-        "services.spokeguard: services.openssh.openFirewall is true and opens tcp 22 on every interface, and the policy has sshd for the mesh: set it to false"
+        (say [
+          "services.openssh.openFirewall is true and opens tcp 22 on every interface, and the"
+          "policy has sshd for the mesh: set it to false"
+        ])
       ];
     };
     another-ssh-port = {
@@ -195,7 +211,7 @@ in
         services.openssh.ports = [ 2222 ];
       };
       errors = [
-        "services.spokeguard: services.openssh.ports is 2222, and settings.ssh.port is 22: write the same in both"
+        "services.openssh.ports is 2222, and settings.ssh.port is 22: write the same in both"
       ];
     };
     ssh-elsewhere-too = {
@@ -208,7 +224,10 @@ in
         ];
       };
       errors = [
-        "services.spokeguard: services.openssh.listenAddresses has 0.0.0.0, which settings.ssh.bind does not: name the address there, or remove it here"
+        (say [
+          "services.openssh.listenAddresses has 0.0.0.0, which settings.ssh.bind does not: name"
+          "the address there, or remove it here"
+        ])
       ];
     };
     ssh-everywhere = {
@@ -219,7 +238,10 @@ in
         services.openssh.settings.PasswordAuthentication = false;
       };
       errors = [
-        "services.spokeguard: sshd would listen on every address, and its binds are refused: name its addresses in settings.mesh.address, or set settings.ssh.rebind = true"
+        (say [
+          "sshd would listen on every address, and its binds are refused: name its addresses in"
+          "settings.mesh.address, or set settings.ssh.rebind = true"
+        ])
       ];
     };
 
@@ -230,8 +252,14 @@ in
         networking.firewall.interfaces.eth1.allowedUDPPorts = [ 5353 ];
       };
       errors = [
-        "services.spokeguard: networking.firewall opens tcp 8080 to everyone, and settings.public.tcp does not: name it there, or remove it here"
-        "services.spokeguard: networking.firewall opens udp 5353 to everyone, and settings.public.udp does not: name it there, or remove it here"
+        (say [
+          "networking.firewall opens tcp 8080 to everyone, and settings.public.tcp does not: name"
+          "it there, or remove it here"
+        ])
+        (say [
+          "networking.firewall opens udp 5353 to everyone, and settings.public.udp does not: name"
+          "it there, or remove it here"
+        ])
       ];
     };
     port-range = {
@@ -248,7 +276,10 @@ in
         ];
       };
       errors = [
-        "services.spokeguard: networking.firewall opens tcp 440-443 to everyone, and settings.public.tcp does not: name it there, or remove it here"
+        (say [
+          "networking.firewall opens tcp 440-443 to everyone, and settings.public.tcp does not:"
+          "name it there, or remove it here"
+        ])
       ];
     };
     flush = {
@@ -256,7 +287,10 @@ in
         networking.nftables.ruleset = "table inet mine { }";
       };
       errors = [
-        "services.spokeguard: networking.nftables.flushRuleset takes table inet spokeguard away at every rebuild: put your rules into networking.nftables.tables, and set it to false"
+        (say [
+          "networking.nftables.flushRuleset takes table inet spokeguard away at every rebuild:"
+          "put your rules into networking.nftables.tables, and set it to false"
+        ])
       ];
     };
     same-table = {
@@ -264,7 +298,10 @@ in
         networking.nftables.tables.spokeguard = { };
       };
       errors = [
-        "services.spokeguard: networking.nftables.tables.spokeguard has the name of spokeguard's own table: choose another"
+        (say [
+          "networking.nftables.tables.spokeguard has the name of spokeguard's own table: choose"
+          "another"
+        ])
       ];
     };
 
@@ -274,7 +311,10 @@ in
         services.spokeguard.kumaUrlFile = "${builtins.storeDir}/x-kuma";
       };
       errors = [
-        "services.spokeguard: kumaUrlFile is in the Nix store, which everybody can read: write a path outside of it, as a string"
+        (say [
+          "kumaUrlFile is in the Nix store, which everybody can read: write a path outside of it,"
+          "as a string"
+        ])
       ];
     };
     another-profile = {
@@ -283,7 +323,7 @@ in
         services.spokeguard.settings.node.role = "spoke";
       };
       errors = [
-        "services.spokeguard: profile is \"hub\", and settings.node.role is \"spoke\": write the same in both"
+        "profile is \"hub\", and settings.node.role is \"spoke\": write the same in both"
       ];
     };
     spokes-of-a-spoke = {
@@ -293,7 +333,7 @@ in
           publicKey = other;
         };
       };
-      errors = [ "services.spokeguard: hub.spokes are for the hub, and settings.node.role is \"spoke\"" ];
+      errors = [ "hub.spokes are for the hub, and settings.node.role is \"spoke\"" ];
     };
     two-of-one-address = {
       module = {
@@ -310,8 +350,8 @@ in
         };
       };
       errors = [
-        "services.spokeguard: hub.spokes: the address 10.84.0.2 is there twice"
-        "services.spokeguard: hub.spokes: the public key ${other} is there twice"
+        "hub.spokes: the address 10.84.0.2 is there twice"
+        "hub.spokes: the public key ${other} is there twice"
       ];
     };
 
@@ -321,7 +361,7 @@ in
         networking.firewall.enable = false;
       };
       warnings = [
-        "services.spokeguard: networking.firewall is off: nothing holds this host but spokeguard"
+        "networking.firewall is off: nothing holds this host but spokeguard"
       ];
     };
     shut-by-the-firewall = {
@@ -330,7 +370,7 @@ in
         networking.firewall.allowedTCPPorts = [ 80 ];
       };
       warnings = [
-        "services.spokeguard: the policy has 443 public, and networking.firewall does not open it"
+        "the policy has 443 public, and networking.firewall does not open it"
       ];
     };
     looking-on = {
@@ -341,10 +381,10 @@ in
         mesh.keepalive = "off";
       };
       warnings = [
-        "services.spokeguard: enforce.mode is \"audit\": it counts, and drops nothing"
-        "services.spokeguard: enforce.firewall is false: it looks on, and holds nothing"
-        "services.spokeguard: enforce.allow_no_admin_path: this node may end up without a way in"
-        "services.spokeguard: mesh.keepalive is off: behind NAT the hub can't reach this node, once it is silent"
+        "enforce.mode is \"audit\": it counts, and drops nothing"
+        "enforce.firewall is false: it looks on, and holds nothing"
+        "enforce.allow_no_admin_path: this node may end up without a way in"
+        "mesh.keepalive is off: behind NAT the hub can't reach this node, once it is silent"
       ];
     };
     no-interface = {
@@ -358,9 +398,9 @@ in
         ];
       };
       warnings = [
-        "services.spokeguard: nothing declares the interface wg0: set wireguard.privateKeyFile, or make it yourself"
-        "services.spokeguard: sshd takes passwords (services.openssh.settings.PasswordAuthentication)"
-        "services.spokeguard: networking.firewall.trustedInterfaces trusts eth1, which is public by the policy"
+        "nothing declares the interface wg0: set wireguard.privateKeyFile, or make it yourself"
+        "sshd takes passwords (services.openssh.settings.PasswordAuthentication)"
+        "networking.firewall.trustedInterfaces trusts eth1, which is public by the policy"
       ];
     };
     no-tailscale = {
@@ -372,7 +412,7 @@ in
         };
       };
       warnings = [
-        "services.spokeguard: mesh.kind is \"tailscale\", and services.tailscale is off"
+        "mesh.kind is \"tailscale\", and services.tailscale is off"
       ];
     };
   };

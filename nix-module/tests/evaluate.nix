@@ -4,51 +4,7 @@
   lib ? import ./minilib.nix,
 }:
 let
-  # A derivation is a name here, and what was said about it.
-  derivation =
-    name: more:
-    {
-      type = "derivation";
-      outPath = "/nix/store/stub-${name}";
-      inherit name;
-    }
-    // more;
-  pkgs = {
-    stdenv.buildPlatform.canExecute = _: true;
-    stdenv.hostPlatform = { };
-    formats.toml = _: {
-      type =
-        let
-          value = lib.types.oneOf [
-            lib.types.bool
-            lib.types.int
-            lib.types.float
-            lib.types.str
-            lib.types.path
-            (lib.types.attrsOf value)
-            (lib.types.listOf value)
-          ];
-        in
-        value;
-      generate = name: value: derivation name { inherit value; };
-    };
-    runCommand =
-      name: _: script:
-      derivation name { inherit script; };
-    writeText = name: text: derivation name { inherit text; };
-    testers.runNixOSTest = test: test;
-  }
-  // builtins.mapAttrs (name: _: derivation name { }) {
-    coreutils = null;
-    curl = null;
-    netcat = null;
-    nftables = null;
-    nix = null;
-    nmap = null;
-    python3 = null;
-    spokeguard = null;
-    wireguard-tools = null;
-  };
+  pkgs = import ./nixpkgs { inherit lib; };
 
   evaluate =
     modules:
@@ -66,7 +22,7 @@ let
     {
       errors = map (entry: entry.message) (lib.filter (entry: !entry.assertion) config.assertions);
       inherit (config) warnings;
-      policy = config.services.spokeguard.policyText;
+      policy = config.services.spokeguard.policyText or null;
       inherit (config.networking) firewall nftables;
       inherit (config.services) openssh;
       wireguard = config.networking.wireguard.interfaces;
@@ -76,7 +32,9 @@ let
       inherit (config.boot) loader;
       inherit (config.systemd) services sockets;
       # Of a file: where it is, and the text or the script that makes it.
-      etc = builtins.mapAttrs (_: file: removeAttrs file.source [ "type" ]) config.environment.etc;
+      etc = builtins.mapAttrs (
+        _: file: if file ? source then removeAttrs file.source [ "outPath" ] else file
+      ) config.environment.etc;
     };
 
   cases = import ./cases.nix { inherit lib; };
@@ -91,8 +49,8 @@ let
       seen = host (spoke name case.module);
     in
     {
-      errors = case.errors or [ ];
-      warnings = case.warnings or [ ];
+      errors = map (text: "services.spokeguard: ${text}") (case.errors or [ ]);
+      warnings = map (text: "services.spokeguard: ${text}") (case.warnings or [ ]);
       inherit seen;
     };
 in
@@ -103,6 +61,14 @@ in
   cases = builtins.mapAttrs judge cases.cases;
   # Each must stop the evaluation.
   broken = builtins.mapAttrs (name: module: host (spoke name module)) cases.broken;
+  # What is loaded when the sealed rules can't be, on a host whose tunnel is not called wg0.
+  shut =
+    (host (
+      spoke "shut" {
+        services.spokeguard.settings.mesh.interface = "mesh7";
+        services.spokeguard.settings.mesh.listen_port = 4500;
+      }
+    )).etc."spokeguard/shut.nft".text;
   # A policy file taken as it is.
   file =
     path:
@@ -134,6 +100,44 @@ in
     {
       inherit (test) name testScript;
       nodes = builtins.mapAttrs (_: node: host [ node ]) test.nodes;
+    };
+
+  # What the flake gives, by the same stand-ins.
+  flake =
+    let
+      flake = (import ../../flake.nix).outputs {
+        self = flake;
+        nixpkgs = {
+          outPath = ./nixpkgs;
+          inherit lib;
+        };
+        rust-overlay.overlays.default = _: _: { };
+      };
+      host = evaluate [
+        flake.nixosModules.default
+        {
+          services.spokeguard.enable = true;
+          services.spokeguard.policyFile = ../../examples/spoke.toml;
+        }
+      ];
+    in
+    {
+      outputs = builtins.attrNames flake;
+      package = {
+        inherit (flake.packages.aarch64-linux.default)
+          pname
+          version
+          env
+          nativeBuildInputs
+          postInstall
+          meta
+          ;
+      };
+      used = "${host.services.spokeguard.package}";
+      overlay = flake.overlays.default pkgs pkgs == { spokeguard = flake.packages.x86_64-linux.default; };
+      vm = flake.checks.x86_64-linux.vm.name;
+      shell = flake.devShells.x86_64-linux.default.packages;
+      formatter = builtins.attrNames flake.formatter;
     };
 
   # Every option with its default and its description, for the table in the README.

@@ -67,7 +67,8 @@ let
       name: value:
       if a ? ${name} && isAttrs a.${name} && isAttrs value then recursiveUpdate a.${name} value else value
     ) b;
-  setAttrByPath = path: value: if path == [ ] then value else { ${head path} = setAttrByPath (tail path) value; };
+  setAttrByPath =
+    path: value: if path == [ ] then value else { ${head path} = setAttrByPath (tail path) value; };
   concatMapStrings = f: list: concatStringsSep "" (map f list);
   concatMapStringsSep =
     separator: f: list:
@@ -80,9 +81,11 @@ let
     in
     n >= 0 && substring n (-1) text == suffix;
   hasInfix = infix: text: length (splitString infix text) > 1;
-  removePrefix = prefix: text: if hasPrefix prefix text then substring (stringLength prefix) (-1) text else text;
+  removePrefix =
+    prefix: text: if hasPrefix prefix text then substring (stringLength prefix) (-1) text else text;
   removeSuffix =
-    suffix: text: if hasSuffix suffix text then substring 0 (stringLength text - stringLength suffix) text else text;
+    suffix: text:
+    if hasSuffix suffix text then substring 0 (stringLength text - stringLength suffix) text else text;
   splitString = separator: text: filter isString (builtins.split (escape separator) text);
   escape = replaceStrings [ "." "*" "+" "?" "[" "]" "(" ")" "|" "\\" "^" "$" "{" "}" ] (
     map (c: "\\" + c) [ "." "*" "+" "?" "[" "]" "(" ")" "|" "\\" "^" "$" "{" "}" ]
@@ -144,7 +147,7 @@ let
         if wrong != [ ] then
           throw "A definition for option `${showOption loc}' is not of type `${type.description}'."
         else if values == [ ] then
-          type.empty or (throw "The option `${showOption loc}' was accessed but has no value defined. Try setting the option.")
+          type.empty or (throw "The option `${showOption loc}' was accessed but has no value defined.")
         else
           type.merge loc values;
     };
@@ -171,7 +174,9 @@ let
     int = plain "signed integer" isInt;
     float = plain "floating point number" isFloat;
     str = plain "string" isString;
-    path = plain "absolute path" (value: isPath value || (isString value && hasPrefix "/" value) || value ? outPath);
+    path = plain "absolute path" (
+      value: isPath value || isString value && hasPrefix "/" value || value ? outPath
+    );
     package = plain "package" (value: (value.type or null) == "derivation");
     lines = str // {
       description = "strings concatenated with \"\\n\"";
@@ -195,7 +200,11 @@ let
           filter (entry: entry.defined) (
             concatLists (
               imap1 (
-                n: imap1 (m: value: mergeDefinitions (loc ++ [ "[definition ${toString n}-entry ${toString m}]" ]) element [ value ])
+                n:
+                imap1 (
+                  m: value:
+                  mergeDefinitions (loc ++ [ "[definition ${toString n}-entry ${toString m}]" ]) element [ value ]
+                )
               ) lists
             )
           )
@@ -285,7 +294,12 @@ let
           source = if isPath module || isString module then import module else module;
           value =
             if isFunction source then
-              source (if functionArgs source == { } then arguments else builtins.intersectAttrs (functionArgs source) arguments)
+              source (
+                if functionArgs source == { } then
+                  arguments
+                else
+                  builtins.intersectAttrs (functionArgs source) arguments
+              )
             else
               source;
           long = value ? config || value ? options;
@@ -296,7 +310,8 @@ let
             "freeformType"
           ];
         in
-        assert long -> stray == { } || throw "Module has an unsupported attribute `${head (attrNames stray)}'.";
+        assert
+          long -> stray == { } || throw "Module has an unsupported attribute `${head (attrNames stray)}'.";
         {
           imports = value.imports or [ ];
           options = value.options or { };
@@ -364,7 +379,11 @@ let
         if freeform == [ ] || root.stray == [ ] then
           root.value
         else
-          recursiveUpdate ((head freeform).merge prefix (map (entry: setAttrByPath (below entry.path) entry.value) root.stray)) root.value;
+          recursiveUpdate (
+            (head freeform).merge prefix (
+              map (entry: setAttrByPath (below entry.path) entry.value) root.stray
+            )
+          ) root.value;
       checked =
         if freeform == [ ] && root.stray != [ ] then
           throw "The option `${showOption (head root.stray).path}' does not exist."
@@ -413,6 +432,13 @@ let
       types
       unique
       ;
+    assertMsg = assertion: message: assertion || throw message;
+    importTOML = path: builtins.fromTOML (builtins.readFile path);
+    licenses.mit = "MIT";
+    licenses.asl20 = "Apache-2.0";
+    # Files are the build's business.
+    fileset.toSource = { root, fileset }: root;
+    fileset.unions = files: assert all builtins.pathExists files; files;
     mkDefault = mkOverride 1000;
     mkForce = mkOverride 50;
     mkEnableOption =

@@ -58,6 +58,8 @@ in
     system.stateVersion = option types.str "26.05";
 
     networking.hostName = option types.str "nixos";
+    networking.useDHCP = option types.bool true;
+    networking.interfaces = any;
     networking.firewall = gate // {
       enable = option types.bool true;
       interfaces = option (types.attrsOf (sub gate)) { };

@@ -30,6 +30,8 @@ pub enum Need {
     Firewalld,
     /// A container with systemd as its init.
     Nspawn,
+    /// Evaluates NixOS modules; no store, no root.
+    Nix,
     /// The product's own program.
     Spokeguard,
 }
@@ -97,6 +99,7 @@ pub fn missing(needs: &[Need]) -> Vec<String> {
                 program("systemd-nspawn", "systemd-container");
                 program("dbus-daemon", "dbus");
             }
+            Need::Nix => program("nix-instantiate", "nix-bin"),
             Need::Firewalld | Need::Spokeguard => {}
         }
     }
@@ -106,7 +109,7 @@ pub fn missing(needs: &[Need]) -> Vec<String> {
     if needs.contains(&Need::Firewalld) && !firewalld().is_dir() {
         out.push("the packages of firewalld are missing (cargo xtask setup, on Debian as root)".to_string());
     }
-    let in_a_lab = needs.iter().any(|need| *need != Need::Spokeguard);
+    let in_a_lab = needs.iter().any(|need| ![Need::Spokeguard, Need::Nix].contains(need));
     if in_a_lab && !rustix::process::geteuid().is_root() {
         out.push("network namespaces need root".to_string());
     }

@@ -38,6 +38,8 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("systemd-nspawn", "systemd-container"),
     ("dbus-daemon", "dbus"),
     ("faketime", "faketime"),
+    // Evaluates the NixOS module, which needs no more of Nix than that.
+    ("nix-instantiate", "nix-bin"),
     // Real kernels: their packages are unpacked, never installed.
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("depmod", "kmod"),

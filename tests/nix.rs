@@ -1,0 +1,554 @@
+//! The NixOS module, evaluated by Nix without NixOS: against the small lib and the stubs in
+//! nix-module/tests, and once more against nixpkgs' own lib where `SPOKEGUARD_NIXPKGS_LIB` says where that is.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::OnceLock;
+
+use lab::{Need, lacking};
+use serde_json::{Value, json};
+
+const SPOKES: usize = 20;
+const CONTRIB: [&str; 3] = ["spokeguard", "spokeguard-boot", "spokeguard-shut"];
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().unwrap()
+}
+
+/// Runs the evaluator without a store, so that nothing is built or fetched.
+fn nix(arguments: &[&str]) -> Output {
+    Command::new("nix-instantiate")
+        .args(arguments)
+        .current_dir(root().join("nix-module"))
+        .env("NIX_CONFIG", "build-users-group =")
+        .output()
+        .unwrap()
+}
+
+/// What an attribute of nix-module/tests/evaluate.nix comes to.
+fn evaluate(attribute: &str, lib: Option<&str>) -> Result<Value, String> {
+    let mut words =
+        vec!["--store", "dummy://", "--eval", "--strict", "--json", "tests/evaluate.nix", "-A", attribute];
+    let import = lib.map(|lib| format!("import {lib}"));
+    if let Some(import) = &import {
+        words.extend(["--arg", "lib", import]);
+    }
+    let output = nix(&words);
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    if !output.status.success() {
+        return Err(errors);
+    }
+    serde_json::from_slice(&output.stdout).map_err(|error| format!("{error}: {errors}"))
+}
+
+fn fleet() -> &'static Value {
+    static FLEET: OnceLock<Value> = OnceLock::new();
+    FLEET.get_or_init(|| evaluate("fleet", None).unwrap())
+}
+
+fn cases() -> &'static Value {
+    static CASES: OnceLock<Value> = OnceLock::new();
+    CASES.get_or_init(|| evaluate("cases", None).unwrap())
+}
+
+fn entries(value: &Value) -> impl Iterator<Item = (&String, &Value)> {
+    value.as_object().unwrap().iter()
+}
+
+/// The policy as the module's generator would write it.
+fn toml_of(policy: &Value) -> String {
+    toml::to_string(policy).unwrap()
+}
+
+/// What the program says about a policy: its text, or its complaint.
+fn spokeguard(verb: &str, policy: &str) -> Result<String, String> {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("policy.toml");
+    fs::write(&file, policy).unwrap();
+    let output = Command::new(lab::spokeguard().unwrap())
+        .args(["policy", verb, "--policy"])
+        .arg(&file)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    if output.status.success() { Ok(said) } else { Err(format!("{errors}\n{policy}")) }
+}
+
+fn texts(value: &Value) -> Vec<&str> {
+    value.as_array().into_iter().flatten().filter_map(Value::as_str).collect()
+}
+
+#[test]
+fn every_file_is_nix_and_the_scripts_in_it_are_python() {
+    if lacking(&[Need::Nix]) {
+        return;
+    }
+    let mut files = vec![root().join("flake.nix")];
+    let mut folders = vec![root().join("nix-module")];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|end| end == "nix") {
+                files.push(path);
+            }
+        }
+    }
+    assert!(files.len() > 12, "{files:?}");
+    for file in &files {
+        let parsed = nix(&["--parse", file.to_str().unwrap()]);
+        assert!(parsed.status.success(), "{}", String::from_utf8_lossy(&parsed.stderr));
+        let text = fs::read_to_string(file).unwrap();
+        let untidy = |line: &&str| line.contains('\t') || line.ends_with(' ') || line.chars().count() > 110;
+        let found: Vec<&str> = text.lines().filter(untidy).collect();
+        assert!(found.is_empty(), "{}: tabs, trailing blanks or long lines: {found:#?}", file.display());
+    }
+
+    // Each node of the VM test is a right host, and its script a program.
+    let test = evaluate("vmTest", None).unwrap();
+    for (name, node) in entries(&test["nodes"]) {
+        assert_eq!(node["errors"], json!([]), "{name}");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let script = folder.path().join("script.py");
+    fs::write(&script, test["testScript"].as_str().unwrap()).unwrap();
+    let read = "import ast, sys; print(len(ast.parse(open(sys.argv[1]).read()).body))";
+    let python = Command::new("python3").args(["-c", read]).arg(&script).output().unwrap();
+    assert!(python.status.success(), "{}", String::from_utf8_lossy(&python.stderr));
+    assert!(String::from_utf8_lossy(&python.stdout).trim().parse::<usize>().unwrap() > 10);
+}
+
+#[test]
+fn twenty_spokes_and_their_hub_come_from_one_list() {
+    if lacking(&[Need::Nix, Need::Spokeguard]) {
+        return;
+    }
+    let fleet = fleet();
+    assert_eq!(fleet.as_object().unwrap().len(), SPOKES + 1);
+    let (mut addresses, mut keys) = (BTreeSet::new(), BTreeSet::new());
+    for (name, host) in entries(fleet) {
+        assert_eq!((&host["errors"], &host["warnings"]), (&json!([]), &json!([])), "{name}");
+        let policy = &host["policy"];
+        let said = spokeguard("check", &toml_of(policy)).unwrap_or_else(|error| panic!("{name}: {error}"));
+        assert!(said.ends_with(&format!(": right, for {name}\n")), "{said}");
+
+        let address = policy["mesh"]["address"][0].as_str().unwrap();
+        assert!(addresses.insert(address), "{name}: {address} is another's, too");
+        assert_eq!(host["wireguard"]["wg0"]["ips"], json!([format!("{address}/32")]), "{name}");
+        assert_eq!(host["openssh"]["listenAddresses"], json!([{ "addr": address, "port": 22 }]), "{name}");
+        assert_eq!(host["openssh"]["openFirewall"], false, "{name}");
+        assert_eq!(host["openssh"]["settings"]["PasswordAuthentication"], false, "{name}");
+        assert_eq!(host["firewall"]["allowedTCPPorts"], json!([80, 443]), "{name}");
+        assert_eq!(host["nftables"]["enable"], true, "{name}");
+        let services = &host["services"];
+        for unit in CONTRIB {
+            let sandbox = &services[unit]["serviceConfig"];
+            assert_eq!(
+                (&sandbox["NoNewPrivileges"], &sandbox["ProtectSystem"]),
+                (&json!(true), &json!("strict"))
+            );
+        }
+        let peers = host["wireguard"]["wg0"]["peers"].as_array().unwrap();
+        if name == "zurich" {
+            assert_eq!(host["firewall"]["allowedUDPPorts"], json!([51820]));
+            assert_eq!(host["firewall"]["interfaces"]["wg0"]["allowedTCPPorts"], json!([22, 9984, 3001]));
+            assert_eq!(
+                (peers.len(), host["scrape"][0]["static_configs"].as_array().unwrap().len()),
+                (20, 20)
+            );
+            for peer in peers {
+                let key = peer["publicKey"].as_str().unwrap();
+                assert!(keys.insert(key), "{key} is another's, too");
+                assert_eq!(peer["persistentKeepalive"], Value::Null);
+                let spoke = &fleet[peer["name"].as_str().unwrap()];
+                assert_eq!(peer["allowedIPs"], spoke["wireguard"]["wg0"]["ips"]);
+            }
+            continue;
+        }
+        assert_eq!(host["firewall"]["allowedUDPPorts"], json!([]), "{name}");
+        assert_eq!(host["firewall"]["interfaces"]["wg0"]["allowedTCPPorts"], json!([22, 9984]), "{name}");
+        assert_eq!(peers.len(), 1, "{name}");
+        assert_eq!(peers[0]["persistentKeepalive"], 25, "{name}");
+        assert_eq!(peers[0]["endpoint"], "203.0.113.47:51820", "{name}");
+        // The token's URL goes by file, from systemd to the daemon.
+        let credential = json!([format!("kuma-url:/etc/vault/kuma-{name}.url")]);
+        assert_eq!(services["spokeguard"]["serviceConfig"]["LoadCredential"], credential);
+        let place = "/run/credentials/spokeguard.service/kuma-url";
+        assert_eq!(policy["heartbeat"]["kuma_url_file"], place);
+        let domain = format!("{name}.vault.example.org");
+        assert_eq!(services["vault"]["environment"]["VAULT_DOMAIN"], domain);
+        // Two generations, weekly.
+        assert_eq!(host["gc"], json!({ "automatic": true, "dates": "weekly" }), "{name}");
+        for loader in ["grub", "systemd-boot", "generic-extlinux-compatible"] {
+            assert_eq!(host["loader"][loader]["configurationLimit"], 2, "{name}: {loader}");
+        }
+        let collect = services["nix-gc"]["serviceConfig"]["ExecStartPre"].as_str().unwrap();
+        assert!(collect.ends_with("--delete-generations +2"), "{collect}");
+    }
+    assert_eq!((addresses.len(), keys.len()), (SPOKES + 1, SPOKES));
+}
+
+#[test]
+fn contradictions_are_errors_and_what_is_unwise_is_said() {
+    if lacking(&[Need::Nix, Need::Spokeguard]) {
+        return;
+    }
+    let (mut right, mut wrong) = (0, 0);
+    for (name, case) in entries(cases()) {
+        let seen = &case["seen"];
+        assert_eq!(seen["errors"], case["errors"], "{name}");
+        assert_eq!(seen["warnings"], case["warnings"], "{name}");
+        if !texts(&case["errors"]).is_empty() {
+            wrong += 1;
+            continue;
+        }
+        right += 1;
+        // What passes here passes the program, too; but for a key that it does not know (yet).
+        match spokeguard("check", &toml_of(&seen["policy"])) {
+            Ok(_) => assert_ne!(name, "keys-of-later-versions"),
+            Err(error) => {
+                assert!(
+                    name == "keys-of-later-versions" && error.contains("unknown key `later`"),
+                    "{name}: {error}"
+                );
+            }
+        }
+    }
+    assert!(right >= 12 && wrong >= 19, "{right} right, {wrong} wrong");
+}
+
+#[test]
+fn what_has_the_wrong_type_stops_the_evaluation() {
+    if lacking(&[Need::Nix]) {
+        return;
+    }
+    const KEY: &str = "services.spokeguard.settings";
+    let broken = [
+        ("port-zero", "public.tcp.", "is not of type"),
+        ("port-too-high", "metrics.port'", "is not of type"),
+        ("port-as-text", "ssh.port'", "is not of type"),
+        ("role", "node.role'", "is not of type"),
+        ("keepalive", "mesh.keepalive'", "is not of type"),
+        ("version", "version'", "is not of type"),
+        ("bool", "enforce.binds'", "is not of type"),
+        ("until", "exception.", "is not of type"),
+        ("exception-key", "exception.", "does not exist"),
+    ];
+    for (name, key, why) in broken {
+        let error = evaluate(&format!("broken.{name}"), None).unwrap_err();
+        assert!(error.contains(&format!("option `{KEY}.{key}")) && error.contains(why), "{name}: {error}");
+    }
+    let error = evaluate("broken.url-of-a-path", None).unwrap_err();
+    assert!(error.contains("option `services.spokeguard.kumaUrlFile' is not of type"), "{error}");
+    let error = evaluate("broken.option", None).unwrap_err();
+    assert!(error.contains("The option `services.spokeguard.polcy' does not exist"), "{error}");
+}
+
+#[test]
+fn the_host_is_set_up_as_the_policy_says() {
+    if lacking(&[Need::Nix]) {
+        return;
+    }
+    let seen = |case: &str| &cases()[case]["seen"];
+    // Peers that others declare, of the mesh and of nothing else.
+    assert_eq!(seen("peers-of-others")["wireguard"]["wg0"]["peers"][0]["persistentKeepalive"], 25);
+    assert_eq!(seen("wg-quick")["wgQuick"]["wg0"]["peers"][0]["persistentKeepalive"], 25);
+    assert_eq!(seen("wg-quick")["wgQuick"]["wg1"]["peers"][0]["persistentKeepalive"], Value::Null);
+
+    let both = seen("both-families");
+    let listen = json!([{ "addr": "10.84.0.16", "port": 22 }, { "addr": "[fd84::16]", "port": 22 }]);
+    assert_eq!(both["openssh"]["listenAddresses"], listen);
+    assert_eq!(both["wireguard"]["wg0"]["ips"], json!(["10.84.0.16/32", "fd84::16/128"]));
+
+    let firewall = &seen("by-interface")["firewall"];
+    assert_eq!((&firewall["allowedTCPPorts"], &firewall["allowedUDPPorts"]), (&json!([]), &json!([])));
+    let on = |name: &str, proto: &str| &firewall["interfaces"][name][proto];
+    assert_eq!(on("eth0", "allowedTCPPorts"), &json!([80, 443]));
+    assert_eq!(on("wg0", "allowedTCPPorts"), &json!([22, 9984, 19999]));
+    for local in ["vmbr0", "docker*"] {
+        assert_eq!(
+            (on(local, "allowedTCPPorts"), on(local, "allowedUDPPorts")),
+            (&json!([53]), &json!([53]))
+        );
+    }
+
+    let rules = "ip saddr 198.51.100.0/24 tcp dport { 2222 } accept comment \"spokeguard: emergency-ssh\"\n\
+                 ip6 saddr 2001:db8::/32 tcp dport { 2222 } accept comment \"spokeguard: emergency-ssh\"\n";
+    assert_eq!(seen("exception")["firewall"]["extraInputRules"], rules);
+    assert_eq!(seen("exception")["firewall"]["allowedTCPPorts"], json!([80, 443]));
+
+    let sockets = seen("sockets");
+    assert_eq!(sockets["sockets"]["sshd"]["socketConfig"]["FreeBind"], true);
+    assert_eq!(sockets["services"]["sshd"], Value::Null);
+    assert_eq!(seen("plain")["services"]["sshd"]["unitConfig"]["StartLimitIntervalSec"], 0);
+    assert_eq!(seen("old-state-version")["nftables"]["flushRuleset"], false);
+
+    let urls = seen("urls");
+    let credentials = json!(["kuma-url:/run/secrets/kuma", "ntfy-url:/run/secrets/ntfy"]);
+    assert_eq!(urls["services"]["spokeguard"]["serviceConfig"]["LoadCredential"], credentials);
+    assert!(!urls["policy"].to_string().contains("/run/secrets"), "{}", urls["policy"]);
+
+    let alone = seen("unmanaged");
+    assert_eq!(alone["openssh"]["enable"], false);
+    assert_eq!((&alone["nftables"]["enable"], &alone["firewall"]["interfaces"]), (&json!(false), &json!({})));
+
+    // The build asks the program about the very file that is put in place.
+    let policy = &seen("plain")["etc"]["spokeguard/policy.toml"];
+    let script = "spokeguard policy check --policy /nix/store/stub-spokeguard-policy.toml\n\
+                  cp /nix/store/stub-spokeguard-policy.toml $out\n";
+    assert_eq!(policy["script"], script);
+    let trigger = &seen("plain")["services"]["spokeguard"]["reloadTriggers"];
+    assert_eq!(trigger, &json!(["/nix/store/stub-spokeguard-policy-checked.toml"]));
+}
+
+#[test]
+fn a_policy_file_means_the_same_to_the_module_and_to_the_program() {
+    if lacking(&[Need::Nix, Need::Spokeguard]) {
+        return;
+    }
+    for entry in fs::read_dir(root().join("examples")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_none_or(|end| end != "toml") {
+            continue;
+        }
+        let expression = format!("((import ./tests/evaluate.nix {{ }}).file {}).policy", path.display());
+        let output = nix(&["--store", "dummy://", "--eval", "--strict", "--json", "-E", &expression]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let policy: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let original = spokeguard("show", &fs::read_to_string(&path).unwrap()).unwrap();
+        assert_eq!(spokeguard("show", &toml_of(&policy)).unwrap(), original, "{}", path.display());
+    }
+}
+
+/// Everything that a policy can say, as the program shows it.
+const WHOLE: &str = r#"
+version = 1
+node = { name = "a", role = "spoke" }
+public = { tcp = [80], udp = [443], interfaces = ["eth0"] }
+ssh = { from = "hub" }
+local = [{ name = "lan", interfaces = ["vmbr0"], tcp = [53], udp = [53] }]
+exception = [{ name = "e", tcp = [2222], udp = [2223], from = ["::/0"], reason = "r", owner = "o", until = "2099-01-01" }]
+file = [{ path = "/etc/x", mode = "0600" }]
+heartbeat = { kuma_url_file = "/run/k", ntfy_url_file = "/run/n" }
+[mesh]
+address = ["10.84.0.2"]
+prefix = ["10.84.0.0/24"]
+listen_port = 51820
+hub = { address = "10.84.0.1", public_key = "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=", endpoint = "203.0.113.47:51820" }
+service = [{ name = "s", tcp = [1], udp = [2] }]
+"#;
+
+#[test]
+fn every_key_of_the_policy_is_an_option() {
+    if lacking(&[Need::Nix, Need::Spokeguard]) {
+        return;
+    }
+    fn keys(path: &str, value: &Value, out: &mut BTreeSet<String>) {
+        match value {
+            Value::Object(map) => {
+                for (key, value) in map {
+                    keys(&if path.is_empty() { key.clone() } else { format!("{path}.{key}") }, value, out);
+                }
+            }
+            Value::Array(list) if list.iter().any(Value::is_object) => {
+                out.insert(path.to_owned());
+                list.iter().for_each(|value| keys(&format!("{path}.*"), value, out));
+            }
+            _ => drop(out.insert(path.to_owned())),
+        }
+    }
+    let shown: Value = toml::from_str(&spokeguard("show", WHOLE).unwrap()).unwrap();
+    let mut known = BTreeSet::new();
+    keys("", &shown, &mut known);
+    let options = evaluate("options.settings", None).unwrap();
+    let options: BTreeSet<String> = options
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|option| option["name"].as_str().unwrap().to_owned())
+        .collect();
+    // Keys of the hub are told with it.
+    let lacking: Vec<&String> =
+        known.iter().filter(|key| !options.contains(*key) && !key.starts_with("mesh.hub.")).collect();
+    assert!(known.len() > 40 && lacking.is_empty(), "no option for {lacking:?}");
+}
+
+/// Section and key of a unit, and all its values.
+type Unit = BTreeMap<(String, String), Vec<String>>;
+
+/// The same words whoever wrote them: programs by their names, lists in order.
+fn normal(key: &str, value: &str) -> String {
+    let value = value.replace("/nix/store/stub-spokeguard-shut.nft", "/usr/lib/spokeguard/shut.nft");
+    if key.starts_with("Exec") {
+        let (program, rest) = value.split_once(' ').unwrap_or((&value, ""));
+        let mark: String = program.chars().take_while(|c| "-+!@:".contains(*c)).collect();
+        let name = program.rsplit('/').next().unwrap_or_default().trim_start_matches(['-', '+']);
+        return format!("{mark}{name} {rest}");
+    }
+    match value.as_str() {
+        "yes" => "true".to_owned(),
+        "no" => "false".to_owned(),
+        _ if ["After", "Before", "Wants", "Conflicts", "WantedBy"].contains(&key) => {
+            value.split_whitespace().collect::<BTreeSet<_>>().into_iter().collect::<Vec<_>>().join(" ")
+        }
+        _ => value,
+    }
+}
+
+fn unit_file(text: &str) -> Unit {
+    let (mut unit, mut section) = (Unit::new(), String::new());
+    for line in text.lines().filter(|line| !line.starts_with('#') && !line.is_empty()) {
+        match line.split_once('=') {
+            Some((key, value)) => {
+                unit.entry((section.clone(), key.to_owned())).or_default().push(normal(key, value));
+            }
+            None => section = line.trim_matches(['[', ']']).to_owned(),
+        }
+    }
+    unit
+}
+
+fn unit_of_nix(service: &Value) -> Unit {
+    let mut unit = Unit::new();
+    let mut put = |section: &str, key: &str, value: &Value| {
+        let one =
+            |value: &Value| normal(key, &value.as_str().map_or_else(|| value.to_string(), str::to_owned));
+        let values = value.as_array().map_or_else(|| vec![one(value)], |list| list.iter().map(one).collect());
+        if !values.is_empty() {
+            unit.insert((section.to_owned(), key.to_owned()), values);
+        }
+    };
+    let words = |key: &str| json!(texts(&service[key]).join(" "));
+    for (key, name) in [
+        ("documentation", "Documentation"),
+        ("after", "After"),
+        ("before", "Before"),
+        ("wants", "Wants"),
+        ("conflicts", "Conflicts"),
+    ] {
+        if service[key] != json!([]) {
+            put("Unit", name, &words(key));
+        }
+    }
+    put("Unit", "Description", &service["description"]);
+    if service["wantedBy"] != json!([]) {
+        put("Install", "WantedBy", &words("wantedBy"));
+    }
+    entries(&service["unitConfig"]).for_each(|(key, value)| put("Unit", key, value));
+    entries(&service["serviceConfig"]).for_each(|(key, value)| put("Service", key, value));
+    unit
+}
+
+#[test]
+fn the_units_are_those_of_other_hosts() {
+    if lacking(&[Need::Nix]) {
+        return;
+    }
+    let host = &cases()["plain"]["seen"];
+    for name in CONTRIB {
+        let file = root().join(format!("contrib/systemd/{name}.service"));
+        let mut wanted = unit_file(&fs::read_to_string(file).unwrap());
+        // NixOS makes that folder itself.
+        wanted.remove(&("Service".to_owned(), "ConfigurationDirectory".to_owned()));
+        assert!(wanted.len() > 20, "{wanted:#?}");
+        assert_eq!(unit_of_nix(&host["services"][name]), wanted, "{name}");
+    }
+    // Nothing of it is done again by a rebuild, and the daemon is replaced without a gap.
+    assert_eq!(host["services"]["spokeguard-boot"]["restartIfChanged"], false);
+    assert_eq!(host["services"]["spokeguard"]["stopIfChanged"], false);
+}
+
+#[test]
+fn the_rules_that_shut_a_host_let_its_own_tunnel_in() {
+    if lacking(&[Need::Nix, Need::Lab]) {
+        return;
+    }
+    let expression = "(import ./tests/evaluate.nix { }).shut";
+    let output = nix(&["--store", "dummy://", "--eval", "--strict", "--json", "-E", expression]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let rules: String = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(rules.contains("\t\tiifname \"mesh7\" accept\n"), "{rules}");
+    assert!(rules.contains("udp dport { 41641, 51820, 4500 } accept"), "{rules}");
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("shut.nft");
+    fs::write(&file, rules).unwrap();
+    let nft = Command::new("unshare").args(["--net", "nft", "-c", "-f"]).arg(&file).output().unwrap();
+    assert!(nft.status.success(), "{}", String::from_utf8_lossy(&nft.stderr));
+}
+
+#[test]
+fn the_flake_gives_what_its_users_expect() {
+    if lacking(&[Need::Nix]) {
+        return;
+    }
+    let flake = evaluate("flake", None).unwrap();
+    let outputs = ["checks", "devShells", "formatter", "nixosModules", "overlays", "packages"];
+    assert_eq!(flake["outputs"], json!(outputs));
+    assert_eq!(flake["formatter"], json!(["aarch64-linux", "x86_64-linux"]));
+    assert_eq!((&flake["overlay"], &flake["vm"]), (&json!(true), &json!("spokeguard")));
+    assert_eq!(flake["used"], "/nix/store/stub-spokeguard");
+    let package = &flake["package"];
+    assert_eq!(
+        (&package["pname"], &package["version"]),
+        (&json!("spokeguard"), &json!(env!("CARGO_PKG_VERSION")))
+    );
+    assert_eq!(package["meta"]["mainProgram"], "spokeguard");
+    // The compiler is the one that the workspace asks for.
+    let manifest: toml::Value =
+        toml::from_str(&fs::read_to_string(root().join("Cargo.toml")).unwrap()).unwrap();
+    let version = manifest["workspace"]["package"]["rust-version"].as_str().unwrap();
+    let text = fs::read_to_string(root().join("flake.nix")).unwrap();
+    assert!(text.contains(&format!("stable.\"{version}.0\"")), "rust-version is {version}");
+}
+
+const BEGIN: &str = "<!-- options: written by UPDATE_EXPECT=1 cargo xtask test -->\n";
+const END: &str = "<!-- end of options -->\n";
+
+#[test]
+fn the_table_of_options_is_that_of_the_module() {
+    if lacking(&[Need::Nix]) {
+        return;
+    }
+    let options = evaluate("options", None).unwrap();
+    let mut table = String::new();
+    for (kind, title) in [("own", "services.spokeguard."), ("settings", "services.spokeguard.settings.")] {
+        table += &format!("\n| `{title}` | default | |\n|---|---|---|\n");
+        for option in options[kind].as_array().unwrap() {
+            let text = |key: &str| option[key].as_str().unwrap_or_default().replace('|', "\\|");
+            let default = text("default");
+            let default = if default.is_empty() { String::new() } else { format!("`{default}`") };
+            table += &format!("| `{}` | {default} | {} |\n", text("name"), text("description"));
+        }
+    }
+    assert!(table.lines().count() > 60, "{table}");
+    let file = root().join("nix-module/README.md");
+    let readme = fs::read_to_string(&file).unwrap();
+    let (before, rest) = readme.split_once(BEGIN).expect("the table's first mark");
+    let (there, after) = rest.split_once(END).expect("the table's last mark");
+    let wanted = format!("{table}\n");
+    if std::env::var_os("UPDATE_EXPECT").is_some() {
+        fs::write(&file, format!("{before}{BEGIN}{wanted}{END}{after}")).unwrap();
+        return;
+    }
+    assert!(there == wanted, "the options have changed: UPDATE_EXPECT=1 writes the table anew");
+}
+
+#[test]
+fn the_small_lib_gives_what_nixpkgs_gives() {
+    let Some(lib) = std::env::var_os("SPOKEGUARD_NIXPKGS_LIB") else {
+        eprintln!("skipped: SPOKEGUARD_NIXPKGS_LIB does not name nixpkgs' lib");
+        return;
+    };
+    if lacking(&[Need::Nix]) {
+        return;
+    }
+    for attribute in ["fleet", "cases", "vmTest", "options", "shut"] {
+        let ours = evaluate(attribute, None).unwrap();
+        let theirs = evaluate(attribute, Some(lib.to_str().unwrap())).unwrap();
+        assert!(ours == theirs, "{attribute} differs");
+    }
+}
