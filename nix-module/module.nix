@@ -16,7 +16,9 @@ let
     lib.mkOption {
       type = lib.types.nullOr lib.types.str;
       default = null;
-      description = "File that holds ${what}. Passed on by systemd (LoadCredential), never in the store.";
+      description = ''
+        File that holds ${what}. Passed on by systemd (LoadCredential) and never in the store;
+        the daemon does not start without it.'';
     };
   manage =
     what:

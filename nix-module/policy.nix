@@ -26,8 +26,13 @@ let
   duration = types.strMatching "[0-9]+ ?[a-z]+";
 in
 rec {
-  # Lists of tables, each with the keys of one element.
+  # Tables below a key: one, or a list of them.
   elements = {
+    "mesh.hub" = {
+      address = needed (types.either types.str texts) "The hub's addresses in the mesh.";
+      public_key = option (types.nullOr types.str) null "Its WireGuard public key.";
+      endpoint = option (types.nullOr types.str) null "Its address and port, never a name.";
+    };
     "mesh.service" = {
       name = needed types.str "Its name in reports and metrics.";
       tcp = ports "TCP";
@@ -109,17 +114,9 @@ rec {
         description = "The tunnel's own UDP port, open to the public.";
       };
       mesh.hub = mkOption {
-        type = types.nullOr (
-          types.submodule {
-            options = {
-              address = needed (types.either types.str texts) "The hub's addresses in the mesh.";
-              public_key = option (types.nullOr types.str) null "Its WireGuard public key.";
-              endpoint = option (types.nullOr types.str) null "Its address and port, never a name.";
-            };
-          }
-        );
+        type = types.nullOr (types.submodule { options = elements."mesh.hub"; });
         default = null;
-        description = "The hub: `address`, `public_key`, `endpoint`.";
+        description = "The hub.";
       };
       mesh.service = tables "mesh.service" "What is reachable through the mesh only.";
 
@@ -161,6 +158,21 @@ rec {
       );
       heartbeat.ntfy_url_file = option (types.nullOr types.str) null (
         "Set by `services.spokeguard.ntfyUrlFile`."
+      );
+      heartbeat.status_file = option (types.nullOr types.str) null (
+        "File that every beat writes, for whoever polls a share."
+      );
+      heartbeat.app_file = option (types.nullOr types.str) null (
+        "JSON of what only the application knows, passed on."
+      );
+      heartbeat.certificate_file = option (types.nullOr types.str) null (
+        "PEM chain of the certificate that is served on port 443."
+      );
+      heartbeat.certificate_name = option (types.nullOr types.str) null (
+        "Without a file: the name to ask port 443 for its certificate."
+      );
+      heartbeat.database_file = option (types.nullOr types.str) null (
+        "A database, for its size."
       );
       heartbeat.every = option duration "30s" "Time between heartbeats.";
     };

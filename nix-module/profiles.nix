@@ -18,8 +18,9 @@ in
       nix.gc.automatic = mkDefault true;
       nix.gc.dates = mkDefault "weekly";
       # A boot menu of two entries still keeps every generation in the store.
-      systemd.services.nix-gc.serviceConfig.ExecStartPre =
-        "${nixEnv} --profile /nix/var/nix/profiles/system --delete-generations +2";
+      systemd.services.nix-gc.serviceConfig.ExecStartPre = mkIf config.nix.gc.automatic (
+        "${nixEnv} --profile /nix/var/nix/profiles/system --delete-generations +2"
+      );
     })
 
     (mkIf (cfg.enable && cfg.profile == "hub") {

@@ -34,7 +34,7 @@ in
   };
 
   cases = {
-    # Right.
+    # Right, as far as the module can tell.
     plain.module = { };
     peers-of-others.module = peer { };
     wg-quick.module = {
@@ -95,6 +95,7 @@ in
     old-state-version.module = {
       system.stateVersion = "23.05";
     };
+    nobody.module = settings { ssh.from = [ ]; };
     keys-of-later-versions.module = settings { ssh.later = "x"; };
     urls.module = {
       services.spokeguard.kumaUrlFile = "/run/secrets/kuma";

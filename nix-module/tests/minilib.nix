@@ -203,7 +203,9 @@ let
                 n:
                 imap1 (
                   m: value:
-                  mergeDefinitions (loc ++ [ "[definition ${toString n}-entry ${toString m}]" ]) element [ value ]
+                  mergeDefinitions (loc ++ [ "[definition ${toString n}-entry ${toString m}]" ]) element [
+                    value
+                  ]
                 )
               ) lists
             )

@@ -1,4 +1,4 @@
-# The options of the module as a list of { name, default, description }, in the order of their names.
+# The options of the module as lists of { name, default, description }.
 { lib, evaluated }:
 let
   policy = import ../policy.nix {
@@ -29,13 +29,15 @@ let
               if value ? defaultText then
                 value.defaultText.text
               else if value ? default then
-                lib.concatStringsSep "" (lib.splitString ''"_type"'' (builtins.toJSON value.default))
+                builtins.toJSON value.default
               else
                 null;
             inherit (value) description;
           }
         ]
-        ++ lib.optionals (policy.elements ? ${key}) (walk (path ++ [ "${name}.*" ]) policy.elements.${key})
+        ++ lib.optionals (policy.elements ? ${key}) (
+          walk (path ++ [ (if key == "mesh.hub" then name else "${name}.*") ]) policy.elements.${key}
+        )
     ) (builtins.attrNames tree);
   own = walk [ ] (removeAttrs evaluated.options.services.spokeguard [ "settings" ]);
 in
