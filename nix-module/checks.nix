@@ -35,7 +35,10 @@ let
 
   # What the firewall lets everybody reach on an interface that is neither the mesh nor local.
   isPublic =
-    name:
+    interface:
+    let
+      name = builtins.replaceStrings [ "+" ] [ "*" ] interface;
+    in
     name != mesh.interface
     && !(lib.any (network: lib.any (covers name) network.interfaces) policy.local);
   covers =

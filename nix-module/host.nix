@@ -19,6 +19,13 @@ let
     allowedTCPPorts = tcp;
     allowedUDPPorts = udp;
   };
+  # iptables has a plus where nftables and the policy have a star.
+  on = ports: pattern: {
+    interfaces.${
+      if config.networking.nftables.enable then pattern else builtins.replaceStrings [ "*" ] [ "+" ] pattern
+    } =
+      open ports.tcp ports.udp;
+  };
   keepalive = net.seconds mesh.keepalive;
   hubKey = if mesh.hub == null then null else mesh.hub.public_key;
   tunnel = lib.optional (mesh.listen_port != null) mesh.listen_port;
@@ -103,11 +110,9 @@ in
           if public.interfaces == null then
             [ (open public.tcp public.udp) ]
           else
-            map (name: { interfaces.${name} = open public.tcp public.udp; }) public.interfaces
+            map (on public) public.interfaces
         )
-        ++ lib.concatMap (
-          network: map (name: { interfaces.${name} = open network.tcp network.udp; }) network.interfaces
-        ) local
+        ++ lib.concatMap (network: map (on network) network.interfaces) local
       )
     );
 

@@ -88,7 +88,7 @@ in
             description = "Its addresses in the mesh.";
           };
           options.publicKey = lib.mkOption {
-            type = lib.types.str;
+            type = lib.types.singleLineStr;
             description = "Its WireGuard public key.";
           };
         }

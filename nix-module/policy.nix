@@ -30,7 +30,7 @@ rec {
   elements = {
     "mesh.hub" = {
       address = needed (types.either types.str texts) "The hub's addresses in the mesh.";
-      public_key = option (types.nullOr types.str) null "Its WireGuard public key.";
+      public_key = option (types.nullOr types.singleLineStr) null "Its WireGuard public key.";
       endpoint = option (types.nullOr types.str) null "Its address and port, never a name.";
     };
     "mesh.service" = {

@@ -113,6 +113,8 @@ fn every_file_is_nix_and_the_scripts_in_it_are_python() {
     for (name, node) in entries(&test["nodes"]) {
         assert_eq!(node["errors"], json!([]), "{name}");
     }
+    // nixpkgs' test keys come with a line's end.
+    assert_eq!(test["nodes"]["hub"]["wireguard"]["wg0"]["peers"][0]["publicKey"], "B");
     let folder = tempfile::tempdir().unwrap();
     let script = folder.path().join("script.py");
     fs::write(&script, test["testScript"].as_str().unwrap()).unwrap();
@@ -281,6 +283,11 @@ fn the_host_is_set_up_as_the_policy_says() {
                  ip6 saddr 2001:db8::/32 tcp dport { 2222 } accept comment \"spokeguard: emergency-ssh\"\n";
     assert_eq!(seen("exception")["firewall"]["extraInputRules"], rules);
     assert_eq!(seen("exception")["firewall"]["allowedTCPPorts"], json!([80, 443]));
+
+    let iptables = &seen("iptables")["firewall"];
+    assert_eq!(iptables["allowedTCPPorts"], json!([2222, 80, 443]));
+    assert_eq!(iptables["interfaces"]["docker+"]["allowedUDPPorts"], json!([53]));
+    assert_eq!(iptables["extraInputRules"], "");
 
     let sockets = seen("sockets");
     assert_eq!(sockets["sockets"]["sshd"]["socketConfig"]["FreeBind"], true);

@@ -89,6 +89,25 @@ in
         }
       ];
     };
+    iptables.module = {
+      networking.nftables.enable = false;
+      services.spokeguard.settings.local = [
+        {
+          name = "containers";
+          interfaces = [ "docker*" ];
+          udp = [ 53 ];
+        }
+      ];
+      services.spokeguard.settings.exception = [
+        {
+          name = "emergency-ssh";
+          tcp = [ 2222 ];
+          from = [ "198.51.100.0/24" ];
+          reason = "way in when the mesh is down";
+          until = "2099-01-31";
+        }
+      ];
+    };
     sockets.module = {
       services.openssh.startWhenNeeded = true;
     };

@@ -92,7 +92,7 @@ in
           };
           peer1 = {
             privateKey = "b";
-            publicKey = "B";
+            publicKey = "B\n";
           };
         };
       };

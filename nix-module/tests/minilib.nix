@@ -182,6 +182,10 @@ let
       description = "strings concatenated with \"\\n\"";
       merge = _: concatStringsSep "\n";
     };
+    # Read from a file it may end in a line's end.
+    singleLineStr = strMatching "[^\n\r]*\n?" // {
+      merge = loc: values: removeSuffix "\n" (one loc values);
+    };
     ints.between = low: high: plain "integer between ${toString low} and ${toString high} (both inclusive)" (
       value: isInt value && value >= low && value <= high
     );

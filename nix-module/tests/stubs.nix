@@ -28,7 +28,7 @@ let
   };
   peer = {
     name = text;
-    publicKey = mkOption { type = types.str; };
+    publicKey = mkOption { type = types.singleLineStr; };
     endpoint = text;
     allowedIPs = texts;
     persistentKeepalive = number;
