@@ -26,6 +26,8 @@ in
     (mkIf (cfg.enable && cfg.profile == "hub") {
       services.spokeguard.settings.node.role = mkDefault "hub";
 
+      # Its own default is every address, which the bind guard refuses.
+      services.prometheus.listenAddress = mkDefault "127.0.0.1";
       services.prometheus.scrapeConfigs = mkIf (cfg.hub.spokes != { }) [
         {
           job_name = "spokeguard";

@@ -157,9 +157,13 @@ fn twenty_spokes_and_their_hub_come_from_one_list() {
         let peers = host["wireguard"]["wg0"]["peers"].as_array().unwrap();
         if name == "zurich" {
             assert_eq!(host["firewall"]["allowedUDPPorts"], json!([51820]));
+            assert_eq!(host["prometheus"]["listenAddress"], "127.0.0.1");
             assert_eq!(host["firewall"]["interfaces"]["wg0"]["allowedTCPPorts"], json!([22, 9984, 3001]));
             assert_eq!(
-                (peers.len(), host["scrape"][0]["static_configs"].as_array().unwrap().len()),
+                (
+                    peers.len(),
+                    host["prometheus"]["scrapeConfigs"][0]["static_configs"].as_array().unwrap().len()
+                ),
                 (20, 20)
             );
             for peer in peers {

@@ -27,7 +27,7 @@ let
       inherit (config.services) openssh;
       wireguard = config.networking.wireguard.interfaces;
       wgQuick = config.networking.wg-quick.interfaces;
-      scrape = config.services.prometheus.scrapeConfigs;
+      inherit (config.services) prometheus;
       inherit (config.nix) gc;
       inherit (config.boot) loader;
       inherit (config.systemd) services sockets;

@@ -101,6 +101,7 @@ in
     services.tailscale.enable = flag;
     services.tailscale.interfaceName = option types.str "tailscale0";
     services.prometheus.enable = flag;
+    services.prometheus.listenAddress = option types.str "0.0.0.0";
     services.prometheus.scrapeConfigs = option (types.listOf types.anything) [ ];
 
     systemd.network.enable = flag;
