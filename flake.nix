@@ -72,7 +72,7 @@
               pkgs.bpf-linker
               pkgs.iproute2
               pkgs.nftables
-              pkgs.nixfmt
+              pkgs.nixfmt-tree
               pkgs.nmap
               pkgs.wireguard-tools
             ];
@@ -91,6 +91,6 @@
         }
       );
 
-      formatter = each ({ pkgs, ... }: pkgs.nixfmt);
+      formatter = each ({ pkgs, ... }: pkgs.nixfmt-tree);
     };
 }

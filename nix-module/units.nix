@@ -8,7 +8,7 @@
 }:
 let
   cfg = config.services.spokeguard;
-  inherit (cfg.settings) mesh;
+  inherit (cfg.settings) heartbeat mesh;
   nft = lib.getExe' pkgs.nftables "nft";
 
   text =
@@ -167,7 +167,9 @@ in
         PrivateTmp = true;
         PrivateMounts = true;
         ProtectKernelTunables = true;
-        ReadWritePaths = "-/sys/fs/bpf/spokeguard -/proc/sys/net";
+        ReadWritePaths =
+          "-/sys/fs/bpf/spokeguard -/proc/sys/net"
+          + lib.optionalString (heartbeat.status_file != null) " -${builtins.dirOf heartbeat.status_file}";
         ProtectKernelModules = true;
         RestrictAddressFamilies = "AF_NETLINK AF_INET AF_INET6 AF_UNIX AF_PACKET";
         SystemCallFilter = [

@@ -116,6 +116,7 @@ in
     };
     nobody.module = settings { ssh.from = [ ]; };
     keys-of-later-versions.module = settings { ssh.later = "x"; };
+    status-file.module = settings { heartbeat.status_file = "/srv/share/_status.json"; };
     urls.module = {
       services.spokeguard.kumaUrlFile = "/run/secrets/kuma";
       services.spokeguard.ntfyUrlFile = "/run/secrets/ntfy";

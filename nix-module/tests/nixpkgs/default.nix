@@ -66,7 +66,7 @@ let
     "netcat"
     "nftables"
     "nix"
-    "nixfmt"
+    "nixfmt-tree"
     "nmap"
     "python3"
     "spokeguard"
