@@ -1,4 +1,4 @@
-# Addresses, prefixes and durations as the policy writes them.
+# Addresses, prefixes, durations and openings as the policy writes them.
 { lib }:
 rec {
   isV6 = lib.hasInfix ":";
@@ -8,6 +8,17 @@ rec {
   alone = address: address + (if isV6 address then "/128" else "/32");
   # Without the length.
   address = prefix: builtins.head (lib.splitString "/" prefix);
+  # What is open to some who don't come through the mesh: exceptions, and sshd on another address.
+  openings =
+    policy:
+    policy.exception
+    ++ lib.optional (isOutside policy.ssh) {
+      name = "ssh";
+      tcp = [ policy.ssh.port ];
+      udp = [ ];
+      inherit (policy.ssh) from;
+    };
+  isOutside = ssh: ssh.bind != "mesh" && builtins.isList ssh.from;
   # Of a keepalive; null where there is none.
   seconds =
     text:

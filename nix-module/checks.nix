@@ -5,7 +5,6 @@ let
   policy = cfg.settings;
   inherit (policy)
     enforce
-    exception
     mesh
     public
     ssh
@@ -45,11 +44,11 @@ let
     name: pattern:
     name == pattern || lib.hasSuffix "*" pattern && lib.hasPrefix (lib.removeSuffix "*" pattern) name;
   gates = [ firewall ] ++ lib.attrValues (lib.filterAttrs (name: _: isPublic name) firewall.interfaces);
-  holes = proto: lib.concatMap (hole: hole.${proto}) exception;
+  openTo = proto: lib.concatMap (opening: opening.${proto}) (net.openings policy);
   allowed = {
     # What openFirewall opens has an error of its own.
-    tcp = public.tcp ++ holes "tcp" ++ lib.optionals openssh.openFirewall openssh.ports;
-    udp = public.udp ++ holes "udp" ++ lib.optional (mesh.listen_port != null) mesh.listen_port;
+    tcp = public.tcp ++ openTo "tcp" ++ lib.optionals openssh.openFirewall openssh.ports;
+    udp = public.udp ++ openTo "udp" ++ lib.optional (mesh.listen_port != null) mesh.listen_port;
   };
   stray =
     proto: ports: ranges:
@@ -126,7 +125,7 @@ in
 
         # sshd.
         ++ only openssh.enable [
-          (unless openssh.openFirewall [
+          (unless (openssh.openFirewall && !(net.isOutside ssh)) [
             "services.openssh.openFirewall is true and opens tcp ${shown openssh.ports} on every interface,"
             "and the policy has sshd for the mesh: set it to false"
           ])

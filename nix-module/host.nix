@@ -5,7 +5,6 @@ let
   inherit (lib.types) attrsOf listOf submodule;
   cfg = config.services.spokeguard;
   inherit (cfg.settings)
-    exception
     local
     mesh
     metrics
@@ -31,20 +30,23 @@ let
   tunnel = lib.optional (mesh.listen_port != null) mesh.listen_port;
   services = mesh.service;
 
+  openings = net.openings cfg.settings;
   # One rule a prefix: nft refuses a set whose prefixes overlap.
-  exceptionRules = lib.concatMapStrings (
-    hole:
+  openingRules = lib.concatMapStrings (
+    opening:
     let
       rule =
         prefix: proto: ports:
         lib.optionalString (ports != [ ]) ''
           ${if net.isV6 prefix then "ip6" else "ip"} saddr ${prefix} ${proto} dport { ${
             lib.concatMapStringsSep ", " toString ports
-          } } accept comment "spokeguard: ${hole.name}"
+          } } accept comment "spokeguard: ${opening.name}"
         '';
     in
-    lib.concatMapStrings (prefix: rule prefix "tcp" hole.tcp + rule prefix "udp" hole.udp) hole.from
-  ) exception;
+    lib.concatMapStrings (
+      prefix: rule prefix "tcp" opening.tcp + rule prefix "udp" opening.udp
+    ) opening.from
+  ) openings;
 
   # Peers that somebody else declares get the policy's keepalive, unless they have one.
   peersKeptAlive =
@@ -98,12 +100,14 @@ in
               ++ lib.concatMap (service: service.tcp) services
             ) (lib.concatMap (service: service.udp) services);
           }
-          # Every source within the exception; spokeguard takes away the others, and all after its day.
+          # Where these rules can't name a source, spokeguard still does; an exception's day it alone knows.
           (
             if config.networking.nftables.enable then
-              { extraInputRules = exceptionRules; }
+              { extraInputRules = openingRules; }
             else
-              open (lib.concatMap (hole: hole.tcp) exception) (lib.concatMap (hole: hole.udp) exception)
+              open (lib.concatMap (opening: opening.tcp) openings) (
+                lib.concatMap (opening: opening.udp) openings
+              )
           )
         ]
         ++ (

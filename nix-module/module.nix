@@ -11,6 +11,18 @@ let
     inherit lib pkgs;
     host = config;
   };
+  # What the file says with nothing beside it.
+  fromFile = builtins.fromTOML (builtins.readFile cfg.policyFile);
+  alone =
+    (lib.evalModules {
+      modules = [
+        {
+          options.settings = lib.mkOption { inherit (policy) type; };
+          config.settings = fromFile;
+        }
+      ];
+    }).config.settings;
+
   secret =
     what:
     lib.mkOption {
@@ -107,13 +119,22 @@ in
 
   config = lib.mkIf cfg.enable {
     services.spokeguard.settings = lib.mkMerge [
-      (lib.mkIf (cfg.policyFile != null) (builtins.fromTOML (builtins.readFile cfg.policyFile)))
+      (lib.mkIf (cfg.policyFile != null) fromFile)
       (lib.mkIf (cfg.kumaUrlFile != null) {
         heartbeat.kuma_url_file = "/run/credentials/spokeguard.service/kuma-url";
       })
       (lib.mkIf (cfg.ntfyUrlFile != null) {
         heartbeat.ntfy_url_file = "/run/credentials/spokeguard.service/ntfy-url";
       })
+    ];
+    assertions = [
+      {
+        assertion = cfg.policyFile == null || cfg.settings == alone;
+        message = lib.concatStringsSep " " [
+          "services.spokeguard: policyFile is used as it is, and settings, profile or a URL's file say more:"
+          "write it into the file, or settings in its place"
+        ];
+      }
     ];
     services.spokeguard.policyText = policy.said cfg.settings;
   };

@@ -290,6 +290,12 @@ fn the_host_is_set_up_as_the_policy_says() {
     assert_eq!(seen("exception")["firewall"]["extraInputRules"], rules);
     assert_eq!(seen("exception")["firewall"]["allowedTCPPorts"], json!([80, 443]));
 
+    let outside = seen("ssh-from-outside");
+    assert_eq!(outside["openssh"]["listenAddresses"][1], json!({ "addr": "203.0.113.5", "port": 22 }));
+    let rules = outside["firewall"]["extraInputRules"].as_str().unwrap();
+    let rule = "ip saddr 198.51.100.0/24 tcp dport { 22 } accept comment \"spokeguard: ssh\"\n";
+    assert!(rules.contains(rule), "{rules}");
+
     let iptables = &seen("iptables")["firewall"];
     assert_eq!(iptables["allowedTCPPorts"], json!([2222, 80, 443]));
     assert_eq!(iptables["interfaces"]["docker+"]["allowedUDPPorts"], json!([53]));

@@ -89,6 +89,19 @@ in
         }
       ];
     };
+    ssh-from-outside.module = {
+      services.openssh.openFirewall = true;
+      services.spokeguard.settings.ssh = {
+        bind = [
+          "10.84.0.16"
+          "203.0.113.5"
+        ];
+        from = [
+          "10.84.0.1/32"
+          "198.51.100.0/24"
+        ];
+      };
+    };
     iptables.module = {
       networking.nftables.enable = false;
       services.spokeguard.settings.local = [
@@ -212,6 +225,21 @@ in
       ];
       warnings = [
         "mesh.hub.public_key is missing: another peer in its place would not be noticed"
+      ];
+    };
+
+    file-and-settings = {
+      module = {
+        services.spokeguard = {
+          policyFile = ../../examples/spoke.toml;
+          settings.public.udp = [ 443 ];
+        };
+      };
+      errors = [
+        (say [
+          "policyFile is used as it is, and settings, profile or a URL's file say more: write it"
+          "into the file, or settings in its place"
+        ])
       ];
     };
 
