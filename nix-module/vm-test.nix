@@ -92,6 +92,8 @@ pkgs.testers.runNixOSTest {
             endpoint = "${public}.1:51820";
           };
           public.tcp = [ 80 ];
+          # Machines without KVM boot slowly.
+          enforce.confirm_within = "10m";
         };
       };
     };
@@ -126,7 +128,8 @@ pkgs.testers.runNixOSTest {
             outsider.fail(f"nc -z -w 3 ${public}.2 {port}")
 
 
-    with subtest("the hub's connection confirms the rules"):
+    with subtest("the hub's connection confirms the spoke's rules, its operator the hub's"):
+        hub.wait_until_succeeds("spokeguard confirm")
         hub_comes()
         spoke.wait_until_succeeds("spokeguard status --format json | grep '\"confirmed\"'")
 

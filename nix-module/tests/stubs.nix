@@ -1,5 +1,5 @@
 # The options of NixOS that the module reads or sets, with what NixOS makes of them where that matters
-# (sshd's openFirewall, nftables' flushRuleset). Written by hand after NixOS 26.05.
+# (sshd's openFirewall, nftables' flushRuleset). Written by hand after NixOS' modules of 2024 and 2025.
 {
   config,
   lib,
