@@ -20,6 +20,7 @@ fn root() -> PathBuf {
 /// Runs the evaluator without a store, so that nothing is built or fetched.
 fn nix(arguments: &[&str]) -> Output {
     Command::new("nix-instantiate")
+        .args(["--store", "dummy://"])
         .args(arguments)
         .current_dir(root().join("nix-module"))
         .env("NIX_CONFIG", "build-users-group =")
@@ -29,8 +30,7 @@ fn nix(arguments: &[&str]) -> Output {
 
 /// What an attribute of nix-module/tests/evaluate.nix comes to.
 fn evaluate(attribute: &str, lib: Option<&str>) -> Result<Value, String> {
-    let mut words =
-        vec!["--store", "dummy://", "--eval", "--strict", "--json", "tests/evaluate.nix", "-A", attribute];
+    let mut words = vec!["--eval", "--strict", "--json", "tests/evaluate.nix", "-A", attribute];
     let import = lib.map(|lib| format!("import {lib}"));
     if let Some(import) = &import {
         words.extend(["--arg", "lib", import]);
@@ -343,7 +343,7 @@ fn a_policy_file_means_the_same_to_the_module_and_to_the_program() {
             continue;
         }
         let expression = format!("((import ./tests/evaluate.nix {{ }}).file {}).policy", path.display());
-        let output = nix(&["--store", "dummy://", "--eval", "--strict", "--json", "-E", &expression]);
+        let output = nix(&["--eval", "--strict", "--json", "-E", &expression]);
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let policy: Value = serde_json::from_slice(&output.stdout).unwrap();
         let original = spokeguard("show", &fs::read_to_string(&path).unwrap()).unwrap();
@@ -489,7 +489,7 @@ fn the_rules_that_shut_a_host_let_its_own_tunnel_in() {
         return;
     }
     let expression = "(import ./tests/evaluate.nix { }).shut";
-    let output = nix(&["--store", "dummy://", "--eval", "--strict", "--json", "-E", expression]);
+    let output = nix(&["--eval", "--strict", "--json", "-E", expression]);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let rules: String = serde_json::from_slice(&output.stdout).unwrap();
     assert!(rules.contains("\t\tiifname \"mesh7\" accept\n"), "{rules}");
