@@ -10,6 +10,7 @@ pub mod cli;
 pub mod daemon;
 pub mod desired;
 pub mod diff;
+pub mod fleet;
 pub mod metrics;
 pub mod observed;
 pub mod policy;

@@ -15,6 +15,7 @@ mod audit;
 mod break_glass;
 mod check;
 mod explain;
+mod fleet;
 mod install;
 mod plan;
 mod policy;
@@ -121,6 +122,9 @@ pub enum Command {
     /// Check or show the policy file
     #[command(subcommand)]
     Policy(policy::Verb),
+    /// Many nodes: render, bundle and keys from one inventory
+    #[command(after_help = fleet::INVENTORY)]
+    Fleet(Box<fleet::Options>),
     /// Put the systemd units in place and start them
     Install(install::Options),
     /// Take the units away; the rules in force stay
@@ -246,6 +250,7 @@ pub fn main() -> ExitCode {
         Command::Status => status::run(&global),
         Command::Explain { code } => explain::run(&global, code.as_deref()),
         Command::Policy(verb) => policy::run(&global, &verb),
+        Command::Fleet(options) => fleet::run(&global, &options),
         Command::Install(options) => install::install(&global, &options),
         Command::Uninstall(options) => install::uninstall(&global, &options),
         Command::Completions { shell } => completions(&global, shell),

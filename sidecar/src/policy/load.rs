@@ -10,7 +10,7 @@ use jiff::civil::Date;
 use serde::Serialize;
 
 use super::mistake::{Mistake, Mistakes, Source};
-use super::{Policy, read};
+use super::{Exception, Policy, read};
 
 /// A larger file is refused before it is parsed.
 pub const BYTES_MAX: u64 = 1 << 20;
@@ -49,21 +49,21 @@ pub enum NoteKind {
 
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
-    #[error("cannot {operation} policy {}", shown(file))]
-    Read { operation: &'static str, file: PathBuf, source: io::Error },
-    #[error("policy {} is not a regular file", shown(file))]
-    NotRegular { file: PathBuf },
-    #[error("policy {} is larger than {BYTES_MAX} bytes", shown(file))]
-    TooLarge { file: PathBuf },
-    #[error("policy {} is not UTF-8: line {line} holds the byte 0x{byte:02x}", shown(file))]
-    NotUtf8 { file: PathBuf, line: usize, byte: u8 },
+    #[error("cannot {operation} {sort} {}", shown(file))]
+    Read { operation: &'static str, sort: &'static str, file: PathBuf, source: io::Error },
+    #[error("{sort} {} is not a regular file", shown(file))]
+    NotRegular { sort: &'static str, file: PathBuf },
+    #[error("{sort} {} is larger than {bytes_max} bytes", shown(file))]
+    TooLarge { sort: &'static str, file: PathBuf, bytes_max: u64 },
+    #[error("{sort} {} is not UTF-8: line {line} holds the byte 0x{byte:02x}", shown(file))]
+    NotUtf8 { sort: &'static str, file: PathBuf, line: usize, byte: u8 },
     #[error(transparent)]
     Mistakes(#[from] Mistakes),
 }
 
 /// Reads and checks a policy file. Never waits: a FIFO or a device is refused.
 pub fn load(path: &Path, today: Date) -> Result<Loaded, LoadError> {
-    let text = read_text(path)?;
+    let text = read_text(path, "policy", BYTES_MAX)?;
     Ok(parse(&text, &path.to_string_lossy(), today)?)
 }
 
@@ -82,15 +82,20 @@ pub fn parse(text: &str, file: &str, today: Date) -> Result<Loaded, Mistakes> {
         note(NoteKind::NoEffect, key, "", &what);
     }
     for (i, exception) in policy.exceptions.iter().enumerate().filter(|(_, e)| !e.holds_on(today)) {
-        let what = format!("exception \"{}\" expired: its last day was {}", exception.name, exception.until);
-        let help = "remove it, or agree on a new `until`; until then it opens nothing";
-        note(NoteKind::Expired, format!("exception[{i}].until"), help, &what);
+        let read::Wrong { what, help } = expired(exception);
+        note(NoteKind::Expired, format!("exception[{i}].until"), &help, &what);
     }
     notes.sort_by_key(|(at, _)| *at);
     let notes = notes.into_iter().map(|(_, note)| note).collect();
     // Elements of lists were only needed for the checks above.
     let places = places.into_iter().filter(|(key, _)| !key.ends_with(']') || is_table(key)).collect();
     Ok(Loaded { policy, notes, file: file.to_owned(), text: text.to_owned(), places })
+}
+
+/// What to say of an exception past its `until`.
+pub(crate) fn expired(exception: &Exception) -> read::Wrong {
+    let what = format!("exception \"{}\" expired: its last day was {}", exception.name, exception.until);
+    read::wrong(what, "remove it, or agree on a new `until`; until then it opens nothing")
 }
 
 impl Loaded {
@@ -135,9 +140,11 @@ fn is_table(key: &str) -> bool {
         && key.matches('[').count() == 1
 }
 
-fn read_text(path: &Path) -> Result<String, LoadError> {
+/// The text of a file of this sort ("policy"), of at most so many bytes. Never waits.
+pub fn read_text(path: &Path, sort: &'static str, bytes_max: u64) -> Result<String, LoadError> {
     let file = || path.to_path_buf();
-    let fail = |operation| move |source| LoadError::Read { operation, file: path.to_path_buf(), source };
+    let fail =
+        |operation| move |source| LoadError::Read { operation, sort, file: path.to_path_buf(), source };
     // Without O_NONBLOCK, opening a FIFO waits for a writer that may never come.
     let handle: File = OpenOptions::new()
         .read(true)
@@ -145,18 +152,18 @@ fn read_text(path: &Path) -> Result<String, LoadError> {
         .open(path)
         .map_err(fail("open"))?;
     if !handle.metadata().map_err(fail("look at"))?.is_file() {
-        return Err(LoadError::NotRegular { file: file() });
+        return Err(LoadError::NotRegular { sort, file: file() });
     }
     let mut bytes = Vec::new();
-    handle.take(BYTES_MAX + 1).read_to_end(&mut bytes).map_err(fail("read"))?;
-    if bytes.len() as u64 > BYTES_MAX {
-        return Err(LoadError::TooLarge { file: file() });
+    handle.take(bytes_max + 1).read_to_end(&mut bytes).map_err(fail("read"))?;
+    if bytes.len() as u64 > bytes_max {
+        return Err(LoadError::TooLarge { sort, file: file(), bytes_max });
     }
     String::from_utf8(bytes).map_err(|error| {
         let at = error.utf8_error().valid_up_to();
         let bytes = error.as_bytes();
         let line = bytes[..at].iter().filter(|b| **b == b'\n').count() + 1;
-        LoadError::NotUtf8 { file: file(), line, byte: bytes.get(at).copied().unwrap_or(0) }
+        LoadError::NotUtf8 { sort, file: file(), line, byte: bytes.get(at).copied().unwrap_or(0) }
     })
 }
 

@@ -82,39 +82,39 @@ impl Mistake {
 }
 
 /// The text of a policy file, able to say where a byte is.
-pub(super) struct Source<'t> {
+pub(crate) struct Source<'t> {
     text: &'t str,
     /// Byte offsets at which lines start.
     starts: Vec<usize>,
 }
 
 impl<'t> Source<'t> {
-    pub(super) fn new(text: &'t str) -> Self {
+    pub(crate) fn new(text: &'t str) -> Self {
         let starts = std::iter::once(0).chain(text.match_indices('\n').map(|(at, _)| at + 1)).collect();
         Self { text, starts }
     }
 
-    pub(super) fn text(&self) -> &'t str {
+    pub(crate) fn text(&self) -> &'t str {
         self.text
     }
 
     /// Index of the line that holds a byte.
-    pub(super) fn line(&self, offset: usize) -> usize {
+    pub(crate) fn line(&self, offset: usize) -> usize {
         self.starts.partition_point(|start| *start <= offset).saturating_sub(1)
     }
 
     /// Line and column from 1; columns count characters.
-    pub(super) fn place(&self, offset: usize) -> (u32, u32) {
+    pub(crate) fn place(&self, offset: usize) -> (u32, u32) {
         let line = self.line(offset);
         let column = self.count(self.starts[line], offset) + 1;
         (u32::try_from(line + 1).unwrap_or(u32::MAX), u32::try_from(column).unwrap_or(u32::MAX))
     }
 
     /// `at` is a range of bytes; an empty one at 0 stands for the file as a whole.
-    pub(super) fn mistake(&self, at: Range<usize>, what: &str, help: &str) -> Mistake {
+    pub(crate) fn mistake(&self, at: Range<usize>, what: &str, help: &str) -> Mistake {
         let (line, column) = self.place(at.start);
         let shown = if at == (0..0) { None } else { Some(self.shown(at)) };
-        Mistake { line, column, what: printable(what, 600), help: printable(help, 600), shown }
+        Mistake { line, column, what: printable(&without_keys(what), 600), help: printable(help, 600), shown }
     }
 
     fn count(&self, from: usize, to: usize) -> usize {
@@ -145,7 +145,7 @@ fn masked(line: &str) -> Vec<char> {
     // A `public_key` is only shown when it is none: it may be the private one.
     const SECRETIVE: [&str; 8] =
         ["private", "preshared", "secret", "token", "passw", "kuma_url", "ntfy_url", "public_key"];
-    let mut chars: Vec<char> = line.chars().map(|c| if c == '\t' { ' ' } else { c }).collect();
+    let mut chars: Vec<char> = without_keys(line).chars().map(|c| if c == '\t' { ' ' } else { c }).collect();
     let lower = line.to_ascii_lowercase();
     let mask = |chars: &mut Vec<char>, from: usize| {
         for c in chars.iter_mut().skip(from).filter(|c| !" \"'[],=".contains(**c)) {
@@ -154,6 +154,9 @@ fn masked(line: &str) -> Vec<char> {
     };
     if let Some((at, _)) = lower.match_indices("://").next() {
         mask(&mut chars, line[..at + 3].chars().count());
+    }
+    if let Some(at) = lower.find("tskey-") {
+        mask(&mut chars, lower[..at].chars().count());
     }
     // A path to a secret is not one.
     for word in SECRETIVE {
@@ -164,6 +167,18 @@ fn masked(line: &str) -> Vec<char> {
         }
     }
     chars
+}
+
+/// A text without what can only be a key, whatever it is called, character for character.
+fn without_keys(text: &str) -> String {
+    let is_digit = |c: char| c.is_ascii_alphanumeric() || c == '+' || c == '/';
+    let chars: Vec<char> = text.chars().collect();
+    let runs = chars.chunk_by(|a, b| is_digit(*a) == is_digit(*b));
+    let run = |run: &[char]| match run {
+        [first, ..] if run.len() >= 40 && is_digit(*first) => "*".repeat(run.len()),
+        _ => run.iter().collect(),
+    };
+    runs.map(run).collect()
 }
 
 /// `text` after `head`, broken between words at 80 columns and indented under itself.

@@ -3,8 +3,8 @@
 
 mod check;
 mod load;
-mod mistake;
-mod read;
+pub(crate) mod mistake;
+pub(crate) mod read;
 mod show;
 #[cfg(test)]
 mod tests;
@@ -18,7 +18,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::terms::{IfacePattern, Port, Proto, PublicKey};
 
-pub use load::{BYTES_MAX, LoadError, Loaded, Note, NoteKind, load, parse};
+pub(crate) use load::expired;
+pub use load::{BYTES_MAX, LoadError, Loaded, Note, NoteKind, load, parse, read_text};
 pub use mistake::{MISTAKES_MAX, Mistake, Mistakes};
 pub use show::{fingerprint, show, sum};
 

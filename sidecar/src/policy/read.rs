@@ -22,12 +22,21 @@ use super::{
 use crate::terms::{IfacePattern, Port, PublicKey};
 
 pub(super) const PORTS_MAX: usize = 1024;
-pub(super) const PREFIXES_MAX: usize = 4096;
+pub(crate) const PREFIXES_MAX: usize = 4096;
 const ADDRESSES_MAX: usize = 64;
 const INTERFACES_MAX: usize = 64;
 
-/// Every table with its keys, in the order in which people are told of them. With a
-/// number: an array of tables, and how many there may be.
+/// What a file may say: every table with its keys, in the order in which people are told of
+/// them. With a number: an array of tables, and how many there may be.
+#[derive(Debug)]
+pub(crate) struct Grammar {
+    pub(crate) tables: &'static [(&'static str, Option<usize>, &'static [&'static str])],
+    /// On a key (of a table) that is out of place, where the general advice would mislead.
+    pub(crate) advice: fn(&str, &str) -> Option<String>,
+}
+
+pub(crate) const POLICY: Grammar = Grammar { tables: TABLES, advice: advice_on_secrets };
+
 const TABLES: &[(&str, Option<usize>, &[&str])] = &[
     ("", None, &ROOT),
     ("node", None, &["name", "role"]),
@@ -60,23 +69,23 @@ const LATER: &[&str] = &["heartbeat.kuma_url_file", "heartbeat.ntfy_url_file", "
 const WIREGUARD_ONLY: &[&str] =
     &["mesh.keepalive", "mesh.handshake_max_age", "mesh.hub.public_key", "mesh.hub.endpoint"];
 
-pub(super) type Places = BTreeMap<String, Range<usize>>;
+pub(crate) type Places = BTreeMap<String, Range<usize>>;
 
 #[derive(Debug)]
-pub(super) struct Read {
-    pub(super) policy: Policy,
+pub(crate) struct Read {
+    pub(crate) policy: Policy,
     /// Every key that the file sets, elements of lists included (`public.tcp[1]`).
-    pub(super) places: Places,
+    pub(crate) places: Places,
     /// Keys without effect, and the rest of the sentence that says so.
-    pub(super) noted: Vec<(String, &'static str)>,
+    pub(crate) noted: Vec<(String, &'static str)>,
 }
 
 /// What was found wrong, in any order.
 #[derive(Debug, Default)]
-pub(super) struct Found(Vec<(Class, Range<usize>, Wrong)>);
+pub(crate) struct Found(pub(crate) Vec<(Class, Range<usize>, Wrong)>);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Class {
+pub(crate) enum Class {
     /// The text is not TOML there, so the tables below it can't be trusted to be whole.
     Syntax,
     /// This key, looked at alone.
@@ -87,17 +96,17 @@ enum Class {
 
 /// What is wrong and what to write instead.
 #[derive(Debug)]
-pub(super) struct Wrong {
-    what: String,
-    help: String,
+pub(crate) struct Wrong {
+    pub(crate) what: String,
+    pub(crate) help: String,
 }
 
-pub(super) fn wrong(what: impl fmt::Display, help: impl fmt::Display) -> Wrong {
+pub(crate) fn wrong(what: impl fmt::Display, help: impl fmt::Display) -> Wrong {
     Wrong { what: what.to_string(), help: help.to_string() }
 }
 
 impl Found {
-    pub(super) fn report(mut self, source: &Source<'_>, file: &str) -> Mistakes {
+    pub(crate) fn report(mut self, source: &Source<'_>, file: &str) -> Mistakes {
         // Where the text is not TOML, what the parser made of it is a guess: one mistake
         // a line, and no complaints about what may be missing only because of it.
         let lines: Vec<&str> = source.text().split('\n').collect();
@@ -136,9 +145,15 @@ impl Found {
 }
 
 pub(super) fn read(source: &Source<'_>) -> Result<Read, Found> {
+    let (table, found) = document(source)?;
+    read_table(table.get_ref(), found)
+}
+
+/// The file as TOML, with what is not TOML in it.
+pub(crate) fn document<'t>(source: &Source<'t>) -> Result<(Spanned<DeTable<'t>>, Found), Found> {
     let mut found = Found::default();
-    let table = match DeTable::parse(source.text()) {
-        Ok(table) => table,
+    match DeTable::parse(source.text()) {
+        Ok(table) => Ok((table, found)),
         // Recovery keeps every error it meets, so it is for files of a human size only.
         Err(first) if source.text().len() > 128 << 10 => {
             found.0.push(syntax(source, &first));
@@ -147,16 +162,17 @@ pub(super) fn read(source: &Source<'_>) -> Result<Read, Found> {
         Err(_) => {
             let (table, errors) = DeTable::parse_recoverable(source.text());
             found.0.extend(errors.iter().map(|error| syntax(source, error)));
-            table
+            Ok((table, found))
         }
-    };
-    let mut reader = Reader { found, places: Places::new(), doubtful: BTreeSet::new() };
-    let root = Section { path: String::new(), at: 0..0, table: Some(table.get_ref()), kind: "" };
-    // A version that we don't know may mean anything by its other keys.
-    if reader.need(&root, "version", "version = 1", version) == Some(false) {
-        let at = reader.places.get("version").cloned().unwrap_or_default();
-        let help = "write `version = 1`, or install the spokeguard that this file was written for";
-        reader.complain(at, wrong("this spokeguard reads policies of version 1 only", help));
+    }
+}
+
+/// A policy from a table whose values may come from several places of one file. Adds to what
+/// was found before.
+pub(crate) fn read_table(table: &DeTable<'_>, found: Found) -> Result<Read, Found> {
+    let mut reader = Reader::new(found);
+    let root = Section::root(&POLICY, table);
+    if !reader.version(&root, "policies") {
         return Err(reader.found);
     }
     let policy = reader.policy(&root);
@@ -178,14 +194,14 @@ pub(super) fn read(source: &Source<'_>) -> Result<Read, Found> {
 }
 
 /// What [`check`] stands on: where keys are, and which of them can't be trusted.
-pub(super) struct Ground<'a> {
-    places: &'a Places,
-    doubtful: &'a BTreeSet<String>,
+pub(crate) struct Ground<'a> {
+    pub(crate) places: &'a Places,
+    pub(crate) doubtful: &'a BTreeSet<String>,
 }
 
 impl Ground<'_> {
     /// The key, or the nearest table around it, or the file as a whole.
-    pub(super) fn at(&self, key: &str) -> Range<usize> {
+    pub(crate) fn at(&self, key: &str) -> Range<usize> {
         let mut key = key;
         loop {
             if let Some(range) = self.places.get(key) {
@@ -198,7 +214,7 @@ impl Ground<'_> {
         }
     }
 
-    pub(super) fn sound(&self, key: &str) -> bool {
+    pub(crate) fn sound(&self, key: &str) -> bool {
         !self.doubtful.contains(key)
     }
 }
@@ -232,48 +248,71 @@ fn syntax(source: &Source<'_>, error: &toml::de::Error) -> (Class, Range<usize>,
 }
 
 /// One table of the file, or one that isn't there.
-struct Section<'r, 't> {
+pub(crate) struct Section<'r, 't> {
     /// As [`Places`] names it: `mesh.service[0]`.
-    path: String,
-    at: Range<usize>,
-    table: Option<&'r DeTable<'t>>,
-    /// Its name in [`TABLES`].
+    pub(crate) path: String,
+    pub(crate) at: Range<usize>,
+    pub(crate) table: Option<&'r DeTable<'t>>,
+    /// Its name in the grammar.
     kind: &'static str,
+    grammar: &'static Grammar,
 }
 
-impl Section<'_, '_> {
-    fn path(&self, key: &str) -> String {
+impl<'r, 't> Section<'r, 't> {
+    pub(crate) fn root(grammar: &'static Grammar, table: &'r DeTable<'t>) -> Self {
+        Self { path: String::new(), at: 0..0, table: Some(table), kind: "", grammar }
+    }
+
+    pub(crate) fn path(&self, key: &str) -> String {
         if self.path.is_empty() { key.to_owned() } else { format!("{}.{key}", self.path) }
     }
 
     /// For people: `[ssh]`, `[[mesh.service]]`.
     fn header(&self) -> String {
-        header(self.kind)
+        self.grammar.header(self.kind)
     }
 }
 
-fn header(kind: &str) -> String {
-    match TABLES.iter().find(|(name, ..)| *name == kind) {
-        Some((_, Some(_), _)) => format!("[[{kind}]]"),
-        _ if kind.is_empty() => "the top of the file".into(),
-        _ => format!("[{kind}]"),
+impl Grammar {
+    fn header(&self, kind: &str) -> String {
+        match self.tables.iter().find(|(name, ..)| *name == kind) {
+            Some((_, Some(_), _)) => format!("[[{kind}]]"),
+            _ if kind.is_empty() => "the top of the file".into(),
+            _ => format!("[{kind}]"),
+        }
+    }
+
+    pub(crate) fn keys(&self, kind: &str) -> &'static [&'static str] {
+        self.tables.iter().find(|(name, ..)| *name == kind).map_or(&[], |(.., keys)| keys)
     }
 }
 
-fn keys(kind: &str) -> &'static [&'static str] {
-    TABLES.iter().find(|(name, ..)| *name == kind).map_or(&[], |(.., keys)| keys)
+pub(crate) struct Reader {
+    pub(crate) found: Found,
+    pub(crate) places: Places,
+    pub(crate) doubtful: BTreeSet<String>,
 }
 
-struct Reader {
-    found: Found,
-    places: Places,
-    doubtful: BTreeSet<String>,
-}
-
-type Value<'t> = Spanned<DeValue<'t>>;
+pub(crate) type Value<'t> = Spanned<DeValue<'t>>;
 
 impl Reader {
-    fn complain(&mut self, at: Range<usize>, wrong: Wrong) {
+    pub(crate) fn new(found: Found) -> Self {
+        Self { found, places: Places::new(), doubtful: BTreeSet::new() }
+    }
+
+    /// Whether the file is of the version that is read here; one that we don't know may mean
+    /// anything by its other keys.
+    pub(crate) fn version(&mut self, root: &Section<'_, '_>, files: &str) -> bool {
+        if self.need(root, "version", "version = 1", version) != Some(false) {
+            return true;
+        }
+        let at = self.places.get("version").cloned().unwrap_or_default();
+        let help = "write `version = 1`, or install the spokeguard that this file was written for";
+        self.complain(at, wrong(format!("this spokeguard reads {files} of version 1 only"), help));
+        false
+    }
+
+    pub(crate) fn complain(&mut self, at: Range<usize>, wrong: Wrong) {
         self.found.0.push((Class::Value, at, wrong));
     }
 
@@ -290,7 +329,7 @@ impl Reader {
         Some((value, at))
     }
 
-    fn get<T>(
+    pub(crate) fn get<T>(
         &mut self,
         section: &Section<'_, '_>,
         key: &str,
@@ -307,7 +346,7 @@ impl Reader {
         }
     }
 
-    fn need<T>(
+    pub(crate) fn need<T>(
         &mut self,
         section: &Section<'_, '_>,
         key: &str,
@@ -318,7 +357,7 @@ impl Reader {
         self.get(section, key, read)
     }
 
-    fn missing(&mut self, section: &Section<'_, '_>, key: &str, example: &str) {
+    pub(crate) fn missing(&mut self, section: &Section<'_, '_>, key: &str, example: &str) {
         let faulty = section.table.is_none() && self.doubtful.contains(&section.path);
         if faulty || section.table.is_some_and(|t| t.contains_key(key)) {
             return;
@@ -337,7 +376,7 @@ impl Reader {
     }
 
     /// A list in which nothing is said twice. A faulty element is left out.
-    fn list<T: PartialEq + fmt::Display>(
+    pub(crate) fn list<T: PartialEq + fmt::Display>(
         &mut self,
         section: &Section<'_, '_>,
         key: &str,
@@ -406,13 +445,18 @@ impl Reader {
         self.list(section, key, ("ports", PORTS_MAX), port).unwrap_or_default()
     }
 
-    fn section<'r, 't>(&mut self, parent: &Section<'r, 't>, kind: &'static str) -> Section<'r, 't> {
+    pub(crate) fn section<'r, 't>(
+        &mut self,
+        parent: &Section<'r, 't>,
+        kind: &'static str,
+    ) -> Section<'r, 't> {
         let key = kind.rsplit('.').next().unwrap_or(kind);
-        let absent = Section { path: parent.path(key), at: parent.at.clone(), table: None, kind };
+        let grammar = parent.grammar;
+        let absent = Section { path: parent.path(key), at: parent.at.clone(), table: None, kind, grammar };
         let Some((value, at)) = self.find(parent, key) else { return absent };
         match value.get_ref() {
             DeValue::Table(table) => {
-                let section = Section { path: parent.path(key), at, table: Some(table), kind };
+                let section = Section { path: parent.path(key), at, table: Some(table), kind, grammar };
                 self.unknown_keys(&section);
                 section
             }
@@ -424,7 +468,7 @@ impl Reader {
                 self.complain(at.clone(), wrong(what, format!("write [{kind}], once")));
                 // Its keys are looked at all the same.
                 let table = array.first().and_then(|t| t.get_ref().as_table());
-                let section = Section { path: parent.path(key), at, table, kind };
+                let section = Section { path: parent.path(key), at, table, kind, grammar };
                 self.unknown_keys(&section);
                 section
             }
@@ -440,9 +484,15 @@ impl Reader {
         }
     }
 
-    fn sections<'r, 't>(&mut self, parent: &Section<'r, 't>, kind: &'static str) -> Vec<Section<'r, 't>> {
+    pub(crate) fn sections<'r, 't>(
+        &mut self,
+        parent: &Section<'r, 't>,
+        kind: &'static str,
+    ) -> Vec<Section<'r, 't>> {
         let key = kind.rsplit('.').next().unwrap_or(kind);
-        let max = TABLES.iter().find(|(name, ..)| *name == kind).and_then(|(_, max, _)| *max).unwrap_or(1);
+        let grammar = parent.grammar;
+        let table = grammar.tables.iter().find(|(name, ..)| *name == kind);
+        let max = table.and_then(|(_, max, _)| *max).unwrap_or(1);
         let Some((value, at)) = self.find(parent, key) else { return Vec::new() };
         let path = parent.path(key);
         let array = match value.get_ref() {
@@ -467,21 +517,21 @@ impl Reader {
             };
             let path = format!("{path}[{}]", sections.len());
             self.places.insert(path.clone(), value.span());
-            let section = Section { path, at: value.span(), table: Some(table), kind };
+            let section = Section { path, at: value.span(), table: Some(table), kind, grammar };
             self.unknown_keys(&section);
             sections.push(section);
         }
         sections
     }
 
-    fn unknown_keys(&mut self, section: &Section<'_, '_>) {
-        let known = keys(section.kind);
+    pub(crate) fn unknown_keys(&mut self, section: &Section<'_, '_>) {
+        let known = section.grammar.keys(section.kind);
         let strangers = section.table.iter().flat_map(|t| t.iter()).filter(|(k, _)| {
             let key: &str = k.get_ref();
             !known.contains(&key)
         });
         for (key, value) in strangers {
-            let help = advice_on_key(section.kind, key.get_ref(), value.get_ref());
+            let help = advice_on_key(section.grammar, section.kind, key.get_ref(), value.get_ref());
             let here =
                 if section.kind.is_empty() { String::new() } else { format!(" in {}", section.header()) };
             let what = format!("unknown key `{}`{here}", crate::terms::printable(key.get_ref(), 60));
@@ -693,7 +743,7 @@ const SSH_PORT: Port = Port::new(22).expect("22 is a port");
 const METRICS_PORT: Port = Port::new(9984).expect("9984 is a port");
 
 /// The ranges that Tailscale hands out from.
-fn tailscale_prefixes() -> Vec<IpNet> {
+pub(crate) fn tailscale_prefixes() -> Vec<IpNet> {
     ["100.64.0.0/10", "fd7a:115c:a1e0::/48"].iter().filter_map(|p| p.parse().ok()).collect()
 }
 
@@ -701,7 +751,7 @@ fn default_from(role: Role, mesh: &Mesh) -> Sources {
     if mesh.hub.is_some() && role != Role::Hub { Sources::Hub } else { Sources::Mesh }
 }
 
-fn kind_of(value: &DeValue<'_>) -> &'static str {
+pub(crate) fn kind_of(value: &DeValue<'_>) -> &'static str {
     match value {
         DeValue::String(_) => "a string",
         DeValue::Integer(_) | DeValue::Float(_) => "a number",
@@ -712,31 +762,45 @@ fn kind_of(value: &DeValue<'_>) -> &'static str {
     }
 }
 
-fn advice_on_key(kind: &str, key: &str, value: &DeValue<'_>) -> String {
+/// What to do with a key that looks like a credential.
+pub(crate) fn advice_on_secrets(kind: &str, key: &str) -> Option<String> {
     if kind == "heartbeat" && (key == "kuma_url" || key == "ntfy_url") {
-        return format!(
+        return Some(format!(
             "a policy may be read by anyone, a push URL may not: put it in a file of its own and write {key}_file"
-        );
+        ));
     }
-    let known = keys(kind);
+    let lower = key.to_ascii_lowercase();
+    let secret = ["private", "preshared", "secret", "token", "passw"].iter().any(|word| lower.contains(word));
+    (secret && !lower.ends_with("_file")).then(|| {
+        "take it out: this file may be read by anyone. What was in it is known now, so make another"
+            .to_owned()
+    })
+}
+
+fn advice_on_key(grammar: &Grammar, kind: &str, key: &str, value: &DeValue<'_>) -> String {
+    if let Some(advice) = (grammar.advice)(kind, key) {
+        return advice;
+    }
+    let (known, tables) = (grammar.keys(kind), grammar.tables);
+    let header = |kind: &str| grammar.header(kind);
     let full = |name: &str| if kind.is_empty() { name.to_owned() } else { format!("{kind}.{name}") };
     if let Some(close) = nearest(key, known) {
         let close = full(close);
-        return match TABLES.iter().any(|(name, ..)| *name == close) {
+        return match tables.iter().any(|(name, ..)| *name == close) {
             true => format!("did you mean {}?", header(&close)),
             false => format!("did you mean `{}`?", close.rsplit('.').next().unwrap_or(&close)),
         };
     }
     // A table or key that is right elsewhere.
-    let table = matches!(value, DeValue::Table(_) | DeValue::Array(_));
+    let is_table = matches!(value, DeValue::Table(_) | DeValue::Array(_));
     let last = |name: &'static str| name.rsplit('.').next().unwrap_or(name);
-    let tables: Vec<&'static str> = TABLES.iter().map(|(name, ..)| *name).filter(|n| !n.is_empty()).collect();
-    let names: Vec<&str> = tables.iter().map(|name| last(name)).collect();
-    let close = if table { nearest(key, &names) } else { names.iter().find(|n| **n == key).copied() };
-    if let Some(name) = close.and_then(|close| tables.iter().find(|name| last(name) == close)) {
+    let kinds: Vec<&'static str> = tables.iter().map(|(name, ..)| *name).filter(|n| !n.is_empty()).collect();
+    let names: Vec<&str> = kinds.iter().map(|name| last(name)).collect();
+    let close = if is_table { nearest(key, &names) } else { names.iter().find(|n| **n == key).copied() };
+    if let Some(name) = close.and_then(|close| kinds.iter().find(|name| last(name) == close)) {
         return format!("did you mean {}?", header(name));
     }
-    let homes = TABLES.iter().filter(|(name, _, keys)| *name != kind && keys.contains(&key));
+    let homes = tables.iter().filter(|(name, _, keys)| *name != kind && keys.contains(&key));
     let homes: Vec<String> = homes.map(|(name, ..)| header(name)).collect();
     match homes.as_slice() {
         [] => format!("{} knows {}", header(kind), known.join(", ")),
@@ -745,7 +809,7 @@ fn advice_on_key(kind: &str, key: &str, value: &DeValue<'_>) -> String {
 }
 
 /// The name that was probably meant, if one is near enough to suggest.
-fn nearest<'n>(typed: &str, names: &[&'n str]) -> Option<&'n str> {
+pub(crate) fn nearest<'n>(typed: &str, names: &[&'n str]) -> Option<&'n str> {
     if typed.len() > 40 {
         return None;
     }
@@ -758,7 +822,7 @@ fn nearest<'n>(typed: &str, names: &[&'n str]) -> Option<&'n str> {
         .map(|(_, name)| name)
 }
 
-fn choice(key: &str, found: &str, names: &[&str], rest: &str) -> Wrong {
+pub(crate) fn choice(key: &str, found: &str, names: &[&str], rest: &str) -> Wrong {
     let found = crate::terms::printable(found, 60);
     let quoted: Vec<String> = names.iter().map(|n| format!("\"{n}\"")).collect();
     let what = format!("`{key}` can't be \"{found}\"");
@@ -778,7 +842,7 @@ fn version(value: &DeValue<'_>) -> Result<bool, Wrong> {
     }
 }
 
-fn text_of(value: &DeValue<'_>) -> Result<String, Wrong> {
+pub(crate) fn text_of(value: &DeValue<'_>) -> Result<String, Wrong> {
     let DeValue::String(text) = value else {
         return Err(wrong(format!("expected a string, found {}", kind_of(value)), "put it in quotes"));
     };
@@ -803,7 +867,7 @@ fn boolean(value: &DeValue<'_>) -> Result<bool, Wrong> {
     }
 }
 
-fn port(value: &DeValue<'_>) -> Result<Port, Wrong> {
+pub(crate) fn port(value: &DeValue<'_>) -> Result<Port, Wrong> {
     const RANGE: &str = "a port is a number from 1 to 65535";
     let number = match value {
         DeValue::Integer(n) => i128::from_str_radix(n.as_str(), n.radix()).ok(),
@@ -823,7 +887,7 @@ fn port(value: &DeValue<'_>) -> Result<Port, Wrong> {
 }
 
 /// Names go into labels, rules and file names, so they are DNS labels.
-fn name(value: &DeValue<'_>) -> Result<String, Wrong> {
+pub(crate) fn name(value: &DeValue<'_>) -> Result<String, Wrong> {
     const HELP: &str = "1 to 63 letters, digits and hyphens, with a letter or digit at both ends";
     let text = text_of(value)?;
     let fine = (1..=63).contains(&text.len())
@@ -842,7 +906,7 @@ fn sentence(value: &DeValue<'_>, key: &str) -> Result<String, Wrong> {
     }
 }
 
-fn role(value: &DeValue<'_>) -> Result<Role, Wrong> {
+pub(crate) fn role(value: &DeValue<'_>) -> Result<Role, Wrong> {
     match text_of(value)?.as_str() {
         "spoke" => Ok(Role::Spoke),
         "hub" => Ok(Role::Hub),
@@ -851,7 +915,7 @@ fn role(value: &DeValue<'_>) -> Result<Role, Wrong> {
     }
 }
 
-fn mesh_kind(value: &DeValue<'_>) -> Result<MeshKind, Wrong> {
+pub(crate) fn mesh_kind(value: &DeValue<'_>) -> Result<MeshKind, Wrong> {
     match text_of(value)?.as_str() {
         "wireguard" => Ok(MeshKind::Wireguard),
         "tailscale" => Ok(MeshKind::Tailscale),
@@ -883,7 +947,7 @@ fn mesh_interface(value: &DeValue<'_>) -> Result<String, Wrong> {
     }
 }
 
-fn address(value: &DeValue<'_>) -> Result<IpAddr, Wrong> {
+pub(crate) fn address(value: &DeValue<'_>) -> Result<IpAddr, Wrong> {
     let text = text_of(value)?;
     let address: IpAddr = text.parse().map_err(|_| {
         let help = match (text.parse::<IpNet>(), text.parse::<SocketAddr>()) {
@@ -907,7 +971,7 @@ fn mapped(text: &str, canonical: &dyn fmt::Display) -> Wrong {
 }
 
 /// An address that one host in the mesh can have.
-fn unicast(value: &DeValue<'_>) -> Result<IpAddr, Wrong> {
+pub(crate) fn unicast(value: &DeValue<'_>) -> Result<IpAddr, Wrong> {
     let address = address(value)?;
     let sort = match address {
         a if a.is_unspecified() => "the unspecified address",
@@ -951,7 +1015,7 @@ fn prefix(value: &DeValue<'_>) -> Result<IpNet, Wrong> {
     Ok(net)
 }
 
-fn mesh_prefix(value: &DeValue<'_>) -> Result<IpNet, Wrong> {
+pub(crate) fn mesh_prefix(value: &DeValue<'_>) -> Result<IpNet, Wrong> {
     let net = prefix(value)?;
     if net.prefix_len() == 0 {
         let help = "write the prefix that the mesh's own addresses are in";
@@ -964,7 +1028,7 @@ fn mesh_prefix(value: &DeValue<'_>) -> Result<IpNet, Wrong> {
     Ok(net)
 }
 
-fn public_key(value: &DeValue<'_>) -> Result<PublicKey, Wrong> {
+pub(crate) fn public_key(value: &DeValue<'_>) -> Result<PublicKey, Wrong> {
     let text = text_of(value)?;
     // The text isn't echoed: it may well be the private key.
     PublicKey::from_base64(&text).ok_or_else(|| {
@@ -972,7 +1036,7 @@ fn public_key(value: &DeValue<'_>) -> Result<PublicKey, Wrong> {
     })
 }
 
-fn endpoint(value: &DeValue<'_>) -> Result<SocketAddr, Wrong> {
+pub(crate) fn endpoint(value: &DeValue<'_>) -> Result<SocketAddr, Wrong> {
     let text = text_of(value)?;
     let shape = "write \"203.0.113.47:51820\" or \"[2001:db8::1]:51820\"";
     let what = format!("\"{}\" is not an address and a port", shorten(&text));
@@ -1091,7 +1155,7 @@ fn date(value: &DeValue<'_>) -> Result<Date, Wrong> {
 }
 
 /// Foreign text inside a sentence.
-pub(super) fn shorten(text: &str) -> String {
+pub(crate) fn shorten(text: &str) -> String {
     let short = crate::terms::printable(text, 48);
     if text.chars().count() > 48 { format!("{short}...") } else { short }
 }
