@@ -73,7 +73,7 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
     global.print(&match global.format {
         Format::Json => audit.to_json(),
         Format::Xml => audit.to_xml(&command_line(), &options.ports()),
-        Format::Text => audit.to_text(global.width(), global.colour()),
+        _ => audit.to_text(global.width(), global.colour()),
     })?;
     Ok(audit.exit_code())
 }

@@ -44,7 +44,7 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
     let report = Report::new(&desired, &snapshot, assessment, now);
     global.print(&match global.format {
         Format::Json => report.to_json(),
-        Format::Text | Format::Xml => {
+        _ => {
             let note = if options.no_probe { NOT_PROBED } else { "" };
             format!("{}{note}", report.to_text(global.width(), global.colour()))
         }

@@ -1,10 +1,15 @@
 //! `fleet`: verbs over many nodes at once, all from one inventory.
 
+mod bundle;
+mod keygen;
+mod render;
+mod tree;
+
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 
-use super::{Global, today};
+use super::{Format, Global, today};
 use crate::fleet::{self, Filter, Inventory, Keys, Node};
 use crate::policy::{Role, read_text};
 use crate::sys::clock;
@@ -29,9 +34,48 @@ pub struct Options {
 enum Verb {
     /// Check the inventory and every policy that follows from it
     Check,
+    /// Write each node's policy and peers, and what Prometheus, Nix and DNS need
+    #[command(after_help = render::FILES)]
+    Render(render::Options),
+    /// Pack all that one node needs, checked first
+    #[command(after_help = bundle::CONTENTS)]
+    Bundle(bundle::Options),
+    /// Make a key pair; only the public half goes into the inventory
+    #[command(after_help = keygen::EXAMPLE)]
+    Keygen(keygen::Options),
 }
 
-pub const INVENTORY: &str = "";
+pub const CLOUD_INIT_ELSEWHERE: &str = "--format cloud-init is for fleet bundle only";
+
+pub const INVENTORY: &str = "\
+The inventory (TOML; a * must be there):
+  version = 1                        *
+  [fleet]  name *, domain            nodes' names in DNS are below the domain
+  [mesh]   kind                      wireguard (default) or tailscale
+           prefix *, hub *           the mesh; the node that is its hub
+           port                      of the hub's tunnel, 51820
+  [defaults]                         keys of policy.toml that all nodes share:
+           [defaults.public], [defaults.ssh], [[defaults.file]] ...
+  [[node]] name *, role              role: spoke, device; hub for the one in [mesh]
+           mesh_address *            one or a list
+           public_address            one or a list
+           public_key *              made by fleet keygen; never a private one
+           endpoint                  of its tunnel; the hub's: public_address:port
+           region, labels            labels = { provider = \"aws\" }
+           hostname, subdomain       its name; \"@\" is the domain itself
+           and keys of policy.toml:  [node.public], [[node.mesh.service]] ...
+A node's keys go over the defaults: tables are merged key by key, lists and all
+else replaced (file = [] takes the defaults' files away). Tailscale needs no
+prefix, hub, mesh_address or public_key. Place: --inventory.";
+
+/// The node of this name.
+fn one<'i>(inventory: &'i Inventory, name: &str) -> anyhow::Result<&'i Node> {
+    let filter = Filter { names: vec![name.to_owned()], ..Filter::default() };
+    match filter.of(inventory)?.as_slice() {
+        [node] => Ok(node),
+        _ => anyhow::bail!("name one node of {}", inventory.file),
+    }
+}
 
 /// Which nodes a verb is about.
 #[derive(Args, Clone, Debug, Default)]
@@ -51,6 +95,12 @@ pub struct Selection {
 }
 
 impl Selection {
+    /// Whether nothing was chosen, so that it is about the whole fleet.
+    pub fn is_everyone(&self) -> bool {
+        let Self { nodes, role, region, labels } = self;
+        nodes.is_empty() && role.is_none() && region.is_none() && labels.is_empty()
+    }
+
     /// The nodes meant, in the order of the file; at least one.
     pub fn of<'i>(&self, inventory: &'i Inventory) -> anyhow::Result<Vec<&'i Node>> {
         let Self { nodes, role, region, labels } = self.clone();
@@ -59,8 +109,15 @@ impl Selection {
 }
 
 pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
+    let file = &options.inventory;
+    let bundles = matches!(options.verb, Verb::Bundle(_));
+    anyhow::ensure!(global.format != Format::CloudInit || bundles, CLOUD_INIT_ELSEWHERE);
+    anyhow::ensure!(global.format != Format::Xml, "--format xml is for audit only");
     match &options.verb {
-        Verb::Check => check(global, &options.inventory),
+        Verb::Check => check(global, file),
+        Verb::Render(options) => render::run(global, file, options),
+        Verb::Bundle(options) => bundle::run(global, file, options),
+        Verb::Keygen(options) => keygen::run(global, file, options),
     }
 }
 

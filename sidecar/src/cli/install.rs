@@ -56,6 +56,11 @@ const FILES: [(&str, &str); 6] = [
     ),
 ];
 
+/// By path below the root: what makes sshd wait for the mesh address it binds.
+pub fn drop_ins() -> Vec<(&'static str, &'static str)> {
+    FILES.into_iter().filter(|(path, _)| path.contains("/ssh.")).collect()
+}
+
 /// Puts the program and its units in place and, on a running host with a policy, starts
 /// them. What is there already stays as it is.
 pub fn install(global: &Global, options: &Options) -> anyhow::Result<u8> {

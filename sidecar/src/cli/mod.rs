@@ -89,6 +89,9 @@ pub enum Format {
     Json,
     // nmap's, for audit only. Said there: a word on one value makes every help page twice as long.
     Xml,
+    // For fleet bundle only.
+    #[value(hide = true)]
+    CloudInit,
 }
 
 #[derive(Subcommand)]
@@ -205,7 +208,7 @@ impl Global {
     /// Prints the result of a verb that has a form for each format.
     pub fn tell(&self, text: &str, json: serde_json::Value) -> anyhow::Result<()> {
         match self.format {
-            Format::Text | Format::Xml => self.print(text),
+            Format::Text | Format::Xml | Format::CloudInit => self.print(text),
             Format::Json => self.print(&format!("{}\n", serde_json::to_string_pretty(&json)?)),
         }
     }
@@ -238,6 +241,8 @@ pub fn main() -> ExitCode {
     };
     let Cli { global, command } = cli;
     let result = match command {
+        Command::Fleet(options) => fleet::run(&global, &options),
+        _ if global.format == Format::CloudInit => Err(anyhow::anyhow!(fleet::CLOUD_INIT_ELSEWHERE)),
         Command::Audit(options) => audit::run(&global, &options),
         _ if global.format == Format::Xml => Err(anyhow::anyhow!("--format xml is for audit only")),
         Command::Check(options) => check::run(&global, &options),
@@ -250,7 +255,6 @@ pub fn main() -> ExitCode {
         Command::Status => status::run(&global),
         Command::Explain { code } => explain::run(&global, code.as_deref()),
         Command::Policy(verb) => policy::run(&global, &verb),
-        Command::Fleet(options) => fleet::run(&global, &options),
         Command::Install(options) => install::install(&global, &options),
         Command::Uninstall(options) => install::uninstall(&global, &options),
         Command::Completions { shell } => completions(&global, shell),

@@ -16,7 +16,7 @@ pub fn run(global: &Global) -> anyhow::Result<u8> {
     let status: Status = serde_json::from_str(&text).context("the daemon's answer")?;
     global.print(&match global.format {
         Format::Json => format!("{}\n", text.trim_end()),
-        Format::Text | Format::Xml => {
+        _ => {
             format!(
                 "{}{}",
                 status.report.to_text(global.width(), global.colour()),

@@ -324,16 +324,23 @@ impl Between<'_, '_, '_> {
         let Some(hub) = &mesh.hub else { return };
         match drafts.iter().find(|draft| draft.is_hub(mesh)) {
             Some(draft) => {
-                if draft.role.is_some_and(|role| role != Role::Hub) {
+                let wireguard = mesh.kind == MeshKind::Wireguard;
+                // Tailscale's needs no port of its own to be reached.
+                let fits = |role| role == Role::Hub || role == Role::Device && !wireguard;
+                if draft.role.is_some_and(|role| !fits(role)) {
                     let what = format!("{hub} is the hub of [mesh], so its role is \"hub\"");
                     out.push((
                         draft.at(self.reader, "role"),
                         wrong(what, "write role = \"hub\", or leave it out"),
                     ));
                 }
+                if !wireguard && !draft.table.contains_key("mesh_address") {
+                    let what = format!("the hub {hub} has no `mesh_address` that the others could let in");
+                    out.push((draft.section.at.clone(), wrong(what, "write what `tailscale ip` says there")));
+                }
                 let sound =
                     ["public_address", "endpoint"].iter().all(|key| self.sound(&draft.section.path(key)));
-                if mesh.kind == MeshKind::Wireguard && sound && draft.endpoint(mesh).is_none() {
+                if wireguard && sound && draft.endpoint(mesh).is_none() {
                     let what = format!("the hub {hub} has no address at which the others reach its tunnel");
                     let help = "write its `public_address`, or `endpoint` with address and port";
                     out.push((draft.section.at.clone(), wrong(what, help)));

@@ -1,9 +1,12 @@
 //! A fleet as its inventory declares it: who is in it, where, and the policy of each. Values
 //! only; `cli::fleet` reads and writes the files.
 
+pub mod bundle;
+pub mod edit;
 mod inventory;
 mod merge;
-mod secrets;
+pub mod render;
+pub mod secrets;
 #[cfg(test)]
 mod tests;
 

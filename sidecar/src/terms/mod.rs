@@ -315,6 +315,19 @@ impl fmt::Debug for Secret {
     }
 }
 
+const BASE64: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+
+/// A key as `wg` prints it, written in place, so that a private one leaves no copies.
+pub fn base64(key: &[u8; 32], text: &mut [u8; 44]) {
+    for (chunk, four) in key.chunks(3).zip(text.chunks_mut(4)) {
+        let b = [chunk[0], chunk.get(1).copied().unwrap_or(0), chunk.get(2).copied().unwrap_or(0)];
+        let n = u32::from_be_bytes([0, b[0], b[1], b[2]]);
+        for (i, digit) in four.iter_mut().enumerate() {
+            *digit = if i <= chunk.len() { BASE64[(n >> (18 - 6 * i)) as usize & 63] } else { b'=' };
+        }
+    }
+}
+
 /// A WireGuard public key. Only public keys have a type here; private ones are dropped
 /// inside the decoders that meet them.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -323,7 +336,6 @@ pub struct PublicKey(pub [u8; 32]);
 impl PublicKey {
     /// From the 44 characters of base64 that `wg` prints.
     pub fn from_base64(text: &str) -> Option<Self> {
-        const TABLE: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
         let body = text.strip_suffix('=')?.as_bytes();
         if body.len() != 43 {
             return None;
@@ -331,7 +343,7 @@ impl PublicKey {
         let mut out = [0u8; 33];
         let (mut acc, mut bits, mut at) = (0u32, 0u8, 0usize);
         for byte in body {
-            let value = TABLE.iter().position(|t| t == byte)? as u32;
+            let value = BASE64.iter().position(|t| t == byte)? as u32;
             acc = (acc << 6) | value;
             bits += 6;
             if bits >= 8 {
@@ -369,17 +381,9 @@ impl PublicKey {
 
 impl fmt::Display for PublicKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const TABLE: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-        let mut text = String::with_capacity(44);
-        for chunk in self.0.chunks(3) {
-            let b = [chunk[0], chunk.get(1).copied().unwrap_or(0), chunk.get(2).copied().unwrap_or(0)];
-            let n = u32::from_be_bytes([0, b[0], b[1], b[2]]);
-            for i in 0..=chunk.len() {
-                text.push(char::from(TABLE[(n >> (18 - 6 * i)) as usize & 63]));
-            }
-        }
-        text.push('=');
-        f.write_str(&text)
+        let mut text = [0; 44];
+        base64(&self.0, &mut text);
+        f.write_str(&String::from_utf8_lossy(&text))
     }
 }
 
