@@ -14,6 +14,7 @@ mod decoders;
 mod direction;
 mod enforce;
 mod exact;
+mod fleet;
 mod glass;
 mod guard;
 mod iptables;

@@ -54,19 +54,19 @@ The inventory (TOML; a * must be there):
   [mesh]   kind                      wireguard (default) or tailscale
            prefix *, hub *           the mesh; the node that is its hub
            port                      of the hub's tunnel, 51820
-  [defaults]                         keys of policy.toml that all nodes share:
+  [defaults]                         what all policies share, as in policy.toml:
            [defaults.public], [defaults.ssh], [[defaults.file]] ...
-  [[node]] name *, role              role: spoke, device; hub for the one in [mesh]
+  [[node]] name *, role              spoke or device; the one in [mesh]: hub
            mesh_address *            one or a list
            public_address            one or a list
            public_key *              made by fleet keygen; never a private one
-           endpoint                  of its tunnel; the hub's: public_address:port
+           endpoint                  of its tunnel, address:port
            region, labels            labels = { provider = \"aws\" }
            hostname, subdomain       its name; \"@\" is the domain itself
-           and keys of policy.toml:  [node.public], [[node.mesh.service]] ...
+           and, as in policy.toml:   [node.public], [[node.mesh.service]] ...
 A node's keys go over the defaults: tables are merged key by key, lists and all
-else replaced (file = [] takes the defaults' files away). Tailscale needs no
-prefix, hub, mesh_address or public_key. Place: --inventory.";
+else replaced (file = [] takes the defaults' files away). With Tailscale only
+names must be there, and the mesh_address of a hub.";
 
 /// The node of this name.
 fn one<'i>(inventory: &'i Inventory, name: &str) -> anyhow::Result<&'i Node> {

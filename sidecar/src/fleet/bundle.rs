@@ -205,3 +205,20 @@ fn scalar(text: &str) -> String {
     }
     out + "\"\n"
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_text_that_could_end_its_block_is_quoted() {
+        assert_eq!(scalar("a: b\n\n# c\n"), "|\n      a: b\n\n      # c\n");
+        for strange in
+            ["no end", "two ends\n\n", " indented\n", "a\u{2028}b: c\n", "t\tab\n", "\u{1f600}\n", ""]
+        {
+            let text = scalar(strange);
+            assert!(text.starts_with('"') && text.ends_with("\"\n") && text.is_ascii(), "{text}");
+        }
+        assert_eq!(scalar("a\u{2028}\"\\\n"), "\"a\\U00002028\\\"\\\\\\n\"\n");
+    }
+}

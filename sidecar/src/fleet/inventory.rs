@@ -355,8 +355,9 @@ impl Between<'_, '_, '_> {
                 let ground = Ground { places: &self.reader.places, doubtful: &self.reader.doubtful };
                 let at = ground.at(&section.path("hub"));
                 out.push((at, wrong(format!("no [[node]] is named \"{hub}\""), help)));
+                return;
             }
-            None => {}
+            None => return,
         }
         for draft in drafts.iter().filter(|draft| !draft.is_hub(mesh) && draft.role == Some(Role::Hub)) {
             let what = format!("the hub of [mesh] is {hub}, and a fleet has one");
@@ -511,11 +512,16 @@ impl<'a, 'r, 't> Policies<'a, 'r, 't> {
         let read = match read::read_table(table, Found::default()) {
             Ok(read) => read,
             Err(found) => {
-                for (class, at, wrong) in found.0 {
-                    // Said already, in the inventory's own words.
-                    if !["`address` is missing in [mesh]", "`prefix` is missing in [mesh]"]
-                        .contains(&wrong.what.as_str())
-                    {
+                for (class, at, mut wrong) in found.0 {
+                    let shared = self.owner(at.start).is_none();
+                    if shared && wrong.what.ends_with("on the hub itself lets nobody in") {
+                        // Right for all the others, so it is not to be widened.
+                        wrong.help =
+                            "leave it, and write below the hub's [[node]] who may come in there".into();
+                    }
+                    // These are said already, in the inventory's own words.
+                    let said = ["`address` is missing in [mesh]", "`prefix` is missing in [mesh]"];
+                    if !said.contains(&wrong.what.as_str()) {
                         self.say(i, Some(class), None, at, wrong);
                     }
                 }

@@ -242,6 +242,7 @@ fn a_policys_mistake_is_shown_where_the_inventory_makes_it_and_once() {
             ("tcp = [80, 443]", "tcp = [22, 80, 443]"),
             ("tcp = [80, 443]", "tcp = [80, \"x\"]"),
             ("tcp = [80, 443]", "tpc = [80, 443]"),
+            ("[defaults.public]", "[defaults.ssh]\nfrom = \"hub\"\n\n[defaults.public]"),
             // In a node, of that one.
             ("port = 2022", "port = 443"),
             ("port = 2022", "prt = 2022"),
@@ -255,6 +256,8 @@ fn a_policys_mistake_is_shown_where_the_inventory_makes_it_and_once() {
             12:12 expected a port, found a string (a port is a number from 1 to 65535)
 
             12:1 unknown key `tpc` in [public] (did you mean `tcp`?)
+
+            12:8 from = "hub" on the hub itself lets nobody in (in the policy of zurich) (leave it, and write below the hub's [[node]] who may come in there)
 
             12:12 tcp 443 is public, and ssh is for the mesh only (in the policy of singapore) (remove it here; a dated [[exception]] is the way to open ssh to others)
 
@@ -312,6 +315,193 @@ fn an_expired_exception_is_a_note_for_all_that_share_it() {
             "exception \"old\" expired: its last day was 2026-01-31 (in the policy of zurich, virginia, singapore)"
         ]
     );
+}
+
+/// [`FLEET`]'s parts, in another order: tables, keys within them, elements of lists that are sets.
+fn shuffled(order: &[usize]) -> String {
+    let mut lines: Vec<Vec<&str>> = Vec::new();
+    for line in FLEET.lines().filter(|line| !line.is_empty()) {
+        match lines.last_mut() {
+            Some(part) if !line.starts_with('[') => part.push(line),
+            _ => lines.push(vec![line]),
+        }
+    }
+    // What is below a [[node]] stays with it.
+    let mut parts: Vec<Vec<Vec<&str>>> = Vec::new();
+    for part in lines.drain(1..) {
+        match parts.last_mut() {
+            Some(node) if part[0].starts_with("[node.") || part[0].starts_with("[[node.") => node.push(part),
+            _ => parts.push(vec![part]),
+        }
+    }
+    let mut next = order.iter().cycle();
+    let mut turn = |length: usize| next.next().map_or(0, |n| n % length);
+    let mut out = vec!["version = 1"];
+    while !parts.is_empty() {
+        for mut table in parts.remove(turn(parts.len())) {
+            out.push(table.remove(0));
+            while !table.is_empty() {
+                out.push(table.remove(turn(table.len())));
+            }
+        }
+    }
+    out.join("\n").replace("[80, 443]", ["[443, 80]", "[80, 443]"][turn(2)])
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(64))]
+    #[test]
+    fn what_is_rendered_depends_on_what_is_said_and_not_on_the_order(
+        order in proptest::collection::vec(0usize..1000, 40),
+    ) {
+        proptest::prop_assert_eq!(render::all(&read(&shuffled(&order))), render::all(&read(FLEET)));
+    }
+
+    #[test]
+    fn no_text_is_too_strange_to_be_read(
+        at in 0usize..1200, length in 0usize..60, with in "\\PC{0,20}|[\\[\\]{}=\"\n#.]{0,8}",
+    ) {
+        let mut text: Vec<char> = FLEET.chars().collect();
+        let from = at.min(text.len());
+        text.splice(from..(from + length).min(text.len()), with.chars());
+        // Whatever it says, it ends, and does not panic.
+        let _ = parse(&text.into_iter().collect::<String>(), "fleet.toml", today(), Keys::Required);
+    }
+}
+
+#[test]
+fn everything_that_is_rendered_carries_the_mark_and_no_secret() {
+    let fleet = read(FLEET);
+    let known: Vec<PublicKey> = fleet.nodes.iter().filter_map(|node| node.public_key).collect();
+    let files = render::all(&fleet);
+    assert_eq!(files.len(), 3 * 5 + 4, "{:?}", files.keys());
+    for (path, text) in &files {
+        let head = &text.as_bytes()[..text.len().min(render::MARK_WITHIN)];
+        assert!(String::from_utf8_lossy(head).contains(render::MARK), "{path}\n{text}");
+        assert_eq!(secrets::find(text, &known), [], "{path}");
+        assert_eq!(
+            secrets::find(text, &known[1..]).is_empty(),
+            !text.contains(&known[0].to_string()),
+            "{path}"
+        );
+    }
+    for node in &fleet.nodes {
+        let text = &files[&format!("nodes/{}/policy.toml", node.name)];
+        let loaded = crate::policy::parse(text, "policy.toml", today()).unwrap_or_else(|m| panic!("{m}"));
+        assert!(loaded.notes.is_empty(), "{:?}", loaded.notes);
+        assert_eq!(crate::policy::fingerprint(&loaded.policy), crate::policy::fingerprint(&node.policy));
+    }
+    // A node without a public address has no name to expect.
+    let names: Vec<String> =
+        render::records(&fleet).into_iter().map(|r| format!("{} {}", r.name, r.sort)).collect();
+    let wanted = [
+        "noc.vault.example A",
+        "soc.vault.example A",
+        "virginia.vault.example A",
+        "virginia.vault.example AAAA",
+    ];
+    assert_eq!(names, wanted);
+}
+
+#[test]
+fn a_spoke_gets_the_hub_as_its_peer_and_the_hub_gets_all() {
+    let fleet = read(FLEET);
+    let files = render::all(&fleet);
+    expect![[r#"
+        # Written by `spokeguard fleet render` from the inventory of vault: change that, not this.
+
+        [Interface]
+        Address = 10.84.0.2/24
+        # The private half never leaves the node.
+        PostUp = wg set %i private-key /etc/wireguard/wg0.key
+
+        # zurich
+        [Peer]
+        PublicKey = xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=
+        AllowedIPs = 10.84.0.0/24
+        Endpoint = 203.0.113.47:51820
+        PersistentKeepalive = 25
+    "#]]
+    .assert_eq(&files["nodes/virginia/wireguard.conf"]);
+    expect![[r#"
+        # Written by `spokeguard fleet render` from the inventory of vault: change that, not this.
+
+        [NetDev]
+        Name=wg0
+        Kind=wireguard
+
+        [WireGuard]
+        PrivateKeyFile=/etc/wireguard/wg0.key
+        ListenPort=51820
+
+        # singapore
+        [WireGuardPeer]
+        PublicKey=yI2I0ZVLFN2yK45m/5sOH61rUA3mBGQhQd85oD8ynH8=
+        AllowedIPs=10.84.0.16/32
+
+        # virginia
+        [WireGuardPeer]
+        PublicKey=OJmUDn1Un9+kq0TYb5Qm7Uo3ZwjWbjio7hJdhKP3Uiw=
+        AllowedIPs=10.84.0.2/32
+    "#]]
+    .assert_eq(&files["nodes/zurich/wireguard.netdev"]);
+}
+
+/// Half of a key in the place of a public one: its own public half is in the file.
+#[test]
+fn a_private_key_in_the_place_of_a_public_one_is_known_by_its_other_half() {
+    let private: [u8; 32] = std::array::from_fn(|i| if i == 0 { 0x40 } else { 0x41 });
+    let public = PublicKey(x25519_dalek::x25519(private, x25519_dalek::X25519_BASEPOINT_BYTES)).to_string();
+    let text = FLEET.replace("OJmUDn1Un9+kq0TYb5Qm7Uo3ZwjWbjio7hJdhKP3Uiw=", &public);
+    read(&text);
+    let text = text.replace("yI2I0ZVLFN2yK45m/5sOH61rUA3mBGQhQd85oD8ynH8=", &PublicKey(private).to_string());
+    let mistakes = refused(&text);
+    assert_eq!(mistakes.list.len(), 1, "{mistakes}");
+    assert!(mistakes.list[0].what.contains("private half"), "{mistakes}");
+}
+
+#[test]
+fn a_bundle_is_refused_for_what_policy_check_refuses() {
+    let exception = "[[node.exception]]\nname = \"old\"\ntcp = [2222]\nfrom = [\"0.0.0.0/0\"]\nreason = \"once\"\nuntil = \"2026-01-31\"\n";
+    let fleet = read(&format!("{FLEET}\n{exception}"));
+    let bundle = |name: &str| bundle::bundle(&fleet, fleet.node(name).expect("a node"), &[], today());
+    let refused = bundle("singapore").expect_err("an expired exception").to_string();
+    assert!(refused.contains("\"old\" expired"), "{refused}");
+    let virginia = bundle("virginia").expect("a bundle");
+    assert_eq!(bundle::way_in(virginia.admin.as_ref()), "10.84.0.1 to 10.84.0.2, tcp 22");
+    assert!(virginia.entries.is_sorted_by(|a, b| a.path < b.path), "{:?}", virginia.entries);
+    // A unit that somebody put a key into.
+    let key = "PrivateKey = eEQtZGMY5p8MMvYSk6MlwcGUHGPpU+kyjoVKUjTV4mk=\n";
+    let secret = bundle::bundle(&fleet, &fleet.nodes[1], &[("etc/x", key)], today())
+        .expect_err("a secret")
+        .to_string();
+    assert_eq!(secret, "etc/x of the bundle is not for others: this looks like a private key");
+}
+
+#[test]
+fn a_thousand_nodes_are_rendered_within_a_second_of_processor_time() {
+    let mut text = FLEET.split("[[node]]\nname = \"virginia\"").next().expect("the hub").to_owned();
+    for i in 0..1000u32 {
+        let mut key = [7; 32];
+        key[..4].copy_from_slice(&i.to_be_bytes());
+        text += &format!(
+            "[[node]]\nname = \"node-{i}\"\nmesh_address = \"10.85.{}.{}\"\npublic_address = \"2001:db8::{i:x}\"\n\
+             public_key = \"{}\"\nregion = \"r{}\"\n[node.metrics]\nport = {}\n",
+            i / 250,
+            i % 250 + 1,
+            PublicKey(key),
+            i % 20,
+            9000 + i
+        );
+    }
+    let text = text.replace("[\"10.84.0.0/24\"]", "[\"10.84.0.0/15\"]");
+    let spent = || rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    let before = spent();
+    let fleet = read(&text);
+    let files = render::all(&fleet);
+    let took_ms = (spent().tv_sec - before.tv_sec) * 1000 + (spent().tv_nsec - before.tv_nsec) / 1_000_000;
+    assert_eq!((fleet.nodes.len(), files.len()), (1001, 5009));
+    assert!(took_ms < 1000, "{took_ms} ms");
 }
 
 #[test]

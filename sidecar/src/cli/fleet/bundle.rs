@@ -24,10 +24,10 @@ pub struct Options {
 }
 
 pub const CONTENTS: &str = "\
-A tar archive with the directory NODE: README.txt tells where each file goes. With
---format cloud-init: user data for a first boot. The same inventory gives the same
-bytes. Refused if the policy has a mistake or lets nobody in, or if anything in it
-is secret; the private key is never in it.
+A tar archive with the directory NODE, whose README.txt tells where each file
+goes; with --format cloud-init, user data for a first boot. The same inventory
+gives the same bytes. Refused if the policy has a mistake or lets nobody in, or
+if anything is secret; the private key is never in it.
 
 Examples:
   spokeguard fleet bundle virginia -o virginia.tar

@@ -15,6 +15,8 @@ use crate::terms::printable;
 
 /// No longer differences are printed; JSON names all files.
 const DIFF_LINES_MAX: usize = 2_000;
+/// Nor more paths.
+const PATHS_MAX: usize = 60;
 
 #[derive(Args)]
 pub struct Options {
@@ -39,9 +41,10 @@ Files:
   dns.txt, dns.json                records to expect, where [fleet] has a domain
 
 With NODE, --role, --region or --label only those nodes' files are written, and
-nothing is removed. The same inventory gives the same bytes, in whatever order it
-is written. All files are put in place at once or none. What a node that left had is removed if
-it carries our mark; what is not ours is neither removed nor overwritten.";
+nothing is removed. The same inventory gives the same bytes, in whatever order
+it is written. All files are put in place at once or none. What a node had that
+left is removed if it carries our mark; what is not ours is neither removed nor
+overwritten.";
 
 pub fn run(global: &Global, file: &Path, options: &Options) -> anyhow::Result<u8> {
     let inventory = load_inventory(file)?;
@@ -82,9 +85,15 @@ fn told(tree: &Tree, changes: &Changes) -> serde_json::Value {
 /// One line for each file, and how many stayed.
 fn summary(tree: &Tree, wanted: &Files, changes: &Changes) -> String {
     let Changes { added, changed, removed } = changes;
-    let mut out = String::new();
-    for (sign, list) in [('+', added), ('~', changed), ('-', removed)] {
-        out.extend(list.iter().map(|path| format!("{sign} {}\n", printable(path, 200))));
+    let mut lines = Vec::new();
+    for (sign, list) in [('-', removed), ('~', changed), ('+', added)] {
+        lines.extend(list.iter().map(|path| format!("{sign} {}\n", printable(path, 200))));
+    }
+    let more = lines.len().saturating_sub(PATHS_MAX);
+    lines.truncate(PATHS_MAX);
+    let mut out = lines.concat();
+    if more > 0 {
+        out += &format!("... and {more} more\n");
     }
     let same = wanted.len() - added.len() - changed.len();
     out + &format!(

@@ -70,8 +70,8 @@ impl Tree {
             !inside(inventory.canonicalize().ok())
                 && !inside(std::env::current_dir().ok())
                 && !root.join(".git").exists(),
-            "{shown} is replaced as a whole, so it can't hold the inventory, a repository or this shell: \
-             name a directory for the rendered files alone, such as --out rendered"
+            "{shown} holds the inventory, a repository or this shell, and would be replaced as a whole: \
+             write --out rendered"
         );
         Ok(Self { root })
     }
