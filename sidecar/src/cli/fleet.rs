@@ -137,7 +137,8 @@ fn check(global: &Global, file: &Path) -> anyhow::Result<u8> {
     let inventory = load_inventory(file)?;
     notes(&inventory)?;
     let count = inventory.nodes.len();
-    let text = format!("{}: right, for {count} nodes\n", file.display());
+    let nodes = if count == 1 { "node" } else { "nodes" };
+    let text = format!("{}: right, for {count} {nodes}\n", file.display());
     global.tell(
         &text,
         serde_json::json!({ "version": 1, "fleet": inventory.name, "nodes": count, "right": true }),

@@ -1,6 +1,7 @@
 //! All that one node needs, as the files of an archive, and the proof that it may be handed
 //! over: the policy reads as it was meant, somebody gets in, and nothing in it is secret.
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
 
 use ipnet::IpNet;
@@ -92,7 +93,7 @@ pub fn bundle(
     }
     entries.push(entry("nix/node.json".into(), 0o644, render::nix_node(inventory, node), false));
     entries.sort_by(|a, b| a.path.cmp(&b.path));
-    let known: Vec<PublicKey> = inventory.nodes.iter().filter_map(|node| node.public_key).collect();
+    let known: BTreeSet<PublicKey> = inventory.nodes.iter().filter_map(|node| node.public_key).collect();
     for Entry { path, text, .. } in &entries {
         if let Some(secret) = secrets::find(text, &known).first() {
             return Err(Refused::Secret { path: path.clone(), what: secret.what });
@@ -172,7 +173,7 @@ pub fn cloud_init(bundle: &Bundle) -> String {
         let _ = write!(
             out,
             "  # Comes up once its private key is there, by the secrets of your choice.\n  \
-             - [systemctl, enable, wg-quick@{interface}.service]\n"
+             - [systemctl, enable, \"wg-quick@{interface}.service\"]\n"
         );
     }
     out.push_str("  - [sh, -c, \"if command -v spokeguard; then spokeguard policy check && spokeguard install; fi\"]\n");

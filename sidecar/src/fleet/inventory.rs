@@ -439,7 +439,8 @@ impl Between<'_, '_, '_> {
     }
 
     fn secrets(&self, out: &mut Places) {
-        let known: Vec<PublicKey> = self.known.drafts.iter().filter_map(|draft| draft.public_key).collect();
+        let known: BTreeSet<PublicKey> =
+            self.known.drafts.iter().filter_map(|draft| draft.public_key).collect();
         let help =
             "take it out of the file and of its history, and make another: whoever read the file has it";
         for secret in secrets::find(self.known.source.text(), &known) {

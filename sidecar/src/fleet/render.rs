@@ -200,13 +200,13 @@ impl<'i> Tunnel<'i> {
     /// For wg-quick.
     fn quick(&self) -> String {
         let mut out = format!("{}\n[Interface]\n", self.head);
-        let key = private_key_path(self.policy);
         let _ = writeln!(out, "Address = {}", joined(&self.addresses));
         if let Some(port) = self.policy.mesh.listen_port {
             let _ = writeln!(out, "ListenPort = {port}");
         }
-        let _ =
-            writeln!(out, "# The private half never leaves the node.\nPostUp = wg set %i private-key {key}");
+        // %i is the interface; it goes through a shell.
+        out.push_str("# The private half never leaves the node.\n");
+        out.push_str("PostUp = wg set %i private-key /etc/wireguard/%i.key\n");
         for peer in &self.peers {
             let _ = writeln!(out, "\n# {}\n[Peer]", peer.node.name);
             let _ = writeln!(out, "PublicKey = {}\nAllowedIPs = {}", peer.key, joined(&peer.allowed));

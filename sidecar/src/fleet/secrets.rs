@@ -1,6 +1,7 @@
 //! Private keys where only public ones may be. Found by what they are, not by what they are
 //! called: a private half that stands in a comment is as known as any other.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use crate::terms::PublicKey;
@@ -17,7 +18,7 @@ pub struct Secret {
 }
 
 /// The secrets in a text. `known` are the public keys that may stand in it.
-pub fn find(text: &str, known: &[PublicKey]) -> Vec<Secret> {
+pub fn find(text: &str, known: &BTreeSet<PublicKey>) -> Vec<Secret> {
     let mut out = Vec::new();
     for (at, key) in keys(text) {
         let what = if halves(&key, known) {
@@ -46,7 +47,7 @@ fn is_path(text: &str, after: usize) -> bool {
 
 /// Whether it makes one of these public keys. Only numbers that are private keys as WireGuard
 /// writes them (1 of 32) are tried, since each try costs some 50 us.
-fn halves(key: &PublicKey, known: &[PublicKey]) -> bool {
+fn halves(key: &PublicKey, known: &BTreeSet<PublicKey>) -> bool {
     let clamped = key.0[0] & 7 == 0 && key.0[31] & 0xc0 == 0x40;
     clamped && known.contains(&PublicKey(x25519_dalek::x25519(key.0, PUBLIC_OF)))
 }

@@ -157,7 +157,7 @@ pub(crate) fn document<'t>(source: &Source<'t>) -> Result<(Spanned<DeTable<'t>>,
         // Recovery keeps every error it meets, so it is for files of a human size only.
         Err(first) if source.text().len() > 128 << 10 => {
             found.0.push(syntax(source, &first));
-            return Err(found);
+            Err(found)
         }
         Err(_) => {
             let (table, errors) = DeTable::parse_recoverable(source.text());

@@ -177,7 +177,9 @@ impl Tree {
     }
 
     fn build(&self, new: &Path, found: &Found, wanted: &Files, changes: &Changes) -> anyhow::Result<()> {
-        folder(new)?;
+        // Must be ours alone: beside the inventory others may be able to write.
+        let made = DirBuilder::new().mode(0o755).create(new);
+        made.with_context(|| format!("create {}", new.display()))?;
         let other: BTreeSet<&String> = changes.changed.iter().chain(&changes.removed).collect();
         let same = found.ours.keys().filter(|path| !other.contains(path));
         let foreign_files =
