@@ -84,7 +84,8 @@ fn cases(list: &[(&str, &str)], expected: Expect) {
 
 #[test]
 fn defaults_overrides_and_the_mesh_make_each_nodes_policy() {
-    let fleet = read(FLEET);
+    // One key of a table from the defaults, one from the node.
+    let fleet = read(&FLEET.replace("[[defaults.file]]", "[defaults.ssh]\nrebind = true\n\n[[defaults.file]]"));
     let policy = |name: &str| crate::policy::show(&fleet.node(name).expect("a node").policy);
     let read_alone = |text: &str| {
         let loaded = crate::policy::parse(text, "policy.toml", today()).unwrap_or_else(|m| panic!("{m}"));
@@ -96,7 +97,7 @@ fn defaults_overrides_and_the_mesh_make_each_nodes_policy() {
             r#"version = 1
             node = { name = "singapore", role = "spoke" }
             public = { tcp = [80, 443] }
-            ssh = { port = 2022, from = "hub" }
+            ssh = { port = 2022, rebind = true, from = "hub" }
             file = [{ path = "/etc/vault/production.env", mode = "0600" }]
             [mesh]
             address = ["10.84.0.16"]
@@ -112,6 +113,7 @@ fn defaults_overrides_and_the_mesh_make_each_nodes_policy() {
         read_alone(
             r#"version = 1
             node = { name = "zurich", role = "hub" }
+            ssh = { rebind = true }
             public = { tcp = [80, 443] }
             [mesh]
             address = ["10.84.0.1"]
@@ -132,7 +134,7 @@ fn defaults_overrides_and_the_mesh_make_each_nodes_policy() {
         Some(Some("203.0.113.47:51820".into()))
     );
     assert_eq!(fleet.nodes[1].endpoint, None, "only the hub is dialled");
-    assert_eq!(fleet.nodes.iter().map(|node| node.line).collect::<Vec<_>>(), [18, 30, 38]);
+    assert_eq!(fleet.nodes.iter().map(|node| node.line).collect::<Vec<_>>(), [21, 33, 41]);
     assert!(fleet.notes.is_empty(), "{:?}", fleet.notes);
 }
 
