@@ -422,7 +422,7 @@ fn a_spoke_gets_the_hub_as_its_peer_and_the_hub_gets_all() {
         [Interface]
         Address = 10.84.0.2/24
         # The private half never leaves the node.
-        PostUp = wg set %i private-key /etc/wireguard/wg0.key
+        PostUp = wg set %i private-key /etc/wireguard/%i.key
 
         # zurich
         [Peer]
