@@ -19,6 +19,7 @@ const PURE: &[(&str, &[&str])] = &[
     ("observed", &["ruleset", "terms"]),
     ("diff", &["desired", "observed", "policy", "ruleset", "terms"]),
     ("repair", &["diff", "desired", "observed", "policy", "ruleset", "terms"]),
+    ("tailnet", &["policy", "terms"]),
     ("report", FACES),
     ("metrics", FACES),
     ("audit", FACES),

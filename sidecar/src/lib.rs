@@ -20,4 +20,5 @@ pub mod ruleset;
 pub mod source;
 #[allow(unsafe_code)]
 pub mod sys;
+pub mod tailnet;
 pub mod terms;

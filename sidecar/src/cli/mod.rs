@@ -16,6 +16,7 @@ mod break_glass;
 mod check;
 mod explain;
 mod fleet;
+mod import;
 mod install;
 mod plan;
 mod policy;
@@ -122,7 +123,7 @@ pub enum Command {
         /// A code such as listener-exposed; none lists them all
         code: Option<String>,
     },
-    /// Check or show the policy file
+    /// Check, show or import the policy file
     #[command(subcommand)]
     Policy(policy::Verb),
     /// Many nodes: render, bundle and keys from one inventory

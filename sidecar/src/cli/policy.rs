@@ -16,11 +16,15 @@ pub enum Verb {
     Check,
     /// Print the policy as it is understood, every default filled in
     Show,
+    /// Another tool's access rules as a policy
+    #[command(subcommand)]
+    Import(super::import::Verb),
 }
 
 pub fn run(global: &Global, verb: &Verb) -> anyhow::Result<u8> {
     let now = clock::now();
     match verb {
+        Verb::Import(verb) => super::import::run(global, verb),
         Verb::Check => check(global, now),
         Verb::Show => {
             let loaded = policy::load(&global.policy, today(now))?;

@@ -20,7 +20,9 @@ use crate::terms::{IfacePattern, Port, Proto, PublicKey};
 
 pub(crate) use load::expired;
 pub use load::{BYTES_MAX, LoadError, Loaded, Note, NoteKind, load, parse, read_text};
+pub(crate) use mistake::Source;
 pub use mistake::{MISTAKES_MAX, Mistake, Mistakes};
+pub use read::tailscale_prefixes;
 pub use show::{fingerprint, show, sum};
 
 /// A policy that has been parsed and checked. Every default is filled in.

@@ -743,7 +743,7 @@ const SSH_PORT: Port = Port::new(22).expect("22 is a port");
 const METRICS_PORT: Port = Port::new(9984).expect("9984 is a port");
 
 /// The ranges that Tailscale hands out from.
-pub(crate) fn tailscale_prefixes() -> Vec<IpNet> {
+pub fn tailscale_prefixes() -> Vec<IpNet> {
     ["100.64.0.0/10", "fd7a:115c:a1e0::/48"].iter().filter_map(|p| p.parse().ok()).collect()
 }
 
