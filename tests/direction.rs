@@ -21,6 +21,7 @@ const PURE: &[(&str, &[&str])] = &[
     ("repair", &["diff", "desired", "observed", "policy", "ruleset", "terms"]),
     ("tailnet", &["policy", "terms"]),
     ("report", FACES),
+    ("top", FACES),
     ("metrics", FACES),
     ("audit", FACES),
     ("heartbeat", FACES),

@@ -29,5 +29,6 @@ mod predict;
 mod privileges;
 mod proof;
 mod systemd;
+mod top;
 mod verdicts;
 mod weather;

@@ -22,3 +22,4 @@ pub mod source;
 pub mod sys;
 pub mod tailnet;
 pub mod terms;
+pub mod top;

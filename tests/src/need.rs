@@ -28,6 +28,8 @@ pub enum Need {
     Prometheus,
     /// Packages that are installed in a container only.
     Firewalld,
+    /// A terminal that can be read.
+    Tmux,
     /// A container with systemd as its init.
     Nspawn,
     /// Evaluates NixOS modules; no store, no root.
@@ -80,6 +82,7 @@ pub fn missing(needs: &[Need]) -> Vec<String> {
             }
             Need::Cgroup2 | Need::MemoryGroup => {}
             Need::Faketime => program("faketime", "faketime"),
+            Need::Tmux => program("tmux", "tmux"),
             Need::Nmap => program("nmap", "nmap"),
             Need::Masscan => program("masscan", "masscan"),
             // Below, with what is no program.

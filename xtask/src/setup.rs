@@ -40,6 +40,8 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("faketime", "faketime"),
     // Evaluates the NixOS module, which needs no more of Nix than that.
     ("nix-instantiate", "nix-bin"),
+    ("tmux", "tmux"),
+    ("script", "bsdutils"),
     // Real kernels: their packages are unpacked, never installed.
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("depmod", "kmod"),

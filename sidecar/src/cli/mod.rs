@@ -23,6 +23,7 @@ mod policy;
 mod release;
 mod run;
 mod status;
+mod top;
 
 pub use policy::load_policy;
 pub use run::{INTERNAL_CANARY, INTERNAL_HTTP, INTERNAL_LOAD, INTERNAL_LOAD_BINDS, INTERNAL_PROBE};
@@ -116,6 +117,8 @@ pub enum Command {
     Run,
     /// The running daemon's last report
     Status,
+    /// Live view: traffic, refused attempts, strangers, recent drift
+    Top(top::Options),
     /// Probe this host as strangers would, or scan others from here
     Audit(Box<audit::Options>),
     /// What a finding means, why it matters, what to do
@@ -254,6 +257,7 @@ pub fn main() -> ExitCode {
         Command::BreakGlass(verb) => break_glass::run(&global, &verb),
         Command::Run => run::run(&global),
         Command::Status => status::run(&global),
+        Command::Top(options) => top::run(&global, &options),
         Command::Explain { code } => explain::run(&global, code.as_deref()),
         Command::Policy(verb) => policy::run(&global, &verb),
         Command::Install(options) => install::install(&global, &options),

@@ -7,6 +7,7 @@ pub mod evidence;
 pub mod files;
 pub mod flows;
 pub mod handshakes;
+pub mod knocks;
 pub mod legacy;
 pub mod links;
 pub mod listeners;

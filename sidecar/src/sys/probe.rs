@@ -276,12 +276,23 @@ pub fn attach_netfilter(
     unsafe { descriptor(BPF_LINK_CREATE, &mut attr) }
 }
 
+/// Where what a packet socket gives begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layer {
+    Link,
+    Network,
+}
+
 /// Shows a program every packet of a device, before tc and netfilter; it leaves with the
-/// descriptor.
-pub fn tap(program: BorrowedFd<'_>, index: u32) -> io::Result<OwnedFd> {
+/// descriptor. What the program lets through can be received.
+pub fn tap(program: BorrowedFd<'_>, index: u32, layer: Layer) -> io::Result<OwnedFd> {
     use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
     // Of no protocol, so that nothing arrives before the filter is there.
-    let socket = socket_with(AddressFamily::PACKET, SocketType::RAW, SocketFlags::CLOEXEC, None)?;
+    let kind = match layer {
+        Layer::Link => SocketType::RAW,
+        Layer::Network => SocketType::DGRAM,
+    };
+    let socket = socket_with(AddressFamily::PACKET, kind, SocketFlags::CLOEXEC, None)?;
     let filter = program.as_raw_fd();
     // SAFETY: the kernel reads an integer that outlives the call.
     let result = unsafe {
@@ -310,6 +321,24 @@ pub fn tap(program: BorrowedFd<'_>, index: u32) -> io::Result<OwnedFd> {
         libc::bind(socket.as_raw_fd(), (&raw const address).cast(), size_of_val(&address) as libc::socklen_t)
     };
     if result != 0 { Err(io::Error::last_os_error()) } else { Ok(socket) }
+}
+
+/// How many packets did not fit into a packet socket's buffer since this was last asked.
+pub fn missed(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    // struct tpacket_stats: packets, of which dropped.
+    let mut stats = [0u32; 2];
+    let mut length = size_of_val(&stats) as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes to `stats`, which outlives the call.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_PACKET,
+            libc::PACKET_STATISTICS,
+            stats.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    if result == 0 { Ok(u64::from(stats[1])) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Runs a classifier `repeat` times over a packet, which starts with an Ethernet header.

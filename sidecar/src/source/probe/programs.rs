@@ -10,7 +10,9 @@ use aya_obj::Object;
 use aya_obj::generated::bpf_insn;
 use sidecar_ebpf::sweep::{CHUNK, Frame, Order, Progress, Trace, maps, programs};
 
-use crate::sys::probe::{Direction, Hook, Kind, Mapped, Rank, attach_netfilter, attach_tcx, load, tap};
+use crate::sys::probe::{
+    Direction, Hook, Kind, Layer, Mapped, Rank, attach_netfilter, attach_tcx, load, tap,
+};
 use crate::terms::Family;
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("SPOKEGUARD_PROBE_OBJECT"));
@@ -148,7 +150,7 @@ impl Programs {
         let layer = if ethernet { 0 } else { 1 };
         if !tcx {
             let filter = program(&self.code, programs::TAP[layer], Kind::SocketFilter)?;
-            let tap = tap(filter.as_fd(), index).map_err(denied);
+            let tap = tap(filter.as_fd(), index, Layer::Link).map_err(denied);
             return Ok(Attached(vec![tap.with_context(|| format!("listen on device {index}"))?]));
         }
         let ways = [(programs::CAUGHT[layer], Direction::Out), (programs::ARRIVE[layer], Direction::In)];

@@ -1,0 +1,413 @@
+//! `top`: a live view of what the node is busy with. Reads counters and asks the daemon;
+//! changes nothing, and leaves the terminal as it was, however it ends.
+
+use std::collections::BTreeMap;
+use std::io::{self, IsTerminal as _, Write as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use clap::Args;
+use ratatui::Terminal;
+use ratatui::backend::CrosstermBackend;
+use ratatui::crossterm::event::{self, Event as Input, KeyCode, KeyEventKind, KeyModifiers};
+use ratatui::crossterm::{cursor, execute, terminal};
+use ratatui::style::Style;
+use ratatui::widgets::Paragraph;
+
+use super::{Format, Global, Places, policy};
+use crate::daemon::eventlog::{Event, EventKind};
+use crate::daemon::socket::{self, Status};
+use crate::desired::Desired;
+use crate::desired::guard::{Boot, GuardRules, Side, Syn};
+use crate::observed::{Link, Reading};
+use crate::source::knocks::{Knock, Knocks};
+use crate::source::{bpf, links, nft_counters};
+use crate::sys::clock;
+use crate::top::{self, Drift, Frame, Sample, Told, Watch};
+
+/// How long the terminal may wait for a key, and packets for us.
+const TICK: Duration = Duration::from_millis(100);
+/// Packets that are looked at in one tick; the others are counted.
+const KNOCKS_MAX: usize = 4096;
+/// Public interfaces that are listened on.
+const INTERFACES_MAX: usize = 32;
+
+#[derive(Args)]
+pub struct Options {
+    /// Print one view and end (also when not on a terminal, and with --format json)
+    #[arg(long)]
+    once: bool,
+    /// How long a rate is taken over, and how often the view is made anew
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = every)]
+    every: Duration,
+}
+
+fn every(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(every) if (Duration::from_millis(200)..=Duration::from_secs(60)).contains(&every) => Ok(every),
+        Ok(_) => Err("between 200ms and 60s".into()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
+    let mut view = View::begin(global)?;
+    if options.once || global.format == Format::Json || !io::stdout().is_terminal() {
+        let end = clock::monotonic() + options.every;
+        while clock::monotonic() < end {
+            view.listen();
+            std::thread::sleep(TICK.min(end.saturating_sub(clock::monotonic())));
+        }
+        view.look();
+        let frame = view.frame();
+        let width = if io::stdout().is_terminal() { global.width() } else { 80 };
+        global.tell(&top::to_text(&frame, width), serde_json::to_value(&frame)?)?;
+        return Ok(0);
+    }
+    live(&mut view, options.every, global.colour())?;
+    Ok(0)
+}
+
+fn live(view: &mut View, every: Duration, colour: bool) -> anyhow::Result<()> {
+    let stop = stop_on_signals()?;
+    let _screen = Screen::enter()?;
+    let mut terminal = Terminal::new(CrosstermBackend::new(io::stdout())).context("open the terminal")?;
+    let mut due = clock::monotonic();
+    let mut draw = true;
+    while !stop.load(Ordering::Relaxed) {
+        view.listen();
+        if clock::monotonic() >= due {
+            view.look();
+            due = clock::monotonic() + every;
+            draw = true;
+        }
+        if std::mem::take(&mut draw) {
+            let frame = view.frame();
+            terminal
+                .draw(|screen| {
+                    let area = screen.area();
+                    let mut lines = top::page(&frame, area.width.into(), area.height.into());
+                    if !colour {
+                        for line in &mut lines {
+                            line.style = Style::new();
+                            line.spans.iter_mut().for_each(|span| span.style = Style::new());
+                        }
+                    }
+                    screen.render_widget(Paragraph::new(lines), area);
+                })
+                .context("draw")?;
+        }
+        let wait = TICK.min(due.saturating_sub(clock::monotonic()));
+        if event::poll(wait).context("wait for a key")? {
+            match event::read().context("read a key")? {
+                Input::Key(key) if key.kind == KeyEventKind::Press => match key.code {
+                    KeyCode::Char('q' | 'Q') | KeyCode::Esc => break,
+                    KeyCode::Char('c') if key.modifiers.contains(KeyModifiers::CONTROL) => break,
+                    _ => {}
+                },
+                Input::Resize(..) => draw = true,
+                _ => {}
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Set by SIGTERM, SIGHUP and a SIGINT that is no key.
+fn stop_on_signals() -> anyhow::Result<Arc<AtomicBool>> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let stop = Arc::new(AtomicBool::new(false));
+    let set = Arc::clone(&stop);
+    // Handlers before anything is done to the terminal.
+    let mut signals = {
+        let _inside = runtime.enter();
+        [SignalKind::terminate(), SignalKind::hangup(), SignalKind::interrupt()]
+            .map(signal)
+            .into_iter()
+            .collect::<io::Result<Vec<_>>>()
+            .context("handle signals")?
+    };
+    std::thread::spawn(move || {
+        runtime.block_on(async {
+            let [terminate, hangup, interrupt] = &mut signals[..] else { return };
+            tokio::select! { _ = terminate.recv() => {}, _ = hangup.recv() => {}, _ = interrupt.recv() => {} }
+        });
+        set.store(true, Ordering::Relaxed);
+    });
+    Ok(stop)
+}
+
+/// The terminal while it is ours. Given back when dropped, and before a panic is told.
+struct Screen;
+
+impl Screen {
+    fn enter() -> anyhow::Result<Self> {
+        let told = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            give_back();
+            told(panic);
+        }));
+        terminal::enable_raw_mode().context("set up the terminal")?;
+        let screen = Self;
+        execute!(io::stdout(), terminal::EnterAlternateScreen, cursor::Hide)
+            .context("set up the terminal")?;
+        Ok(screen)
+    }
+}
+
+impl Drop for Screen {
+    fn drop(&mut self) {
+        give_back();
+    }
+}
+
+fn give_back() {
+    let _ = execute!(io::stdout(), terminal::LeaveAlternateScreen, cursor::Show);
+    let _ = terminal::disable_raw_mode();
+    let _ = io::stdout().flush();
+}
+
+/// What is looked at, and what is remembered of it.
+struct View {
+    places: Places,
+    file: PathBuf,
+    desired: Desired,
+    /// The rules by which knocks are judged: those of the policy with what break-glass holds open.
+    fingerprint: String,
+    status: Status,
+    links: Vec<Link>,
+    ears: BTreeMap<u32, Knocks>,
+    watch: Watch,
+    /// What could not be read at the last look.
+    gaps: BTreeMap<&'static str, String>,
+}
+
+impl View {
+    /// Without a daemon there is nothing to show.
+    fn begin(global: &Global) -> anyhow::Result<Self> {
+        let places = global.places()?;
+        let status = ask(&places.run)?;
+        let file = status.daemon.file.clone().unwrap_or_else(|| global.policy.clone());
+        let (_, desired) = policy::load_policy(&file, clock::now())?;
+        let mut view = Self {
+            fingerprint: crate::policy::fingerprint(&desired.policy),
+            watch: Watch::new(clock::now()),
+            links: Vec::new(),
+            ears: BTreeMap::new(),
+            gaps: BTreeMap::new(),
+            places,
+            file,
+            desired,
+            status,
+        };
+        view.look();
+        Ok(view)
+    }
+
+    /// Whoever knocked since the last call.
+    fn listen(&mut self) {
+        let now = Boot(clock::since_boot_ns());
+        let Self { ears, links, watch, desired, gaps, .. } = self;
+        let here = |knock: &Knock| {
+            links.iter().flat_map(|link| &link.addresses).any(|net| net.addr() == knock.destination)
+        };
+        for ear in ears.values() {
+            let heard = ear.read(KNOCKS_MAX, |knock| {
+                // What is only passed on is no attempt on this host.
+                if here(&knock) {
+                    let Knock { source, destination, port } = knock;
+                    watch.knock(desired, &Syn { source, destination, port, onward: None }, now);
+                }
+            });
+            if let Err(error) = heard {
+                gaps.insert("strangers", format!("strangers can't be seen: {error}"));
+            }
+            watch.missed(ear.missed().unwrap_or(0));
+        }
+    }
+
+    /// The sums as they are now, and what the daemon says.
+    fn look(&mut self) {
+        self.gaps.clear();
+        self.follow_daemon();
+        match links::read() {
+            Ok(links) => self.links = links,
+            Err(error) => drop(self.gaps.insert("links", format!("interfaces could not be read: {error:#}"))),
+        }
+        self.follow_links();
+        self.listen();
+        let mut sample = Sample { at: clock::monotonic(), ..Sample::default() };
+        match bpf::read(&self.places.pin, &bpf::CounterConfig::new(&self.desired.services)) {
+            Reading::Seen(counters) if counters.loaded => sample.traffic = counters.traffic,
+            Reading::Seen(_) => drop(
+                self.gaps.insert("counters", "traffic is not counted: no eBPF counters are loaded".into()),
+            ),
+            Reading::Blind(gap) => {
+                drop(self.gaps.insert("counters", format!("traffic could not be read: {}", gap.reason)))
+            }
+        }
+        match nft_counters::read() {
+            Ok(counters) => {
+                sample.dropped = counters.into_iter().map(|(name, amount)| (name, amount.packets)).collect();
+            }
+            Err(error) => {
+                self.gaps.insert("drops", format!("drop counters could not be read: {error:#}"));
+            }
+        }
+        self.ask_guard(&mut sample.dropped);
+        self.watch.sample(sample);
+    }
+
+    /// What the second layer refused, and what it lets in for a while.
+    fn ask_guard(&mut self, dropped: &mut BTreeMap<String, u64>) {
+        let Ok(Some(guard)) = bpf::guard::Guard::open(&self.places.pin) else { return };
+        if let Ok([refused, _]) = guard.refused() {
+            for ((reason, family), packets) in refused {
+                let sum = dropped.entry(reason.counter(family)).or_default();
+                *sum = sum.saturating_add(packets);
+            }
+        }
+        if let (Some(rules), Ok(timed)) = (&mut self.desired.guard, guard.timed()) {
+            rules.timed = timed;
+        }
+    }
+
+    fn follow_daemon(&mut self) {
+        match ask(&self.places.run) {
+            Ok(status) => self.status = status,
+            Err(error) => drop(self.gaps.insert("daemon", format!("{error:#}"))),
+        }
+        if self.status.daemon.policy == self.fingerprint {
+            return;
+        }
+        match policy::load_policy(&self.file, clock::now()) {
+            Ok((_, desired)) => {
+                self.fingerprint = crate::policy::fingerprint(&desired.policy);
+                self.desired = desired;
+            }
+            Err(_) => self.fingerprint.clear(),
+        }
+        if self.status.daemon.policy != self.fingerprint {
+            let text = "the daemon enforces another policy than the file has: names and ports are the file's";
+            self.gaps.insert("policy", text.into());
+        }
+    }
+
+    /// An ear on each public interface.
+    fn follow_links(&mut self) {
+        let rules = self.desired.guard.as_ref();
+        let is_public = |link: &&Link| {
+            !link.loopback
+                && link.master.is_none()
+                && rules.map_or_else(
+                    || self.desired.policy.scope_of(&link.name) == Some(crate::terms::Scope::Public),
+                    |rules: &GuardRules| rules.side(&link.name) == Side::Public,
+                )
+        };
+        let public: Vec<u32> =
+            self.links.iter().filter(is_public).map(|link| link.index).take(INTERFACES_MAX).collect();
+        self.ears.retain(|index, _| public.contains(index));
+        for index in public {
+            if !self.ears.contains_key(&index) {
+                match Knocks::listen(index) {
+                    Ok(ear) => drop(self.ears.insert(index, ear)),
+                    Err(error) => {
+                        drop(self.gaps.insert("strangers", format!("strangers can't be seen: {error:#}")))
+                    }
+                }
+            }
+        }
+    }
+
+    fn frame(&self) -> Frame {
+        let report = &self.status.report;
+        let told = Told {
+            verdict: report.verdict,
+            findings: report.findings.iter().filter(|finding| finding.is_drift()).count(),
+            blind: report.blind.len(),
+            drift: self.status.daemon.events.iter().rev().filter_map(drift).collect(),
+        };
+        self.watch.frame(&self.desired, told, clock::now(), self.gaps.values().cloned().collect())
+    }
+}
+
+fn ask(run: &Path) -> anyhow::Result<Status> {
+    serde_json::from_str(&socket::ask(run, "status")?).context("the daemon's answer")
+}
+
+/// What an operator is to know, with who did it in front: the end of a line is cut first.
+fn drift(event: &Event) -> Option<Drift> {
+    match event.kind {
+        EventKind::Started | EventKind::Stopped | EventKind::PolicyLoaded | EventKind::PolicyConfirmed => {
+            return None;
+        }
+        _ => {}
+    }
+    let mut text = event.kind.name().to_owned();
+    if let Some(actor) = &event.by {
+        text.push_str(&format!(" by {actor}"));
+    }
+    for part in [event.code.map_or("", crate::diff::Code::name), &event.subject, &event.found] {
+        if !part.is_empty() {
+            text.push_str(if text.contains(':') { " " } else { ": " });
+            text.push_str(part);
+        }
+    }
+    if let Some(took) = event.took_ms {
+        text.push_str(&format!(" in {took} ms"));
+    }
+    Some(Drift { at: event.at, text })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn how_often_has_bounds() {
+        assert_eq!(every("2s"), Ok(Duration::from_secs(2)));
+        for bad in ["0s", "1h", "soon", "-1s"] {
+            assert!(every(bad).is_err(), "{bad}");
+        }
+    }
+
+    /// Run again in a terminal of its own by the integration tests; a panic must not leave
+    /// the terminal in raw mode. Without a terminal there is nothing to give back.
+    #[test]
+    fn a_panic_gives_the_terminal_back() {
+        if std::env::var_os("SPOKEGUARD_TEST_PANIC").is_some() {
+            let _screen = Screen::enter().expect("a terminal");
+            panic!("on purpose");
+        }
+        let program = std::env::current_exe().expect("this program");
+        let inner = format!(
+            "SPOKEGUARD_TEST_PANIC=1 {} --exact cli::top::tests::a_panic_gives_the_terminal_back --nocapture; stty -a",
+            program.display()
+        );
+        let output = std::process::Command::new("script")
+            .args(["-qec", &inner, "/dev/null"])
+            .stdin(std::process::Stdio::null())
+            .output();
+        let Ok(output) = output else {
+            let promised = std::env::var_os("CI").is_some();
+            assert!(!promised, "script (of bsdutils) is needed");
+            return;
+        };
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let (entered, left) = (text.find("\x1b[?1049h"), text.rfind("\x1b[?1049l"));
+        assert!(entered.is_some() && left > entered, "{text:?}");
+        let told = text.find("on purpose").expect("the panic is told");
+        assert!(
+            text.find("\x1b[?1049l").is_some_and(|left| left < told),
+            "told on the screen that goes: {text:?}"
+        );
+        assert!(
+            text.contains(" icanon") && !text.contains("-icanon") && text.contains("\x1b[?25h"),
+            "{text:?}"
+        );
+    }
+}
