@@ -29,6 +29,7 @@ mod predict;
 mod privileges;
 mod proof;
 mod systemd;
+mod tailscale;
 mod top;
 mod verdicts;
 mod weather;

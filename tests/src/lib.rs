@@ -24,6 +24,7 @@ mod product;
 mod reaper;
 mod second;
 mod service;
+mod tailscaled;
 mod tunnel;
 pub mod wire;
 
@@ -47,6 +48,7 @@ pub use reaper::reap;
 pub use rustix::process::Signal;
 pub use second::{SECOND_MESH, Second};
 pub use service::{Listening, Prometheus, Sshd};
+pub use tailscaled::Tailscaled;
 pub use tunnel::Keys;
 
 /// What the helper says when it is ready, as keeper, listener and sweeper. Nothing that an error could contain.
@@ -93,6 +95,8 @@ pub struct Lab {
     pub spoke: Node,
     pub container: Option<Node>,
     pub keys: Keys,
+    /// For nodes whose policy says that their mesh is Tailscale's; says what a plain lab is.
+    pub tailscaled: Tailscaled,
     pub shape: Shape,
     /// Files of this lab; removed with it.
     pub dir: PathBuf,
@@ -151,7 +155,20 @@ impl Lab {
             spoke.forward()?;
         }
         let keys = Keys::generate()?;
-        let mut lab = Lab { reaper, internet, hub, spoke, container, keys, shape, dir, _tunnel: Vec::new() };
+        let tailscaled =
+            Tailscaled::start(&dir, &[SPOKE_MESH.to_string().as_str(), &SPOKE_MESH_V6.to_string()])?;
+        let mut lab = Lab {
+            reaper,
+            internet,
+            hub,
+            spoke,
+            container,
+            keys,
+            tailscaled,
+            shape,
+            dir,
+            _tunnel: Vec::new(),
+        };
         if shape.mesh == Mesh::WireGuard {
             lab._tunnel = tunnel::raise(&lab)?;
         }

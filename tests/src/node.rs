@@ -140,6 +140,7 @@ impl Node {
             .arg(self.net_path())
             .arg(format!("/proc/{}/ns/mnt", self.keeper.pid()))
             .args(words);
+        command.env("SPOKEGUARD_TAILSCALED", self.dir.join(crate::tailscaled::SOCKET));
         if let Some(group) = &self.cgroup {
             command.env("SPOKEGUARD_CGROUP", group);
         }

@@ -392,7 +392,10 @@ impl Daemon {
                     }
                 }
                 event = maybe(link_events.as_mut().map(links::LinkEvents::next)) => match event {
-                    Ok(_) => self.wake([Facet::Links, Facet::Wireguard, Facet::Listeners], SETTLE),
+                    Ok(_) => self.wake(
+                        [Facet::Links, Facet::Wireguard, Facet::Tailscale, Facet::Listeners],
+                        SETTLE,
+                    ),
                     Err(error) => {
                         warn("link events; looking every 10 s instead", error);
                         link_events = None;
@@ -442,7 +445,10 @@ impl Daemon {
     }
 
     fn on_tick(&mut self) {
-        self.wake([Facet::Wireguard, Facet::Listeners, Facet::Files, Facet::Binds], Duration::ZERO);
+        self.wake(
+            [Facet::Wireguard, Facet::Tailscale, Facet::Listeners, Facet::Files, Facet::Binds],
+            Duration::ZERO,
+        );
         // What could not be read may be readable now, and announces that by no event.
         self.wake(self.seen.blind.clone(), Duration::ZERO);
         // Without events, or after one was missed, the generation still tells. A repair

@@ -42,6 +42,8 @@ pub(crate) fn spoke() -> Policy {
             keepalive: Some(Duration::from_secs(25)),
             handshake_max_age: Duration::from_secs(180),
             listen_port: None,
+            tags: Vec::new(),
+            tailscale_ssh: false,
             hub: Some(Hub {
                 address: vec![ip("10.84.0.1")],
                 public_key: None,

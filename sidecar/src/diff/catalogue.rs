@@ -42,7 +42,7 @@ struct Entry {
 
 impl Code {
     /// In the order of the catalogue: by severity, then as declared.
-    pub const ALL: [Code; 28] = [
+    pub const ALL: [Code; 31] = [
         Code::FirewallMissing,
         Code::ListenerExposed,
         Code::DnatExposed,
@@ -56,6 +56,7 @@ impl Code {
         Code::MeshHandshake,
         Code::MeshPeer,
         Code::MeshLeak,
+        Code::MeshKeyExpiry,
         Code::ControlUnproven,
         Code::BindRefused,
         Code::PolicyRolledBack,
@@ -65,6 +66,8 @@ impl Code {
         Code::ListenerWide,
         Code::SshPassword,
         Code::MeshKeepalive,
+        Code::MeshTags,
+        Code::TailscaleSsh,
         Code::ExceptionExpired,
         Code::FileMode,
         Code::SealedRules,
@@ -90,7 +93,7 @@ impl Code {
     }
 
     const fn entry(self) -> Entry {
-        use Facet::{Audit, Binds, Counters, Files, Links, Listeners, Nftables, Sshd, Wireguard};
+        use Facet::{Audit, Binds, Counters, Files, Links, Listeners, Nftables, Sshd, Tailscale, Wireguard};
         match self {
             Code::FirewallMissing => Entry {
                 name: "firewall-missing",
@@ -336,6 +339,37 @@ impl Code {
                          come through the mesh interface.",
                 example: "  10.84.0.16 through eth0\n  wanted  10.84.0.16 answers on wg0 only\n  \
                           found   a neighbour on eth0 gets to 10.84.0.16 at tcp/22",
+            },
+            Code::MeshTags => Entry {
+                name: "mesh-tags",
+                severity: Severity::Medium,
+                facets: &[Tailscale],
+                meaning: "The node's Tailscale tags are not those of [mesh] tags.",
+                why: "The tailnet's policy file lets people in by tags: with another tag this node is\n\
+                      reachable for others, or for nobody.",
+                remedy: "Set the tags in the Tailscale console (`tailscale up --advertise-tags` asks for\n\
+                         them), or correct the policy.",
+                example: "  tailscale tags\n  wanted  tag:server\n  found   no tags",
+            },
+            Code::MeshKeyExpiry => Entry {
+                name: "mesh-key-expiry",
+                severity: Severity::High,
+                facets: &[Tailscale],
+                meaning: "The key by which this node is in the tailnet ends within 14 days, or has ended.",
+                why: "When it ends, the tunnel ends, and with it the only way to sshd.",
+                remedy: "Log in again (`tailscale up --force-reauth`, from a way in that does not need the\n\
+                         tunnel), or turn key expiry off for this node; tagged nodes have none.",
+                example: "  tailscale node key\n  wanted  a key that lasts\n  found   it expires in 3 days",
+            },
+            Code::TailscaleSsh => Entry {
+                name: "tailscale-ssh",
+                severity: Severity::Medium,
+                facets: &[Tailscale],
+                meaning: "tailscaled serves ssh itself, and the policy does not say that it may.",
+                why: "It answers inside its own process: no socket shows it, no rule of this host stops it,\n\
+                      and sshd's settings don't hold there. Who gets in is up to the tailnet's policy file.",
+                remedy: "Turn it off with `tailscale set --ssh=false`, or say tailscale_ssh = true in [mesh].",
+                example: "  tailscale ssh\n  wanted  off: sshd alone lets people in\n  found   tailscaled serves ssh itself",
             },
             Code::ExceptionExpired => Entry {
                 name: "exception-expired",

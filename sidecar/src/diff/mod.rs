@@ -31,6 +31,7 @@ mod sight;
 mod ssh;
 #[cfg(test)]
 pub(crate) mod stage;
+mod tailscale;
 
 pub use catalogue::{UnknownCode, explain};
 pub use proof::Proof;
@@ -54,6 +55,7 @@ pub fn assess(desired: &Desired, snapshot: &Snapshot, now: Stamp) -> Assessment 
     listeners::compare(&sight, snapshot, &mut out);
     ssh::compare(&sight, snapshot, &mut out);
     mesh::compare(&sight, snapshot, &mut out);
+    tailscale::compare(&sight, snapshot, &mut out);
     proof::compare(&sight, snapshot, &mut out);
     exceptions::compare(declared, &mut out);
     glass::compare(&openings, now, &mut out);
@@ -73,6 +75,7 @@ pub fn needed(desired: &Desired) -> Vec<Facet> {
             Facet::Nftables | Facet::Listeners | Facet::Links | Facet::Sshd => true,
             Facet::Counters | Facet::Audit => true,
             Facet::Wireguard => policy.mesh.kind == MeshKind::Wireguard,
+            Facet::Tailscale => policy.mesh.kind == MeshKind::Tailscale,
             Facet::Files => !policy.files.is_empty(),
             // A second layer, not on every host to be had: its absence is a finding, and what
             // it would hold is looked at by other means.
@@ -197,6 +200,9 @@ pub enum Code {
     MeshPeer,
     MeshEndpoint,
     MeshLeak,
+    MeshTags,
+    MeshKeyExpiry,
+    TailscaleSsh,
     ExceptionExpired,
     ExceptionOpen,
     BreakGlassOpen,

@@ -72,6 +72,7 @@ impl Stage {
                     listen_port: 40_021,
                     peers: vec![peer(HUB_KEY, &["10.84.0.0/24", "fd84::/64"])],
                 })),
+                tailscale: Reading::Seen(None),
                 sshd: Reading::Seen(Some(Sshd {
                     password_authentication: false,
                     keyboard_interactive: false,
@@ -141,6 +142,7 @@ impl Stage {
             Facet::Listeners => self.snapshot.listeners = Reading::blind(reason),
             Facet::Links => self.snapshot.links = Reading::blind(reason),
             Facet::Wireguard => self.snapshot.wireguard = Reading::blind(reason),
+            Facet::Tailscale => self.snapshot.tailscale = Reading::blind(reason),
             Facet::Sshd => self.snapshot.sshd = Reading::blind(reason),
             Facet::Files => self.snapshot.files = Reading::blind(reason),
             Facet::Counters => self.snapshot.counters = Reading::blind(reason),
@@ -241,6 +243,8 @@ fn policy() -> Policy {
             keepalive: Some(Duration::from_secs(25)),
             handshake_max_age: Duration::from_secs(180),
             listen_port: None,
+            tags: Vec::new(),
+            tailscale_ssh: false,
             hub: Some(crate::policy::Hub {
                 address: vec![ip("10.84.0.1"), ip("fd84::1")],
                 public_key: Some(HUB_KEY),

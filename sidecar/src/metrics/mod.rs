@@ -68,11 +68,12 @@ pub struct State<'a> {
 }
 
 /// The facets that have series. Of the bind guard `control_enforced` and `refused_binds` tell all.
-const TOLD: [Facet; 7] = [
+const TOLD: [Facet; 8] = [
     Facet::Nftables,
     Facet::Listeners,
     Facet::Links,
     Facet::Wireguard,
+    Facet::Tailscale,
     Facet::Sshd,
     Facet::Files,
     Facet::Counters,

@@ -65,6 +65,8 @@ fn desired(
             keepalive: Some(Duration::from_secs(25)),
             handshake_max_age: Duration::from_secs(180),
             listen_port: None,
+            tags: Vec::new(),
+            tailscale_ssh: false,
             hub: Some(Hub { address: vec![address("10.84.0.1")], public_key: Some(key), endpoint: None }),
         },
         public: Public { tcp: Vec::new(), udp: Vec::new(), interfaces: None },

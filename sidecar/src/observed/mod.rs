@@ -29,6 +29,8 @@ pub enum Facet {
     Links,
     /// The WireGuard device of the mesh. Not read on Tailscale nodes.
     Wireguard,
+    /// What tailscaled says of itself. Not read on WireGuard nodes.
+    Tailscale,
     /// What sshd says of itself.
     Sshd,
     /// Modes of the files that the policy names.
@@ -42,11 +44,12 @@ pub enum Facet {
 }
 
 impl Facet {
-    pub const ALL: [Facet; 9] = [
+    pub const ALL: [Facet; 10] = [
         Facet::Nftables,
         Facet::Listeners,
         Facet::Links,
         Facet::Wireguard,
+        Facet::Tailscale,
         Facet::Sshd,
         Facet::Files,
         Facet::Counters,
@@ -60,6 +63,7 @@ impl Facet {
             Facet::Listeners => "listeners",
             Facet::Links => "links",
             Facet::Wireguard => "wireguard",
+            Facet::Tailscale => "tailscale",
             Facet::Sshd => "sshd",
             Facet::Files => "files",
             Facet::Counters => "counters",
@@ -139,6 +143,8 @@ pub struct Snapshot {
     pub links: Reading<Vec<Link>>,
     /// `Seen(None)`: looked, and there is no such device.
     pub wireguard: Reading<Option<Device>>,
+    /// `Seen(None)`: the mesh is another one.
+    pub tailscale: Reading<Option<Tailscaled>>,
     /// `Seen(None)`: looked, and no sshd runs or is installed.
     pub sshd: Reading<Option<Sshd>>,
     pub files: Reading<Vec<FileMode>>,
@@ -159,6 +165,7 @@ impl Snapshot {
             listeners,
             links,
             wireguard,
+            tailscale,
             sshd,
             files,
             counters,
@@ -171,6 +178,7 @@ impl Snapshot {
             Facet::Listeners => listeners.gap(),
             Facet::Links => links.gap(),
             Facet::Wireguard => wireguard.gap(),
+            Facet::Tailscale => tailscale.gap(),
             Facet::Sshd => sshd.gap(),
             Facet::Files => files.gap(),
             Facet::Counters => counters.gap(),
@@ -301,6 +309,25 @@ pub struct Peer {
     pub rx_bytes: u64,
     pub tx_bytes: u64,
     pub allowed: Vec<IpNet>,
+}
+
+/// What tailscaled says of itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tailscaled {
+    /// "Running" where it is up and logged in.
+    pub state: String,
+    pub addresses: Vec<IpAddr>,
+    /// As `tag:server`.
+    pub tags: Vec<String>,
+    /// When its key ends; `None`: never.
+    pub key_expiry: Option<Stamp>,
+    pub expired: bool,
+    /// It serves ssh itself, which no socket shows.
+    pub ssh: bool,
+    /// It refuses every connection that comes in.
+    pub shields_up: bool,
+    /// Its own complaints.
+    pub health: Vec<String>,
 }
 
 /// What `sshd -T` of the running sshd says.

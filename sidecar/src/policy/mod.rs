@@ -81,6 +81,10 @@ pub struct Mesh {
     pub handshake_max_age: Duration,
     /// The tunnel's own UDP port. On a hub it is open to the public.
     pub listen_port: Option<Port>,
+    /// Tailscale tags that this node must have (`tag:server`); empty: any.
+    pub tags: Vec<String>,
+    /// tailscaled may serve ssh itself.
+    pub tailscale_ssh: bool,
     pub hub: Option<Hub>,
 }
 

@@ -25,6 +25,7 @@ pub(super) const PORTS_MAX: usize = 1024;
 pub(crate) const PREFIXES_MAX: usize = 4096;
 const ADDRESSES_MAX: usize = 64;
 const INTERFACES_MAX: usize = 64;
+const TAGS_MAX: usize = 64;
 
 /// What a file may say: every table with its keys, in the order in which people are told of
 /// them. With a number: an array of tables, and how many there may be.
@@ -57,8 +58,9 @@ const ROOT: [&str; 11] = [
     "version", "node", "mesh", "public", "ssh", "local", "exception", "file", "enforce", "metrics", "heartbeat",
 ];
 #[rustfmt::skip]
-const MESH: [&str; 9] = [
-    "kind", "interface", "address", "prefix", "keepalive", "handshake_max_age", "listen_port", "hub", "service",
+const MESH: [&str; 11] = [
+    "kind", "interface", "address", "prefix", "keepalive", "handshake_max_age", "listen_port", "tags", "tailscale_ssh",
+    "hub", "service",
 ];
 const ENFORCE: [&str; 6] =
     ["mode", "firewall", "binds", "keepalive", "confirm_within", "allow_no_admin_path"];
@@ -68,6 +70,8 @@ const LATER: &[&str] = &["heartbeat.kuma_url_file", "heartbeat.ntfy_url_file", "
 /// Keys that speak of WireGuard's own state, which Tailscale keeps to itself.
 const WIREGUARD_ONLY: &[&str] =
     &["mesh.keepalive", "mesh.handshake_max_age", "mesh.hub.public_key", "mesh.hub.endpoint"];
+/// Keys that speak of tailscaled.
+const TAILSCALE_ONLY: &[&str] = &["mesh.tags", "mesh.tailscale_ssh"];
 
 pub(crate) type Places = BTreeMap<String, Range<usize>>;
 
@@ -188,8 +192,12 @@ pub(crate) fn read_table(table: &DeTable<'_>, found: Found) -> Result<Read, Foun
         .iter()
         .filter(|_| policy.mesh.kind == MeshKind::Tailscale)
         .map(|key| (*key, " with kind = \"tailscale\", which looks after its own tunnels"));
+    let tailscale = TAILSCALE_ONLY
+        .iter()
+        .filter(|_| policy.mesh.kind == MeshKind::Wireguard)
+        .map(|key| (*key, " with kind = \"wireguard\", which has no such thing"));
     let set = |(key, why): (&str, &'static str)| places.contains_key(key).then(|| (key.to_owned(), why));
-    let noted = later.chain(foreign).filter_map(set).collect();
+    let noted = later.chain(foreign).chain(tailscale).filter_map(set).collect();
     Ok(Read { policy, places, noted })
 }
 
@@ -651,6 +659,8 @@ impl Reader {
             } else {
                 None
             }),
+            tags: self.list(section, "tags", ("tags", TAGS_MAX), tag).unwrap_or_default(),
+            tailscale_ssh: self.get(section, "tailscale_ssh", boolean).unwrap_or(false),
             hub,
         }
     }
@@ -884,6 +894,20 @@ pub(crate) fn port(value: &DeValue<'_>) -> Result<Port, Wrong> {
         Some(n) => wrong(format!("{n} is not a port"), RANGE),
         None => wrong("this is not a port", RANGE),
     })
+}
+
+/// As Tailscale takes them (tailcfg.CheckTag).
+fn tag(value: &DeValue<'_>) -> Result<String, Wrong> {
+    let text = text_of(value)?;
+    let name = text.strip_prefix("tag:").unwrap_or_default();
+    let fine = name.starts_with(|c: char| c.is_ascii_alphabetic())
+        && name.len() <= 60
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-');
+    if fine {
+        Ok(text)
+    } else {
+        Err(wrong(format!("\"{}\" is no tag", shorten(&text)), "write \"tag:server\""))
+    }
 }
 
 /// Names go into labels, rules and file names, so they are DNS labels.

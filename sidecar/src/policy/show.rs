@@ -43,6 +43,12 @@ pub fn show(policy: &Policy) -> String {
     if let Some(port) = mesh.listen_port {
         out.key("listen_port", port);
     }
+    if !mesh.tags.is_empty() {
+        out.texts("tags", &mesh.tags);
+    }
+    if mesh.tailscale_ssh {
+        out.key("tailscale_ssh", true);
+    }
     if let Some(hub) = &mesh.hub {
         out.table("[mesh.hub]");
         out.texts("address", &hub.address);

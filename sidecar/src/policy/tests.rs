@@ -146,6 +146,8 @@ fn the_documented_example_is_read_key_by_key() {
             keepalive: Some(Duration::from_secs(25)),
             handshake_max_age: Duration::from_secs(180),
             listen_port: Some(port(51820)),
+            tags: Vec::new(),
+            tailscale_ssh: false,
             hub: Some(Hub {
                 address: vec!["10.84.0.1".parse().expect("an address")],
                 public_key: PublicKey::from_base64("xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg="),

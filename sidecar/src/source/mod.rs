@@ -22,6 +22,7 @@ pub mod probe;
 pub mod recorded;
 pub mod scan;
 pub mod sshd;
+pub mod tailscale;
 pub mod wireguard;
 
 use std::path::{Path, PathBuf};
@@ -64,6 +65,7 @@ impl Eyes {
             nftables: Reading::from_result(nft::list_ruleset()),
             links: Reading::from_result(links::read()),
             wireguard: self.wireguard(desired),
+            tailscale: tailscale(desired),
             sshd,
             files: Reading::from_result(files::read(&desired.policy.files)),
             counters: bpf::read(&self.pins, &bpf::CounterConfig::new(&desired.services)),
@@ -92,6 +94,7 @@ impl Eyes {
                 }
                 Facet::Links => snapshot.links = Reading::from_result(links::read()),
                 Facet::Wireguard => snapshot.wireguard = self.wireguard(desired),
+                Facet::Tailscale => snapshot.tailscale = tailscale(desired),
                 Facet::Sshd => snapshot.sshd = self.sshd(desired, &snapshot.listeners),
                 Facet::Files => snapshot.files = Reading::from_result(files::read(&desired.policy.files)),
                 Facet::Audit => {}
@@ -120,7 +123,7 @@ impl Eyes {
     }
 
     fn wireguard(&mut self, desired: &Desired) -> Reading<Option<crate::observed::Device>> {
-        // tailscaled keeps its tunnel to itself; its local API comes with a later version.
+        // tailscaled keeps its tunnel to itself.
         if desired.policy.mesh.kind == MeshKind::Tailscale {
             return Reading::Seen(None);
         }
@@ -140,6 +143,13 @@ impl Eyes {
             Reading::Seen(list) => Reading::from_result(sshd::read(list, desired.policy.ssh.port)),
             Reading::Blind(gap) => Reading::blind(format!("the listeners could not be read: {}", gap.reason)),
         }
+    }
+}
+
+fn tailscale(desired: &Desired) -> Reading<Option<crate::observed::Tailscaled>> {
+    match desired.policy.mesh.kind {
+        MeshKind::Wireguard => Reading::Seen(None),
+        MeshKind::Tailscale => Reading::from_result(tailscale::read().map(Some)),
     }
 }
 

@@ -9,7 +9,7 @@ use super::netlink::{NetlinkError, replay};
 use super::probe::keeper::Unfinished;
 use super::scan::packets::Flow;
 use super::{bpf, evidence, flows, legacy, links, listeners, nft_counters, nft_events, nft_xt, outside};
-use super::{owners, probe, sshd, wireguard};
+use super::{owners, probe, sshd, tailscale, wireguard};
 use crate::observed::Backend;
 use crate::ruleset::{decode, render, xt};
 use crate::terms::{Family, Proto};
@@ -38,6 +38,7 @@ pub const DECODERS: &[(&str, Decode)] = &[
     ("proc-fd", |bytes| owners::decode_socket(bytes).is_some()),
     ("sshd-config", |bytes| sshd::decode(&String::from_utf8_lossy(bytes)).is_ok()),
     ("sshd-command", sshd_command),
+    ("tailscaled", |bytes| tailscale::decode(bytes, bytes).is_ok()),
     ("scan-answers", scan_answers),
     ("audit-tables", audit_tables),
     ("btf", |bytes| probe::btf::offsets(bytes).is_ok()),
