@@ -3,6 +3,7 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use lab::{Answer, Daemon, Lab, Need, Node, SPOKE_PUBLIC, SPOKE_PUBLIC_V6, lacking, spokeguard, wait_until};
@@ -172,6 +173,20 @@ fn top_shows_who_is_refused_and_gives_the_terminal_back() {
     let public = json["scopes"].as_array().unwrap().iter().find(|scope| scope["name"] == "public").unwrap();
     assert!(public["in"]["packets"].as_f64().unwrap() > 0.0, "{json}");
     assert!(json["drift"][0]["text"].as_str().unwrap().contains("by nft"), "{json}");
+
+    // A flood from addresses that nobody has: bounded, and nobody is called busy for it.
+    let stop = AtomicBool::new(false);
+    let json = std::thread::scope(|scope| {
+        let flood = scope.spawn(|| lab.internet.flood_syn(SPOKE_PUBLIC, &[23, 445], &stop));
+        let json = top(&lab, &daemon, &["--every", "2s"]);
+        stop.store(true, Ordering::Relaxed);
+        assert!(flood.join().unwrap().unwrap() > 1000);
+        json
+    });
+    let (refused, strangers) = (json["refused"].as_array().unwrap(), json["strangers"].as_array().unwrap());
+    let tries: u64 = refused.iter().map(|port| port["tries"].as_u64().unwrap()).sum();
+    assert!(refused.len() == 2 && tries + json["missed"].as_u64().unwrap() > 1000, "{json}");
+    assert!(strangers.len() <= 20 && strangers.iter().all(|one| one["tries"].as_u64() < Some(9)), "{json}");
 }
 
 fn row<'a>(screen: &'a str, what: &str) -> Option<&'a str> {

@@ -2,6 +2,7 @@
 //! changes nothing, and leaves the terminal as it was, however it ends.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::io::{self, IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -312,11 +313,11 @@ impl View {
             self.links.iter().filter(is_public).map(|link| link.index).take(INTERFACES_MAX).collect();
         self.ears.retain(|index, _| public.contains(index));
         for index in public {
-            if !self.ears.contains_key(&index) {
+            if let Entry::Vacant(place) = self.ears.entry(index) {
                 match Knocks::listen(index) {
-                    Ok(ear) => drop(self.ears.insert(index, ear)),
+                    Ok(ear) => drop(place.insert(ear)),
                     Err(error) => {
-                        drop(self.gaps.insert("strangers", format!("strangers can't be seen: {error:#}")))
+                        self.gaps.insert("strangers", format!("strangers can't be seen: {error:#}"));
                     }
                 }
             }

@@ -16,13 +16,13 @@ pub(super) fn compare(sight: &Sight, snapshot: &Snapshot, out: &mut Assessment) 
         addresses(sight, found, out);
         tags(sight, found, out);
     } else {
-        missing(sight, found, out);
+        missing(found, out);
     }
     key(sight, found, out);
     ways_in(sight, found, out);
 }
 
-fn missing(sight: &Sight, found: &Tailscaled, out: &mut Assessment) {
+fn missing(found: &Tailscaled, out: &mut Assessment) {
     let health = match found.health.first() {
         Some(first) => format!(": {first}"),
         None => String::new(),
@@ -40,7 +40,6 @@ fn missing(sight: &Sight, found: &Tailscaled, out: &mut Assessment) {
             _ => "Log in with `tailscale up`, and see `tailscale status`.",
         },
     ));
-    let _ = sight;
 }
 
 fn addresses(sight: &Sight, found: &Tailscaled, out: &mut Assessment) {
@@ -156,9 +155,11 @@ mod tests {
         assert_eq!(stage(|t| t.tags.clear()).policy(|p| p.mesh.tags.clear()).codes(), [""; 0]);
     }
 
+    type Change = fn(&mut Tailscaled);
+
     #[test]
     fn each_difference_is_told_once() {
-        let cases: [(fn(&mut Tailscaled), &str); 8] = [
+        let cases: [(Change, &str); 8] = [
             (|t| t.state = "NeedsLogin".into(), "high mesh-missing tailscaled"),
             (
                 |t| t.addresses = vec![ip("100.64.0.9"), ip("fd84::16")],

@@ -132,6 +132,21 @@ fn cases(list: &[&str], expected: Expect) {
 }
 
 #[test]
+fn what_is_said_of_tailscaled_is_read_and_shown_again() {
+    let text = format!("{TAILSCALE}mesh.tags = [\"tag:server\", \"tag:eu-1\"]\nmesh.tailscale_ssh = true\n");
+    let policy = read(&text).policy;
+    assert_eq!((policy.mesh.tags.join(" "), policy.mesh.tailscale_ssh), ("tag:server tag:eu-1".into(), true));
+    assert_eq!(read(&show(&policy)).policy, policy);
+    assert!(!show(&read(TAILSCALE).policy).contains("tailscale_ssh"), "a fingerprint stays what it was");
+    for bad in ["server", "tag:", "tag:1a", "tag:a b"] {
+        let found = mistakes(&format!("{TAILSCALE}mesh.tags = [\"{bad}\"]\n"));
+        assert_eq!(found.list[0].what, format!("\"{bad}\" is no tag"));
+    }
+    let noted = read(&SPOKE.replace("[mesh]", "[mesh]\ntailscale_ssh = true")).notes;
+    assert_eq!((noted[0].key.as_str(), noted[0].kind), ("mesh.tailscale_ssh", NoteKind::NoEffect));
+}
+
+#[test]
 fn the_documented_example_is_read_key_by_key() {
     let loaded = read(FULL);
     let port = |n| Port::new(n).expect("a port");

@@ -3,6 +3,7 @@
 
 use std::net::IpAddr;
 
+use super::status::is_user;
 use super::{Access, Addresses, Reach, Rule, Selector, Status, tailnet};
 use crate::terms::{Family, Proto};
 
@@ -57,6 +58,7 @@ impl Holds {
 }
 
 const NO_STATUS: &str = "its addresses are not known here: give `tailscale status --json` with --status";
+const SYNCED: &str = "who is in it only the identity provider knows";
 const SETS_DEEP: usize = 8;
 
 /// What names mean, by the file and, where it was given, the status.
@@ -82,6 +84,7 @@ impl Names<'_> {
                 self.access.hosts.get(name).map(|net| (*net).into()).ok_or("it is not in `hosts`".into())
             }
             Selector::Tag(_) | Selector::User(_) => Ok(status()?.addresses(|peer| peer.is(of))),
+            Selector::Group(name) if !self.access.groups.contains_key(name) => Err(SYNCED.into()),
             Selector::Group(name) => {
                 let members = self.members(name);
                 Ok(status()?.addresses(|peer| members.iter().any(|user| peer.is(user))))
@@ -140,10 +143,13 @@ impl Names<'_> {
             },
             Selector::Tag(tag) => Holds::of(device.tags.contains(tag)),
             Selector::User(user) => match &device.user {
-                Some(own) => Holds::of(untagged && own.eq_ignore_ascii_case(user)),
+                Some(own) => Holds::of(untagged && is_user(user, own)),
                 None if untagged && !device.anybody => Holds::Unknown("whose node it is was not said".into()),
                 None => Holds::No,
             },
+            Selector::Group(name) if !self.access.groups.contains_key(name) && untagged => {
+                Holds::Unknown(SYNCED.into())
+            }
             Selector::Group(name) => {
                 let members = self.members(name);
                 members.iter().fold(Holds::No, |sum, user| sum.or(|| self.means(user, device, goal)))

@@ -336,6 +336,7 @@ impl Reader<'_, '_> {
             Some("autogroup") => Selector::Auto(own(text)),
             Some("ipset") => Selector::IpSet(own(text)),
             Some("svc") => Selector::Service(own(text)),
+            Some("user") => Selector::User(own(&text[5..])),
             Some("host") => Selector::Host(own(&text[5..])),
             _ if text.contains('@') => Selector::User(own(text)),
             _ => {
@@ -429,7 +430,8 @@ impl Reader<'_, '_> {
         let mut missing: Vec<(String, &str)> = Vec::new();
         for selector in sources.chain(targets).chain(tested).chain(in_sets) {
             match selector {
-                Selector::Group(name) if !access.groups.contains_key(name) => {
+                // With an @ it is one of the identity provider's.
+                Selector::Group(name) if !access.groups.contains_key(name) && !name.contains('@') => {
                     missing.push((name.clone(), "groups"))
                 }
                 Selector::Host(name) if !access.hosts.contains_key(name) => {
@@ -447,7 +449,7 @@ impl Reader<'_, '_> {
             let at =
                 self.source.text().find(&format!("\"{name}")).map_or(0..0, |at| at + 1..at + 1 + name.len());
             let what = format!("\"{}\" is not in `{section}`", crate::terms::printable(&name, 60));
-            self.complain(at, what, format!("define it there, or correct the name"));
+            self.complain(at, what, "define it there, or correct the name");
         }
     }
 }

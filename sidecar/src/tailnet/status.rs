@@ -97,8 +97,20 @@ impl Peer {
     pub fn is(&self, selector: &Selector) -> bool {
         match selector {
             Selector::Tag(tag) => self.tags.contains(tag),
-            Selector::User(user) => self.user.as_ref().is_some_and(|own| own.eq_ignore_ascii_case(user)),
+            Selector::User(user) => self.user.as_ref().is_some_and(|own| is_user(user, own)),
             _ => false,
         }
+    }
+}
+
+/// Whether a selector of users means this login; `*@example.com` is everybody of that domain.
+pub(super) fn is_user(selector: &str, login: &str) -> bool {
+    match selector.strip_prefix('*') {
+        Some(domain) => login
+            .len()
+            .checked_sub(domain.len())
+            .and_then(|at| login.get(at..))
+            .is_some_and(|end| end.eq_ignore_ascii_case(domain)),
+        None => selector.eq_ignore_ascii_case(login),
     }
 }

@@ -63,6 +63,8 @@ fn what_is_not_certain_is_left_out_and_never_widened() {
     for (rule, why) in [
         (r#""src": ["tag:ci"], "dst": ["tag:server:80"]"#, "--status"),
         (r#""src": ["group:ops"], "dst": ["tag:server:80"]"#, "--status"),
+        (r#""src": ["group:eng@example.com"], "dst": ["tag:server:80"]"#, "identity provider"),
+        (r#""src": ["user:*@example.com"], "dst": ["tag:server:80"]"#, "--status"),
         (r#""src": ["autogroup:admin"], "dst": ["tag:server:80"]"#, "control server"),
         (r#""src": ["autogroup:danger-all"], "dst": ["tag:server:80"]"#, "by hand"),
         (r#""src": ["ipset:loop"], "dst": ["tag:server:80"]"#, "contain each other"),
@@ -91,6 +93,19 @@ fn what_carries_no_packets_is_no_gap() {
     ] {
         assert_eq!(said(rule, &server()), "", "{rule}");
     }
+}
+
+#[test]
+fn everybody_of_a_domain_is_a_source() {
+    let status = r#"{ "Peer": { "a": { "UserID": 1, "TailscaleIPs": ["100.64.0.21"] }, "b": { "UserID": 2, "TailscaleIPs":
+        ["100.64.0.22"] }, "c": { "UserID": 1, "TailscaleIPs": ["100.64.0.23"], "Tags": ["tag:x"] } },
+        "User": { "1": { "LoginName": "Alice@Example.com" }, "2": { "LoginName": "bob@other.example" } } }"#;
+    let status = Status::from_json(status).expect("a status");
+    let rules =
+        r#""acls": [{ "action": "accept", "src": ["user:*@example.com"], "dst": ["tag:server:80"] }]"#;
+    let mirror = mirror(&access(rules), &server(), Some(&status), &wanted());
+    let from = &mirror.allowed[&(Proto::Tcp, 80)].from;
+    assert_eq!(from.to_string(), "100.64.0.21", "nobody of another domain, and no tagged node");
 }
 
 #[test]

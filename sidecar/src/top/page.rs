@@ -215,8 +215,8 @@ fn short(number: f64) -> String {
         unit = next;
     }
     match number {
-        n if n == 0.0 => "0".into(),
-        n if n < 9.95 && (unit != "" || n.fract() != 0.0) => format!("{n:.1}{unit}"),
+        0.0 => "0".into(),
+        n if n < 9.95 && (!unit.is_empty() || n.fract() != 0.0) => format!("{n:.1}{unit}"),
         n => format!("{n:.0}{unit}"),
     }
 }
