@@ -1059,6 +1059,7 @@ impl Daemon {
             audit: audit.as_ref(),
             openings: self.glass.count(),
             openings_end: self.glass.last_end(),
+            on_trial: self.standing.is_on_trial(),
             cycles: self.cycles,
             cycle_seconds: self.cycle_took.as_secs_f64(),
             resident_bytes: self.resident_bytes(),

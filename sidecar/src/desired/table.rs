@@ -404,7 +404,7 @@ impl<'a> Build<'a> {
         for (exception, proto) in self.held_exceptions() {
             let (id, opening) = exception_opening(scope, exception, proto);
             let mut rules = opening.rules(&id);
-            if let (None, Some(end)) = (self.today, end_of(exception.until)) {
+            if let (None, Some(end)) = (self.today, exception.ends()) {
                 for rule in &mut rules {
                     rule.statements.insert(0, Statement::Match(before(end)));
                 }
@@ -860,12 +860,6 @@ fn known_flows(id: &str) -> [Rule; 3] {
     ]
 }
 
-/// The first second (Unix) after a day, UTC; `None` at the end of the calendar.
-fn end_of(day: jiff::civil::Date) -> Option<u64> {
-    let midnight = day.tomorrow().ok()?.to_zoned(jiff::tz::TimeZone::UTC).ok()?;
-    u64::try_from(midnight.timestamp().as_second()).ok()
-}
-
 /// By the clock of the kernel, whatever the time zone of nft.
 fn before(second: u64) -> Match {
     let left = Term::Meta("time".to_owned());
@@ -1282,12 +1276,12 @@ mod tests {
     #[test]
     fn sealed_exceptions_carry_their_end_and_nothing_else_differs() {
         let mut policy = samples::everything();
-        let day = policy.exceptions[0].until;
+        let mut exception = policy.exceptions[0].clone();
         policy.exceptions.retain(|exception| exception.holds_on(samples::TODAY));
         assert!(!policy.exceptions.is_empty());
         let today = Desired::new(policy.clone(), samples::TODAY).expect("a path");
         let mut sealed = today.sealed().expect("a table");
-        let end = end_of(day).expect("an end");
+        let end = exception.ends().expect("an end");
         let mut bounded = 0;
         for rule in sealed.chains.iter_mut().flat_map(|chain| &mut chain.rules) {
             let before = rule.statements.len();
@@ -1301,17 +1295,16 @@ mod tests {
         assert!(bounded > 0);
         assert!(Some(sealed) == today.table, "something else differs");
         // 2027-02-01 00:00 UTC is the end of January.
-        assert_eq!(end_of(jiff::civil::date(2027, 1, 31)), Some(1_801_440_000));
+        exception.until = jiff::civil::date(2027, 1, 31);
+        assert_eq!(exception.ends(), Some(1_801_440_000));
         assert!(
             render::rule(&Rule { statements: vec![Statement::Match(before(end))], ..Rule::default() })
                 .contains(&format!("meta time < {end}"))
         );
         // One that is over is in it and lets nobody in; the day's own table leaves it out.
-        policy.exceptions.iter_mut().for_each(|exception| exception.until = jiff::civil::date(2020, 1, 1));
+        exception.until = jiff::civil::date(2020, 1, 1);
+        policy.exceptions.iter_mut().for_each(|other| other.until = exception.until);
         let over = Desired::new(policy, samples::TODAY).expect("a path").sealed().expect("a table");
-        assert!(
-            render::table(&over)
-                .contains(&format!("meta time < {}", end_of(jiff::civil::date(2020, 1, 1)).expect("an end")))
-        );
+        assert!(render::table(&over).contains(&format!("meta time < {}", exception.ends().expect("an end"))));
     }
 }

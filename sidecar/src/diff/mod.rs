@@ -290,7 +290,7 @@ impl Finding {
         }
     }
 
-    fn held_by(mut self, owner: Option<&Actor>) -> Self {
+    pub(crate) fn held_by(mut self, owner: Option<&Actor>) -> Self {
         self.by = owner.cloned();
         self
     }

@@ -7,9 +7,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use jiff::civil::Date;
+
 use crate::desired::{Desired, Service};
 use crate::observed::{Amount, AttemptKey, CountedProto, Direction, TrafficKey};
-use crate::policy::{MeshKind, Role};
+use crate::policy::{Exception, MeshKind, Role};
 use crate::repair::ActionKind;
 use crate::terms::{Family, Proto, PublicKey, Scope};
 
@@ -17,22 +19,29 @@ use super::{Control, RepairOutcome, TOLD};
 
 /// The contract's bound on all samples of one exposition together.
 pub const SERIES_MAX: usize = 150;
-/// Pairs of code and severity that are told apart; see `folded_findings`.
-pub(super) const FINDINGS_MAX: usize = 7;
+/// Pairs of code and severity that are told apart, see `folded_findings`, and ports that strangers get in
+/// at, which take from the same: see `divided`.
+pub(super) const TOLD_MAX: usize = 8;
+/// So many ports are told at least, however many kinds of findings there are.
+const EXPOSED_MIN: usize = 3;
+/// Pairs at most.
+const FINDINGS_MAX: usize = 7;
 /// `audit_exposed_ports` for two families and two protocols, `audit_disagreements` and
 /// `audit_age_seconds`.
 const AUDIT: usize = 6;
 /// Series without labels, and the two info metrics: build, policy, start time, verdict, since
-/// when is counted, accepted findings, refused binds, cycle seconds, cycles, resident and BPF memory, refused
-/// connections.
-const SINGLE: usize = 12;
+/// when is counted, accepted findings, rules on trial, refused binds, cycle seconds, cycles, resident and BPF
+/// memory, refused connections.
+const SINGLE: usize = 13;
 /// What is open, until when, and what came in by it.
 const BREAK_GLASS: usize = 3;
+/// Exceptions with a series: those that end next.
+const EXCEPTIONS_MAX: usize = 2;
 /// As many as there are reasons to drop, on two families each.
 const RULES_MAX: usize = 9;
 /// Peers with series of their own at most, and the `overflow` peer.
 const PEERS_MAX: usize = 11;
-const OTHER: &str = "other";
+pub(super) const OTHER: &str = "other";
 const ANY: &str = "any";
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,6 +57,8 @@ pub struct Layout {
     /// Labels for peers, `overflow` included. 0 where no WireGuard is read.
     pub(super) peers: usize,
     pub(super) hub: Option<PublicKey>,
+    /// When the exceptions that end next do so, in Unix time.
+    pub(super) exceptions: BTreeMap<String, u64>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -116,6 +127,7 @@ impl Layout {
                 (true, Role::Spoke | Role::Device) => 2,
             },
             hub: policy.mesh.hub.as_ref().and_then(|hub| hub.public_key),
+            exceptions: next_ends(&policy.exceptions, desired.today),
         };
         for class in 0..desired.services.len() {
             let Some(named) = layout.candidate(&desired.services[class]) else { continue };
@@ -138,9 +150,10 @@ impl Layout {
             + TOLD.len() * 2
             + Control::ALL.len()
             + ActionKind::ALL.len() * RepairOutcome::ALL.len()
-            + FINDINGS_MAX
+            + TOLD_MAX
             + AUDIT
             + BREAK_GLASS
+            + self.exceptions.len()
             + self.peers * 2
             + self.drops().len()
             + self.traffic().len() * 2
@@ -239,6 +252,21 @@ impl Layout {
     pub(super) fn drops(&self) -> BTreeMap<(&str, Family), u64> {
         self.drops.iter().map(|((rule, family), label)| ((label.of(rule), *family), 0)).collect()
     }
+}
+
+/// One that is over is a finding, and makes room for the next.
+fn next_ends(exceptions: &[Exception], today: Date) -> BTreeMap<String, u64> {
+    let standing = exceptions.iter().filter(|exception| exception.holds_on(today));
+    let mut by_end: Vec<(u64, &str)> =
+        standing.filter_map(|exception| Some((exception.ends()?, exception.name.as_str()))).collect();
+    by_end.sort_unstable();
+    by_end.into_iter().take(EXCEPTIONS_MAX).map(|(end, name)| (name.to_owned(), end)).collect()
+}
+
+/// How many pairs of code and severity, and how many open ports are told of so many.
+pub(super) fn divided(findings: usize, exposed: usize) -> (usize, usize) {
+    let exposed = exposed.min(TOLD_MAX.saturating_sub(findings).max(EXPOSED_MIN));
+    (FINDINGS_MAX.min(TOLD_MAX - exposed), exposed)
 }
 
 /// `drop-REASON-FAMILY`, as the table names its counters.

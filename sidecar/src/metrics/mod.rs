@@ -4,6 +4,7 @@
 //! What could not be read has no series (a 0 would be a claim, and a counter that falls to
 //! 0 and back is counted twice by `rate`); `blind{facet}` says why it is missing.
 
+mod exposed;
 mod layout;
 mod text;
 
@@ -18,7 +19,7 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::{Registry, Unit};
 use serde::Serialize;
 
-use crate::diff::{Finding, Proof};
+use crate::diff::{Code, Finding, Proof, Severity};
 use crate::observed::{Amount, BindTally, Counters, Facet, Peer};
 use crate::policy::{Mode, Role};
 use crate::repair::{ActionKind, Ended};
@@ -26,6 +27,7 @@ use crate::report::Verdict;
 use crate::ruleset::glass;
 use crate::terms::{Family, Proto, PublicKey, Stamp};
 
+use layout::OTHER;
 pub use layout::{Layout, SERIES_MAX};
 pub use text::to_prometheus_text;
 
@@ -60,6 +62,8 @@ pub struct State<'a> {
     /// What break-glass holds open, and when the last of it ends.
     pub openings: u64,
     pub openings_end: Option<Stamp>,
+    /// The rules in force wait for a confirmation.
+    pub on_trial: bool,
     pub cycles: u64,
     pub cycle_seconds: f64,
     /// `None`: could not be read.
@@ -195,7 +199,7 @@ impl Exposition {
     pub fn new(state: &State<'_>, layout: &Layout) -> Self {
         let mut out = Self { families: Vec::with_capacity(24) };
         out.about(state);
-        out.verdict(state);
+        out.verdict(state, layout);
         out.work(state);
         out.traffic(state, layout);
         out.break_glass(state);
@@ -225,14 +229,14 @@ impl Exposition {
         self.gauge("start_time", Some(Unit::Seconds), "When the daemon started, in Unix time", one(started));
     }
 
-    fn verdict(&mut self, state: &State<'_>) {
+    fn verdict(&mut self, state: &State<'_>, layout: &Layout) {
         let verdict: u64 = match state.verdict {
             Verdict::Ok => 0,
             Verdict::Drift => 1,
             Verdict::Unknown => 2,
         };
         self.gauge("verdict", None, "0 as the policy says, 1 it differs, 2 could not tell", one(verdict));
-        let findings = folded_findings(state.findings);
+        let (findings, doors) = told(state.findings);
         self.gauge(
             "findings",
             None,
@@ -247,6 +251,25 @@ impl Exposition {
             None,
             "Differences that the policy declares as accepted risk",
             one(accepted as u64),
+        );
+        self.push(
+            "exposed",
+            None,
+            MetricType::Info,
+            "A port that strangers get in at against the policy, and the process behind it",
+            doors.iter().map(|row| (row.labels(), Value::Whole(1))),
+        );
+        self.gauge(
+            "exception_expires_timestamp",
+            Some(Unit::Seconds),
+            "When an exception of the policy ends, in Unix time",
+            layout.exceptions.iter().map(|(name, end)| labelled("exception", name, *end)),
+        );
+        self.gauge(
+            "rules_on_trial",
+            None,
+            "1 while the rules in force wait for a confirmation, or are rolled back without one",
+            one(u64::from(state.on_trial)),
         );
         self.gauge(
             "blind",
@@ -368,15 +391,14 @@ impl Exposition {
             "When the last of them is closed by the kernel, in Unix time; 0 if nothing is open",
             one(end),
         );
-        let counted =
-            |family: &Family| state.drops?.get(&glass::counter(*family)).map(|amount| (*family, amount));
+        let counted = state.drops.map(|counters| {
+            let packets = |family| Some(counters.get(&glass::counter(family))?.packets);
+            Family::ALL.into_iter().filter_map(packets).fold(0, u64::saturating_add)
+        });
         self.counter(
             "break_glass_packets",
             "Packets that break-glass let in: of TCP all, of UDP the first of a flow",
-            Family::ALL
-                .iter()
-                .filter_map(counted)
-                .map(|(family, amount)| labelled("family", family.name(), amount.packets)),
+            counted.map(|packets| (Vec::new(), Value::Whole(packets))),
         );
     }
 
@@ -520,19 +542,25 @@ fn word(value: impl Serialize) -> String {
     }
 }
 
-/// Findings that nobody accepted, by code and severity. Beyond the bound only the worst
-/// keep their code; the others are summed up for each severity as `code="other"`.
-fn folded_findings(findings: &[Finding]) -> BTreeMap<(String, String), u64> {
+/// Findings that nobody accepted, by code and severity, and the ports open among them, the lowest first: as
+/// many of both as there is room for.
+fn told(findings: &[Finding]) -> (BTreeMap<(String, String), u64>, Vec<exposed::Row>) {
     let mut pairs = BTreeMap::new();
     for finding in findings.iter().filter(|finding| !finding.accepted) {
         *pairs.entry((finding.severity, finding.code)).or_insert(0) += 1;
     }
-    const SEVERITIES: usize = 5;
-    let kept =
-        if pairs.len() > layout::FINDINGS_MAX { layout::FINDINGS_MAX - SEVERITIES } else { pairs.len() };
+    let doors = exposed::rows(findings);
+    let (told, open) = layout::divided(pairs.len(), doors.len());
+    (folded_findings(pairs, told), doors.into_iter().take(open).collect())
+}
+
+/// Beyond the bound only the worst keep their code; the others are summed up for each severity as
+/// `code="other"`.
+fn folded_findings(pairs: BTreeMap<(Severity, Code), u64>, bound: usize) -> BTreeMap<(String, String), u64> {
+    let kept = if pairs.len() > bound { bound - Severity::ALL.len() } else { pairs.len() };
     let mut folded = BTreeMap::new();
     for (at, ((severity, code), n)) in pairs.into_iter().enumerate() {
-        let code = if at < kept { word(code) } else { "other".to_owned() };
+        let code = if at < kept { word(code) } else { OTHER.to_owned() };
         *folded.entry((code, word(severity))).or_insert(0) += n;
     }
     folded

@@ -40,6 +40,18 @@ fn spoke_services() -> Vec<Service> {
     ]
 }
 
+fn exception(name: &str, until: jiff::civil::Date) -> Exception {
+    Exception {
+        name: name.into(),
+        tcp: vec![Port::new(2222).expect("a port")],
+        udp: Vec::new(),
+        from: vec!["0.0.0.0/0".parse().expect("a prefix")],
+        reason: "way in when the mesh is down".into(),
+        owner: None,
+        until,
+    }
+}
+
 /// A spoke by default; the arguments are what the layout depends on.
 fn desired(
     role: Role,
@@ -110,7 +122,9 @@ fn desired(
 }
 
 fn spoke() -> Desired {
-    desired(Role::Spoke, MeshKind::Wireguard, false, false, 8, spoke_services())
+    let mut spoke = desired(Role::Spoke, MeshKind::Wireguard, false, false, 8, spoke_services());
+    spoke.policy.exceptions = vec![exception("emergency-ssh", jiff::civil::date(2026, 1, 1))];
+    spoke
 }
 
 fn drops(rules: usize, packets: u64) -> BTreeMap<String, Amount> {
@@ -193,6 +207,7 @@ impl World {
             peers: Some(&self.peers),
             openings: 2,
             openings_end: Some(Stamp::from_unix(1_795_263_300)),
+            on_trial: true,
             audit: self.audit.as_ref(),
             cycles: 12,
             cycle_seconds: 0.0031,
@@ -287,6 +302,9 @@ fn a_busy_spoke_is_told_series_by_series() {
         ("spokeguard_start_time_seconds", "900000"),
         ("spokeguard_findings{code=\"listener-exposed\",severity=\"critical\"}", "2"),
         ("spokeguard_accepted_findings", "1"),
+        ("spokeguard_exposed_info{proto=\"tcp\",port=\"5432\",process=\"unknown\"}", "1"),
+        ("spokeguard_exception_expires_timestamp_seconds{exception=\"emergency-ssh\"}", "1767312000"),
+        ("spokeguard_rules_on_trial", "1"),
         ("spokeguard_blind{facet=\"sshd\"}", "1"),
         ("spokeguard_blind{facet=\"nftables\"}", "0"),
         ("spokeguard_control_enforced{control=\"firewall\"}", "1"),
@@ -389,10 +407,49 @@ fn beyond_the_bound_the_worst_findings_keep_their_code() {
     .expect("codes");
     let mut findings: Vec<Finding> = all.iter().map(|c| finding(*c, Severity::Low, false)).collect();
     findings.push(finding(Code::AuditExposed, Severity::Critical, false));
-    let folded = folded_findings(&findings);
+    let (folded, doors) = told(&findings);
     assert_eq!(folded.get(&("audit-exposed".into(), "critical".into())), Some(&1));
     assert_eq!(folded.get(&("other".into(), "low".into())), Some(&15));
     assert_eq!(folded.values().sum::<u64>(), 17);
+    // Both are about the same port.
+    assert_eq!((folded.len(), doors.len()), (3, 1));
+}
+
+#[test]
+fn open_ports_and_findings_share_their_room() {
+    let others: Vec<Code> = Code::ALL.into_iter().filter(|code| *code != Code::ListenerExposed).collect();
+    for (others_told, open, expected) in
+        [(0, 1, (1, 1)), (0, 20, (1, 7)), (4, 20, (5, 3)), (5, 2, (6, 2)), (5, 20, (2, 3)), (9, 0, (3, 0))]
+    {
+        let door = |n| Finding {
+            subject: format!("tcp/0.0.0.0:{}", 1000 + n),
+            ..finding(Code::ListenerExposed, Severity::Critical, false)
+        };
+        let mut findings: Vec<Finding> = (0..open).map(door).collect();
+        findings.extend(others.iter().take(others_told).map(|code| finding(*code, Severity::Low, false)));
+        let (folded, doors) = told(&findings);
+        assert_eq!((folded.len(), doors.len()), expected, "{others_told} other kinds, {open} open");
+        assert_eq!(folded.values().sum::<u64>(), findings.len() as u64);
+        findings.reverse();
+        assert_eq!(told(&findings), (folded, doors), "the order changes nothing");
+    }
+}
+
+#[test]
+fn the_exceptions_that_end_next_have_a_series() {
+    let mut desired = spoke();
+    let on = |day| jiff::civil::date(2026, 1, day);
+    desired.today = on(5);
+    let named =
+        |desired: &Desired| -> Vec<(String, u64)> { Layout::new(desired).exceptions.into_iter().collect() };
+    desired.policy.exceptions =
+        [(1, 9), (2, 7), (3, 5), (4, 4)].map(|(n, day)| exception(&format!("e{n}"), on(day))).into();
+    // The last second of a day is still in it; e4 is over.
+    let day = |n: u64| 1_767_225_600 + n * 86_400;
+    assert_eq!(named(&desired), [("e2".to_owned(), day(7)), ("e3".to_owned(), day(5))]);
+    // One without an end has no series.
+    desired.policy.exceptions = vec![exception("for-ever", jiff::civil::Date::MAX)];
+    assert_eq!(named(&desired), []);
 }
 
 #[test]
@@ -490,7 +547,7 @@ fn any_world() -> impl Strategy<Value = World> {
     ];
     (
         proptest::collection::vec((key, 0u64..1 << 40), 0..200),
-        proptest::collection::vec((codes, severity, any::<bool>()), 0..80),
+        proptest::collection::vec((codes, severity, any::<bool>(), 1u16..12), 0..80),
         proptest::collection::vec((any::<u8>(), proptest::option::of(0i64..10_000), any::<u16>()), 0..300),
         0usize..12,
     )
@@ -510,7 +567,13 @@ fn any_world() -> impl Strategy<Value = World> {
                     .attempts
                     .insert(AttemptKey { class, family: key.family, allowed: proto > 1 }, n);
             }
-            world.findings = findings.into_iter().map(|(c, s, accepted)| finding(c, s, accepted)).collect();
+            world.findings = findings
+                .into_iter()
+                .map(|(code, severity, accepted, port)| Finding {
+                    subject: format!("tcp/0.0.0.0:{port}"),
+                    ..finding(code, severity, accepted)
+                })
+                .collect();
             world.peers = peers.into_iter().map(|(key, age, keepalive)| peer(key, age, keepalive)).collect();
             world
         })
@@ -523,12 +586,15 @@ proptest! {
     fn no_policy_and_no_traffic_makes_more_series_than_the_bound(
         services in proptest::collection::vec(any_service(), 0..80),
         hub in any::<bool>(), tailscale in any::<bool>(), dual in any::<bool>(), lan in any::<bool>(),
-        rules in 0usize..12,
+        rules in 0usize..12, exceptions in 0u8..9,
         world in any_world(),
     ) {
         let role = if hub { Role::Hub } else { Role::Spoke };
         let kind = if tailscale { MeshKind::Tailscale } else { MeshKind::Wireguard };
-        let layout = Layout::new(&desired(role, kind, dual, lan, rules, services));
+        let mut desired = desired(role, kind, dual, lan, rules, services);
+        let day = jiff::civil::date(2026, 1, 1);
+        desired.policy.exceptions = (0..exceptions).map(|n| exception(&format!("e{n}"), day)).collect();
+        let layout = Layout::new(&desired);
         prop_assert!(layout.series_max() <= SERIES_MAX);
         let text = render(&world.state(), &layout);
         let found = samples(&text);

@@ -210,6 +210,12 @@ impl Exception {
     pub fn holds_on(&self, today: jiff::civil::Date) -> bool {
         today <= self.until
     }
+
+    /// The first second (Unix) after its last day, UTC; `None` at the end of the calendar.
+    pub fn ends(&self) -> Option<u64> {
+        let midnight = self.until.tomorrow().ok()?.to_zoned(jiff::tz::TimeZone::UTC).ok()?;
+        u64::try_from(midnight.timestamp().as_second()).ok()
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
