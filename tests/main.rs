@@ -17,6 +17,7 @@ mod exact;
 mod fleet;
 mod glass;
 mod guard;
+mod hub;
 mod iptables;
 mod killed;
 mod look;

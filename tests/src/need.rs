@@ -30,6 +30,8 @@ pub enum Need {
     Firewalld,
     /// A terminal that can be read.
     Tmux,
+    /// With amtool, which judges its configuration.
+    Alertmanager,
     /// A container with systemd as its init.
     Nspawn,
     /// Evaluates NixOS modules; no store, no root.
@@ -98,6 +100,10 @@ pub fn missing(needs: &[Need]) -> Vec<String> {
                 program("ufw", "ufw");
             }
             Need::Prometheus => program("prometheus", "prometheus"),
+            Need::Alertmanager => {
+                program("prometheus-alertmanager", "prometheus-alertmanager");
+                program("amtool", "prometheus-alertmanager");
+            }
             Need::Nspawn => {
                 program("systemd-nspawn", "systemd-container");
                 program("dbus-daemon", "dbus");

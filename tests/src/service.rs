@@ -112,6 +112,12 @@ impl Node {
             ),
         )
         .with_context(|| format!("write {}", config.display()))?;
+        self.prometheus_by(&config)
+    }
+
+    /// A real Prometheus by that configuration; its data go beside it.
+    pub fn prometheus_by(&self, config: &Path) -> Result<Prometheus> {
+        let folder = config.parent().context("a configuration is in a folder")?;
         let address: SocketAddr = ([127, 0, 0, 1], 9090).into();
         let running = self.spawn(&[
             "prometheus".to_string(),
@@ -120,15 +126,33 @@ impl Node {
             format!("--web.listen-address={address}"),
             "--log.level=warn".to_string(),
         ])?;
-        let mut prometheus = Prometheus { running, address };
-        wait_until(Duration::from_secs(20), "Prometheus is ready", || {
-            let ended = prometheus.running.has_ended();
+        Ok(Prometheus { running: self.answering(running, address)?, address })
+    }
+
+    /// A real Alertmanager by that configuration, on the loopback, port 9093.
+    pub fn alertmanager(&self, config: &Path) -> Result<Running> {
+        let folder = config.parent().context("a configuration is in a folder")?;
+        let running = self.spawn(&[
+            "prometheus-alertmanager".to_string(),
+            format!("--config.file={}", config.display()),
+            format!("--storage.path={}", folder.join("alerts").display()),
+            "--web.listen-address=127.0.0.1:9093".to_string(),
+            // One of its own, without a cluster.
+            "--cluster.listen-address=".to_string(),
+        ])?;
+        self.answering(running, ([127, 0, 0, 1], 9093).into())
+    }
+
+    /// Waits until a server of the Prometheus family says that it is ready.
+    fn answering(&self, mut running: Running, address: SocketAddr) -> Result<Running> {
+        wait_until(Duration::from_secs(20), "a server is ready", || {
+            let ended = running.has_ended();
             let ready = self.http_get(address, "/-/ready", &[]).is_ok_and(|answer| answer.status == 200);
             (ready || ended).then_some(())
         })
-        .with_context(|| prometheus.running.log())?;
-        ensure!(!prometheus.running.has_ended(), "Prometheus ended at once\n{}", prometheus.running.log());
-        Ok(prometheus)
+        .with_context(|| running.log())?;
+        ensure!(!running.has_ended(), "it ended at once\n{}", running.log());
+        Ok(running)
     }
 }
 
@@ -147,6 +171,13 @@ impl Sshd {
 }
 
 impl Prometheus {
+    /// Its own metrics.
+    pub fn metrics(&self, node: &Node) -> Result<String> {
+        let answer = node.http_get(self.address, "/metrics", &[])?;
+        ensure!(answer.status == 200, "Prometheus's own metrics: {}", answer.status);
+        Ok(answer.body)
+    }
+
     /// An instant query: labels and value of each series. `node` is the one it runs on.
     pub fn query(&self, node: &Node, expression: &str) -> Result<Vec<(serde_json::Value, f64)>> {
         let path = format!("/api/v1/query?query={}", percent(expression));

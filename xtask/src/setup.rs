@@ -31,6 +31,8 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("wireguard-go", "wireguard-go"),
     ("prometheus", "prometheus"),
     ("promtool", "prometheus"),
+    ("prometheus-alertmanager", "prometheus-alertmanager"),
+    ("amtool", "prometheus-alertmanager"),
     ("prometheus-node-exporter", "prometheus-node-exporter"),
     ("tcpdump", "tcpdump"),
     ("iperf3", "iperf3"),
@@ -72,6 +74,9 @@ const LIBNMAP: &str = "python-libnmap==0.7.3";
 /// Run in a container only: a host that starts what it installs would be shut.
 const FIREWALLD: &str = "firewalld";
 const FIREWALLD_FOLDER: &str = "packages/firewalld";
+/// Grafana's own types for dashboards and what checks them, in a folder of their own beside it, where there
+/// is npm. Without it one test is skipped.
+const GRAFANA_SCHEMA: &[&str] = &["@grafana/schema@11.6.16", "typescript@5.9.3"];
 
 const CARGO_DENY: &[&str] = &["install", "cargo-deny", "--version", "0.20.2", "--locked"];
 
@@ -91,7 +96,9 @@ pub fn setup() -> Result<()> {
     let libnmap = !has_libnmap(&python);
     let firewalld = target().join(FIREWALLD_FOLDER);
     let contained = firewalld.is_dir();
-    if packages.is_empty() && !linker && !deny && !libnmap && contained {
+    let schema = schema_folder();
+    let no_schema = find("npm").is_some() && !schema.join("node_modules/@grafana/schema").is_dir();
+    if packages.is_empty() && !linker && !deny && !libnmap && contained && !no_schema {
         println!("setup: everything is there");
         return Ok(());
     }
@@ -118,6 +125,12 @@ pub fn setup() -> Result<()> {
     }
     if !contained {
         download(FIREWALLD, &firewalld)?;
+    }
+    if no_schema {
+        fs::create_dir_all(&schema).with_context(|| format!("create {}", schema.display()))?;
+        let mut npm = Command::new("npm");
+        npm.args(["install", "--ignore-scripts", "--no-audit", "--no-fund", "--silent", "--no-save"]);
+        timed("@grafana/schema", npm.args(GRAFANA_SCHEMA).current_dir(&schema))?;
     }
     Ok(())
 }
@@ -156,6 +169,10 @@ fn download(package: &str, folder: &Path) -> Result<()> {
         removed.with_context(|| format!("remove {}", path.display()))?;
     }
     fs::rename(&half, folder).with_context(|| format!("name {}", folder.display()))
+}
+
+fn schema_folder() -> PathBuf {
+    target().join("grafana-schema")
 }
 
 fn has_libnmap(folder: &Path) -> bool {

@@ -22,7 +22,7 @@ pub const SERIES_MAX: usize = 150;
 /// Pairs of code and severity that are told apart, see `folded_findings`, and ports that strangers get in
 /// at, which take from the same: see `divided`.
 pub(super) const TOLD_MAX: usize = 8;
-/// So many ports are told at least, however many kinds of findings there are.
+/// So many ports are told at least, however many kinds of findings there are: what is left are the severities.
 const EXPOSED_MIN: usize = 3;
 /// Pairs at most.
 const FINDINGS_MAX: usize = 7;
@@ -35,12 +35,14 @@ const AUDIT: usize = 6;
 const SINGLE: usize = 13;
 /// What is open, until when, and what came in by it.
 const BREAK_GLASS: usize = 3;
-/// Exceptions with a series: those that end next.
+/// Exceptions with a series: those that end next. One is there in any case.
 const EXCEPTIONS_MAX: usize = 2;
 /// As many as there are reasons to drop, on two families each.
 const RULES_MAX: usize = 9;
 /// Peers with series of their own at most, and the `overflow` peer.
 const PEERS_MAX: usize = 11;
+/// Labels for peers that are there in any case.
+const PEERS_MIN: usize = 2;
 pub(super) const OTHER: &str = "other";
 const ANY: &str = "any";
 
@@ -124,11 +126,12 @@ impl Layout {
             peers: match (wireguard, policy.node.role) {
                 (false, _) => 0,
                 (true, Role::Hub) => 4,
-                (true, Role::Spoke | Role::Device) => 2,
+                (true, Role::Spoke | Role::Device) => PEERS_MIN,
             },
             hub: policy.mesh.hub.as_ref().and_then(|hub| hub.public_key),
             exceptions: next_ends(&policy.exceptions, desired.today),
         };
+        layout.give_way();
         for class in 0..desired.services.len() {
             let Some(named) = layout.candidate(&desired.services[class]) else { continue };
             layout.named[class] = Some(named);
@@ -158,6 +161,20 @@ impl Layout {
             + self.drops().len()
             + self.traffic().len() * 2
             + self.attempts().len()
+    }
+
+    /// Where a policy has so much that not even its sums fit, the least of it goes.
+    fn give_way(&mut self) {
+        while self.series_max() > SERIES_MAX {
+            let last = self.exceptions.iter().max_by_key(|(_, end)| **end).map(|(name, _)| name.clone());
+            if self.peers > PEERS_MIN {
+                self.peers -= 1;
+            } else if let Some(last) = last.filter(|_| self.exceptions.len() > 1) {
+                self.exceptions.remove(&last);
+            } else {
+                return;
+            }
+        }
     }
 
     /// A service that may have series of its own, if the budget allows. Ports of a LAN may

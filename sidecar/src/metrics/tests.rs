@@ -596,6 +596,7 @@ proptest! {
         desired.policy.exceptions = (0..exceptions).map(|n| exception(&format!("e{n}"), day)).collect();
         let layout = Layout::new(&desired);
         prop_assert!(layout.series_max() <= SERIES_MAX);
+        prop_assert_eq!(layout.exceptions.is_empty(), desired.policy.exceptions.is_empty());
         let text = render(&world.state(), &layout);
         let found = samples(&text);
         prop_assert!(found.len() <= layout.series_max(), "{} of {}", found.len(), layout.series_max());

@@ -24,10 +24,13 @@ fn main() -> ExitCode {
         ["reap", prefix, dir] => reap(prefix, Path::new(dir)),
         ["listen", name, what @ ..] => listen(name, what),
         ["bind", words @ ..] => try_binds(words),
+        ["spokes", count] => {
+            count.parse().context("read the number of spokes").and_then(lab::serve_simulated)
+        }
         ["sweep", interface, address, run_dir] => sweep(interface, address, Path::new(run_dir)),
         _ => Err(anyhow::anyhow!(
             "usage: enter NET MNT COMMAND.. | keep NETNS | reap PREFIX DIR | listen NAME WHAT.. |\n\
-             sweep INTERFACE ADDRESS DIR | bind WHAT.."
+             sweep INTERFACE ADDRESS DIR | bind WHAT.. | spokes COUNT"
         )),
     };
     match done {
