@@ -11,6 +11,8 @@ mod connects;
 mod figures;
 #[path = "../bench/flush.rs"]
 mod flush;
+#[path = "../bench/hub.rs"]
+mod hub;
 #[path = "../bench/idle.rs"]
 mod idle;
 #[path = "../bench/listeners.rs"]
@@ -35,7 +37,7 @@ use serde_json::json;
 
 /// One part of the run, by the name that chooses it. `true`: few rounds.
 type Measure = fn(bool) -> Result<Section>;
-const SECTIONS: [(&str, Measure); 9] = [
+const SECTIONS: [(&str, Measure); 10] = [
     ("repair", repair::measure),
     ("flush", flush::measure),
     ("apply", apply::measure),
@@ -45,12 +47,13 @@ const SECTIONS: [(&str, Measure); 9] = [
     ("connects", connects::measure),
     ("idle", idle::measure),
     ("audit", audit::measure),
+    ("hub", hub::measure),
 ];
 
 const PLAIN: Shape = Shape { mesh: Mesh::Plain, container: false };
 
 const USAGE: &str = "usage: bench [--quick] [--json FILE] [PART..]
-Measures beside the peers, all of it (15 minutes) or the named parts.
+Measures beside the peers, all of it (22 minutes) or the named parts.
   repair     `nft flush ruleset` until the table is back; a shell on `nft monitor`
   flush      a stranger's SYNs to a closed port during 1,000 flushes; the same shell
   apply      the rules put in force; `nft -f` of the same
@@ -60,7 +63,8 @@ Measures beside the peers, all of it (15 minutes) or the named parts.
   connects   new connections a second to an allowed port; nothing, and iptables
   idle       memory, CPU and scrapes at rest; prometheus-node-exporter
   audit      every port from outside; nmap and masscan
-  --quick      few rounds: figures for a look, not for a claim (3 minutes)
+  hub        a real Prometheus over 1,000 simulated spokes; nothing
+  --quick      few rounds: figures for a look, not for a claim (6 minutes)
   --json FILE  also writes every figure there";
 
 struct Options {
