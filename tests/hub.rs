@@ -72,6 +72,19 @@ fn the_rules_and_configurations_pass_the_tools_that_read_them() {
     installed(folder.path(), |_, text| text);
     judged("promtool", &["check", "config", "--lint-fatal", "prometheus.yml"], folder.path()).unwrap();
     judged("amtool", &["check-config", "alertmanager.yml"], folder.path()).unwrap();
+    for (receiver, labels) in [
+        ("exposure", "kind=exposure severity=sev1 node=paris"),
+        ("sev1", "kind=silence severity=sev1"),
+        ("sev2", "kind=drift severity=sev2"),
+        ("notice", "kind=expiry severity=notice"),
+        // Somebody else's alerts aren't lost.
+        ("sev2", "alertname=Watchdog"),
+    ] {
+        let verify = format!("--verify.receivers={receiver}");
+        let words = ["config", "routes", "test", "--config.file=alertmanager.yml", &verify];
+        let words: Vec<&str> = words.into_iter().chain(labels.split(' ')).collect();
+        judged("amtool", &words, folder.path()).unwrap_or_else(|said| panic!("{labels}: {said}"));
+    }
 
     let tests = contrib().join("prometheus/tests");
     let files: Vec<PathBuf> = fs::read_dir(&tests).unwrap().map(|entry| entry.unwrap().path()).collect();

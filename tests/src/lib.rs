@@ -44,7 +44,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 pub use memory::MemoryGroup;
 pub use need::{Need, firewalld, lacking, libnmap, missing};
-pub use node::{Answer, Http, Node, Outcome, Running, Scan, states, wait_until};
+pub use node::{Answer, HTTP_PATIENCE, Http, Node, Outcome, Running, Scan, states, wait_until};
 pub use product::{Daemon, spokeguard};
 pub use reaper::reap;
 pub use rustix::process::Signal;

@@ -20,6 +20,9 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 /// Long enough for a busy machine: a test that gets here has failed anyway.
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// How long an HTTP answer may keep still.
+pub const HTTP_PATIENCE: Duration = Duration::from_secs(10);
+
 /// A network namespace with a mount namespace of its own.
 pub struct Node {
     /// `internet`, `hub`, `spoke` or `ctr`.
@@ -257,7 +260,7 @@ impl Node {
         self.inside(|| {
             let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(2))
                 .with_context(|| format!("connect to http://{to}"))?;
-            stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+            stream.set_read_timeout(Some(HTTP_PATIENCE))?;
             let headers: String =
                 headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
             stream.write_all(format!("GET {path} HTTP/1.0\r\nHost: {to}\r\n{headers}\r\n").as_bytes())?;

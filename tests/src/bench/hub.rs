@@ -79,8 +79,10 @@ fn section(
         goals: Vec::new(),
         notes: vec![format!(
             "{cycles} cycles of {} s by contrib/prometheus as it stands; the spokes are one process with an \
-             address each and texts of the real form that change. Both share this machine.",
+             address each and texts of the real form that change. Both share this machine. A question that takes \
+             more than {} s is given up.",
             EVERY.as_secs(),
+            lab::HTTP_PATIENCE.as_secs()
         )],
     };
     let job = "prometheus --config.file=contrib/prometheus/prometheus.yml";
@@ -211,8 +213,13 @@ fn questions(hub: &Hub) -> Result<Vec<f64>> {
         let expression =
             expression.replace("$__rate_interval", "1m").replace("$node", ".*").replace("$role", ".*");
         let started = Instant::now();
-        hub.prometheus.query(hub.node, &expression)?;
-        times.push(started.elapsed().as_secs_f64() * 1e3);
+        let answer = hub.prometheus.query(hub.node, &expression);
+        let took = started.elapsed();
+        // One that was given up counts with the time that it had.
+        if took < lab::HTTP_PATIENCE {
+            answer?;
+        }
+        times.push(took.as_secs_f64() * 1e3);
     }
     ensure!(times.len() > 30, "the dashboard asks {} questions", times.len());
     Ok(times)
