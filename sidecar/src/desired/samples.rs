@@ -65,7 +65,7 @@ pub(crate) fn spoke() -> Policy {
             allow_no_admin_path: false,
         },
         metrics: Metrics { port: port(9984) },
-        heartbeat: Heartbeat { kuma_url_file: None, ntfy_url_file: None, every: Duration::from_secs(30) },
+        heartbeat: Heartbeat::default(),
     }
 }
 

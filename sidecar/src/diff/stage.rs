@@ -271,7 +271,7 @@ fn policy() -> Policy {
             allow_no_admin_path: false,
         },
         metrics: Metrics { port: port(9984) },
-        heartbeat: Heartbeat { kuma_url_file: None, ntfy_url_file: None, every: Duration::from_secs(30) },
+        heartbeat: Heartbeat::default(),
     }
 }
 

@@ -101,7 +101,7 @@ fn desired(
             allow_no_admin_path: false,
         },
         metrics: Metrics { port: Port::new(9984).expect("a port") },
-        heartbeat: Heartbeat { kuma_url_file: None, ntfy_url_file: None, every: Duration::from_secs(30) },
+        heartbeat: Heartbeat::default(),
     };
     let table = Table {
         family: TableFamily::Inet,

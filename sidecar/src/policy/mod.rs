@@ -247,11 +247,42 @@ pub struct Metrics {
     pub port: Port,
 }
 
+/// What is told to the hub by itself, and what is measured for it. Nothing that is absent is
+/// told or measured.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Heartbeat {
+    /// The push URL of this node's monitor in Uptime Kuma, as Kuma shows it. A name without a
+    /// slash is a credential of the service (`LoadCredential=`).
     pub kuma_url_file: Option<PathBuf>,
+    /// The URL of an ntfy topic; an access token (`tk_...`) may follow on a line of its own.
     pub ntfy_url_file: Option<PathBuf>,
     pub every: Duration,
+    /// Written at every beat, for whoever polls a share: verdict and checks as JSON.
+    pub status_file: Option<PathBuf>,
+    /// JSON object of what only the application knows: db_size_mb, db_integrity,
+    /// active_sessions, req_1h, err_1h, cert_days_remaining. Believed for 5 min.
+    pub app_file: Option<PathBuf>,
+    /// PEM chain whose first certificate is the one served on port 443.
+    pub certificate_file: Option<PathBuf>,
+    /// Without a file: the name to ask this host's own port 443 for.
+    pub certificate_name: Option<String>,
+    /// Its size is db_size_mb.
+    pub database_file: Option<PathBuf>,
+}
+
+impl Default for Heartbeat {
+    fn default() -> Self {
+        Self {
+            kuma_url_file: None,
+            ntfy_url_file: None,
+            every: Duration::from_secs(30),
+            status_file: None,
+            app_file: None,
+            certificate_file: None,
+            certificate_name: None,
+            database_file: None,
+        }
+    }
 }
 
 impl Policy {

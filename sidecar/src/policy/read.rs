@@ -51,7 +51,7 @@ const TABLES: &[(&str, Option<usize>, &[&str])] = &[
     ("file", Some(256), &["path", "mode"]),
     ("enforce", None, &ENFORCE),
     ("metrics", None, &["port"]),
-    ("heartbeat", None, &["kuma_url_file", "ntfy_url_file", "every"]),
+    ("heartbeat", None, &HEARTBEAT),
 ];
 #[rustfmt::skip]
 const ROOT: [&str; 11] = [
@@ -65,8 +65,12 @@ const MESH: [&str; 11] = [
 const ENFORCE: [&str; 6] =
     ["mode", "firewall", "binds", "keepalive", "confirm_within", "allow_no_admin_path"];
 
-/// Keys that are read and checked, and whose feature comes with a later version.
-const LATER: &[&str] = &["heartbeat.kuma_url_file", "heartbeat.ntfy_url_file", "heartbeat.every"];
+#[rustfmt::skip]
+const HEARTBEAT: [&str; 8] = [
+    "kuma_url_file", "ntfy_url_file", "every", "status_file", "app_file", "certificate_file", "certificate_name",
+    "database_file",
+];
+
 /// Keys that speak of WireGuard's own state, which Tailscale keeps to itself.
 const WIREGUARD_ONLY: &[&str] =
     &["mesh.keepalive", "mesh.handshake_max_age", "mesh.hub.public_key", "mesh.hub.endpoint"];
@@ -187,7 +191,6 @@ pub(crate) fn read_table(table: &DeTable<'_>, found: Found) -> Result<Read, Foun
     if !found.0.is_empty() {
         return Err(found);
     }
-    let later = LATER.iter().map(|key| (*key, " yet: its feature comes with a later version"));
     let foreign = WIREGUARD_ONLY
         .iter()
         .filter(|_| policy.mesh.kind == MeshKind::Tailscale)
@@ -197,7 +200,7 @@ pub(crate) fn read_table(table: &DeTable<'_>, found: Found) -> Result<Read, Foun
         .filter(|_| policy.mesh.kind == MeshKind::Wireguard)
         .map(|key| (*key, " with kind = \"wireguard\", which has no such thing"));
     let set = |(key, why): (&str, &'static str)| places.contains_key(key).then(|| (key.to_owned(), why));
-    let noted = later.chain(foreign).chain(tailscale).filter_map(set).collect();
+    let noted = foreign.chain(tailscale).filter_map(set).collect();
     Ok(Read { policy, places, noted })
 }
 
@@ -609,7 +612,12 @@ impl Reader {
         let heartbeat = Heartbeat {
             kuma_url_file: self.get(&heartbeat, "kuma_url_file", url_file),
             ntfy_url_file: self.get(&heartbeat, "ntfy_url_file", url_file),
-            every: self.get(&heartbeat, "every", span).unwrap_or(Duration::from_secs(30)),
+            every: self.get(&heartbeat, "every", span).unwrap_or(Heartbeat::default().every),
+            status_file: self.get(&heartbeat, "status_file", path),
+            app_file: self.get(&heartbeat, "app_file", path),
+            certificate_file: self.get(&heartbeat, "certificate_file", path),
+            certificate_name: self.get(&heartbeat, "certificate_name", host_name),
+            database_file: self.get(&heartbeat, "database_file", path),
         };
         Policy { node, mesh, public, ssh, services, locals, exceptions, files, enforce, metrics, heartbeat }
     }
@@ -1140,7 +1148,26 @@ fn url_file(value: &DeValue<'_>) -> Result<PathBuf, Wrong> {
             "a policy may be read by anyone, a push URL may not: put it in a file and write its path",
         ));
     }
+    let name = text_of(value)?;
+    // By name alone: a credential of the service.
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if !name.is_empty() && name.len() <= 255 && name.chars().all(plain) && !name.starts_with('.') {
+        return Ok(PathBuf::from(name));
+    }
     path(value)
+}
+
+/// As a certificate names its host.
+fn host_name(value: &DeValue<'_>) -> Result<String, Wrong> {
+    let name = text_of(value)?;
+    let label = |label: &str| {
+        let plain = |b: u8| b.is_ascii_alphanumeric() || b == b'-';
+        (1..=63).contains(&label.len()) && label.bytes().all(plain)
+    };
+    if name.len() <= 253 && name.split('.').all(label) {
+        return Ok(name);
+    }
+    Err(wrong(format!("\"{}\" is not a host's name", shorten(&name)), "write it as in \"www.example.org\""))
 }
 
 /// `mode = "0600"`, as `chmod` takes it.

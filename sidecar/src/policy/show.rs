@@ -3,7 +3,7 @@
 use std::fmt::{Display, Write};
 use std::net::IpAddr;
 
-use super::{Bind, MeshKind, Mode, Policy, Role, Sources};
+use super::{Bind, Heartbeat, MeshKind, Mode, Policy, Role, Sources};
 use crate::terms::Port;
 
 /// Normalised TOML. Reading it gives an equal policy.
@@ -116,13 +116,32 @@ pub fn show(policy: &Policy) -> String {
     out.table("[metrics]");
     out.key("port", metrics.port);
     out.table("[heartbeat]");
-    if let Some(path) = &heartbeat.kuma_url_file {
-        out.text("kuma_url_file", path.display());
+    let Heartbeat {
+        kuma_url_file,
+        ntfy_url_file,
+        every,
+        status_file,
+        app_file,
+        certificate_file,
+        certificate_name,
+        database_file,
+    } = heartbeat;
+    out.text("every", humantime::format_duration(*every));
+    for (key, path) in [
+        ("kuma_url_file", kuma_url_file),
+        ("ntfy_url_file", ntfy_url_file),
+        ("status_file", status_file),
+        ("app_file", app_file),
+        ("certificate_file", certificate_file),
+        ("database_file", database_file),
+    ] {
+        if let Some(path) = path {
+            out.text(key, path.display());
+        }
     }
-    if let Some(path) = &heartbeat.ntfy_url_file {
-        out.text("ntfy_url_file", path.display());
+    if let Some(name) = certificate_name {
+        out.text("certificate_name", name);
     }
-    out.text("every", humantime::format_duration(heartbeat.every));
     out.0
 }
 

@@ -65,8 +65,13 @@ allow_no_admin_path = false
 port = 9984
 [heartbeat]
 kuma_url_file = "/run/credentials/kuma-url"
-ntfy_url_file = "/run/credentials/ntfy-url"
+ntfy_url_file = "ntfy-url"
 every = "30s"
+status_file = "/space/devices/oslo/_status.json"
+app_file = "/run/vault/app.json"
+certificate_file = "/etc/letsencrypt/live/oslo/fullchain.pem"
+certificate_name = "oslo.example.org"
+database_file = "/var/lib/vault/vault.db"
 "#;
 
 /// The shortest policy of a spoke, to which cases add.
@@ -204,13 +209,17 @@ fn the_documented_example_is_read_key_by_key() {
         metrics: Metrics { port: port(9984) },
         heartbeat: Heartbeat {
             kuma_url_file: Some("/run/credentials/kuma-url".into()),
-            ntfy_url_file: Some("/run/credentials/ntfy-url".into()),
+            ntfy_url_file: Some("ntfy-url".into()),
             every: Duration::from_secs(30),
+            status_file: Some("/space/devices/oslo/_status.json".into()),
+            app_file: Some("/run/vault/app.json".into()),
+            certificate_file: Some("/etc/letsencrypt/live/oslo/fullchain.pem".into()),
+            certificate_name: Some("oslo.example.org".into()),
+            database_file: Some("/var/lib/vault/vault.db".into()),
         },
     };
     assert_eq!(loaded.policy, expected);
-    let keys: Vec<&str> = loaded.notes.iter().map(|n| n.key.as_str()).collect();
-    assert_eq!(keys, ["heartbeat.kuma_url_file", "heartbeat.ntfy_url_file", "heartbeat.every"]);
+    assert_eq!(loaded.notes, []);
 }
 
 #[test]
@@ -542,6 +551,8 @@ fn values_of_the_wrong_kind() {
             "[[file]]\nmode = \"0600\"\n[[file]]\nmode = \"0600\"",
             "[[file]]\npath = \"/x\"\nmode = \"0600\"\n[[file]]\npath = \"/x\"\nmode = \"0400\"",
             "[heartbeat]\nkuma_url_file = \"https://kuma.example.org/api/push/s3cr3t\"",
+            "[heartbeat]\nkuma_url_file = \"secrets/kuma\"\nstatus_file = \"_status.json\"",
+            "[heartbeat]\ncertificate_name = \"https://oslo.example.org\"\nevery = 30",
         ],
         expect![[r#"
             2:7 `tcp` is a list of ports, not a number (put it in brackets, also when it is the only one)
@@ -580,6 +591,10 @@ fn values_of_the_wrong_kind() {
             3:1 `path` is missing in [[file]] (write `path = "/etc/vault/production.env"`)
             5:8 two [[file]] have the path "/x" (keep one of them)
             2:17 this is a URL, not the path of a file that holds it (a policy may be read by anyone, a push URL may not: put it in a file and write its path)
+            2:17 "secrets/kuma" is not the absolute path of a file (begin it with / and leave out "..")
+            3:15 "_status.json" is not the absolute path of a file (begin it with / and leave out "..")
+            2:20 "https://oslo.example.org" is not a host's name (write it as in "www.example.org")
+            3:9 a duration needs its unit (write "30s" if seconds are meant)
         "#]],
     );
 }
