@@ -11,6 +11,7 @@ pub mod daemon;
 pub mod desired;
 pub mod diff;
 pub mod fleet;
+pub mod heartbeat;
 pub mod metrics;
 pub mod observed;
 pub mod policy;

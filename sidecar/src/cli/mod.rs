@@ -26,7 +26,9 @@ mod status;
 mod top;
 
 pub use policy::load_policy;
-pub use run::{INTERNAL_CANARY, INTERNAL_HTTP, INTERNAL_LOAD, INTERNAL_LOAD_BINDS, INTERNAL_PROBE};
+pub use run::{
+    INTERNAL_CANARY, INTERNAL_HTTP, INTERNAL_LOAD, INTERNAL_LOAD_BINDS, INTERNAL_PROBE, INTERNAL_SEND,
+};
 
 /// Declares, enforces, observes and reports what this host exposes.
 ///
@@ -162,6 +164,9 @@ pub enum Command {
     /// Tries whether our controls hold (run by the daemon itself)
     #[command(name = INTERNAL_CANARY, hide = true)]
     InternalCanary,
+    /// Speaks to the hub (run by the daemon itself)
+    #[command(name = INTERNAL_SEND, hide = true)]
+    InternalSend,
 }
 
 /// The directories of this instance. In a network namespace other than the first one the
@@ -271,6 +276,7 @@ pub fn main() -> ExitCode {
         Command::InternalHttp => run::serve_http(),
         Command::InternalKeep { run_dir } => crate::source::probe::keeper::keep(&run_dir).map(|()| 0),
         Command::InternalProbe => run::probe(),
+        Command::InternalSend => run::send(),
         Command::InternalCanary => crate::daemon::canary::run_child().map(|()| 0),
     };
     match result {

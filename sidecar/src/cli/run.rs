@@ -22,6 +22,9 @@ pub const INTERNAL_PROBE: &str = "internal-probe";
 /// The same for the frames by which our controls are tried.
 pub const INTERNAL_CANARY: &str = "internal-canary";
 
+/// The same for a process that speaks to the hub.
+pub const INTERNAL_SEND: &str = "internal-send";
+
 pub fn run(global: &Global) -> anyhow::Result<u8> {
     crate::sys::memory::limit_arenas();
     logging::start(global.quiet);
@@ -78,5 +81,10 @@ pub fn load_bpf(pin_dir: &Path, guard_only: bool) -> anyhow::Result<u8> {
 
 pub fn probe() -> anyhow::Result<u8> {
     crate::source::outside::run_from_stdin()?;
+    Ok(0)
+}
+
+pub fn send() -> anyhow::Result<u8> {
+    crate::daemon::sender::run_from_stdin()?;
     Ok(0)
 }

@@ -45,6 +45,7 @@ pub mod http;
 pub mod logging;
 pub mod notify;
 pub mod privileges;
+pub mod sender;
 pub mod server;
 pub mod socket;
 
@@ -52,6 +53,8 @@ mod audits;
 mod binds;
 mod glass;
 mod guarding;
+mod heart;
+mod journal;
 mod pace;
 mod pinned;
 mod reload;
@@ -64,6 +67,7 @@ use confirm::Standing;
 use eventlog::{Event, EventKind, EventLog};
 use front::{Call, Front};
 use guarding::{Guarding, Kept};
+use heart::Heart;
 use pace::Pace;
 use privileges::Privileges;
 use suspects::Suspects;
@@ -160,6 +164,7 @@ struct Daemon {
     repair_fails: bool,
     audits: Audits,
     canaries: Canaries,
+    heart: Heart,
 }
 
 /// Facts of the last look.
@@ -204,6 +209,7 @@ impl Daemon {
             seen: Seen::default(),
             front: Front::new(hub_of(&desired)),
             privileges: Privileges::default(),
+            heart: Heart::new(&desired),
             desired: Arc::new(desired),
             standing: Standing::new(&places, policy_hash.clone()),
             policy_hash,
@@ -320,6 +326,7 @@ impl Daemon {
                 greeted = true;
                 // Who asks now gets an answer, whatever else is to be done.
                 self.show();
+                self.heart.begin();
                 notify::ready();
             }
             // What was asked for during a look rests after it, too.
@@ -367,6 +374,8 @@ impl Daemon {
                     }
                     Call::Confined => self.tell_of_server(),
                 },
+                // Tells the hub, and never comes back.
+                () = self.heart.beat() => {}
                 _ = hangup.recv() => self.on_hangup(&mut file),
                 () = file.change() => self.on_policy_file(&mut file),
                 () = sleep_until(trial_due) => self.on_trial(),
@@ -515,6 +524,7 @@ impl Daemon {
         self.layout = metrics::Layout::new(&desired);
         self.config = bpf::CounterConfig::new(&desired.services);
         self.policy_hash = crate::policy::fingerprint(&desired.policy);
+        self.heart.follow(&desired);
         self.desired = Arc::new(desired);
         if let Some(counters) = &mut self.counters
             && let Err(error) = counters.configure(&self.config)
@@ -870,6 +880,7 @@ impl Daemon {
         self.canaries.looked(&self.desired, &snapshot, self.canaries_asked(), Instant::now());
         let report = Report::new(&self.desired, &snapshot, assessment, now);
         notify::status(&headline(&report));
+        self.heart.looked(&report, &snapshot);
         self.snapshot = Some(snapshot);
         self.report = Some(report);
         self.front.beat(TICK);
@@ -1064,6 +1075,7 @@ impl Daemon {
             cycle_seconds: self.cycle_took.as_secs_f64(),
             resident_bytes: self.resident_bytes(),
             http_rejects: self.front.rejects(),
+            heartbeat: &self.heart.tally(),
         };
         self.front.set(metrics::render(&state, &self.layout));
     }
@@ -1160,6 +1172,7 @@ impl Daemon {
 
     /// One line in the event log and one in the journal.
     fn note(&mut self, kind: EventKind, finding: Option<&Finding>, took: Option<Duration>) {
+        finding.into_iter().for_each(|finding| self.heart.note(kind, finding));
         self.enter(Event {
             at: clock::now(),
             kind,
@@ -1188,7 +1201,9 @@ impl Daemon {
     }
 
     fn enter(&mut self, event: Event) {
-        log::info!("{}", event.to_line());
+        if !journal::tell(&event) {
+            log::info!("{}", event.to_line());
+        }
         if self.recent.len() >= EVENTS_SHOWN {
             self.recent.pop_front();
         }

@@ -6,10 +6,12 @@
 //! can't be read, whatever the rules, and no listener would have an owner any more. The
 //! server of the metrics keeps nothing at all, and is in one.
 
+use std::path::Path;
+
 use caps::{CapSet, Capability, CapsHashSet};
 use landlock::{
-    ABI, Access as _, AccessFs, AccessNet, CompatLevel, Compatible as _, Ruleset, RulesetAttr as _,
-    RulesetStatus, Scope,
+    ABI, Access as _, AccessFs, AccessNet, CompatLevel, Compatible as _, NetPort, Ruleset, RulesetAttr as _,
+    RulesetCreatedAttr as _, RulesetError, RulesetStatus, Scope, path_beneath_rules,
 };
 use rustix::process::{Resource, Rlimit, setrlimit};
 use serde::{Deserialize, Serialize};
@@ -32,6 +34,9 @@ const KEPT: [Capability; 6] = [
     // `[metrics] port` may be below 1024.
     Capability::CAP_NET_BIND_SERVICE,
 ];
+
+/// Where a name server that has much to say is asked by TCP.
+const DNS: u16 = 53;
 
 /// Before Linux 6.6, audits see what arrives by a packet socket.
 fn kept() -> Vec<Capability> {
@@ -116,6 +121,28 @@ pub fn confine_daemon() -> Privileges {
 /// Takes everything from a process that serves descriptors which it was given. Descriptors to
 /// come must not exceed `descriptors_max`.
 pub fn confine_server(descriptors_max: u64) -> Confinement {
+    confine_child(descriptors_max, &[], &[], seccomp::confine_server, &Attempt::OF_A_SERVER)
+}
+
+/// The same for a process that sends to one TCP port: it may read these files and folders, by
+/// which names are resolved, and connect there and to name servers.
+pub fn confine_sender(descriptors_max: u64, readable: &[&Path], port: Option<u16>) -> Confinement {
+    let ports: Vec<u16> = port.into_iter().chain([DNS]).collect();
+    let mut held =
+        confine_child(descriptors_max, readable, &ports, seccomp::confine_sender, &Attempt::OF_A_SENDER);
+    if held.landlock != Landlock::None {
+        held.gaps.extend(Attempt::Open.gets_through());
+    }
+    held
+}
+
+fn confine_child(
+    descriptors_max: u64,
+    readable: &[&Path],
+    ports: &[u16],
+    filter: fn() -> anyhow::Result<()>,
+    attempts: &[Attempt],
+) -> Confinement {
     let mut gaps = Vec::new();
     // This process was started with exec by the daemon, which is how root gets back what it
     // has dropped: not past no_new_privs.
@@ -136,14 +163,14 @@ pub fn confine_server(descriptors_max: u64) -> Confinement {
     if let Err(error) = setrlimit(Resource::Nofile, limit) {
         gaps.push(format!("limit of descriptors: {error}"));
     }
-    let landlock = nothing_by_landlock().unwrap_or_else(|error| {
+    let landlock = only_by_landlock(readable, ports).unwrap_or_else(|error| {
         gaps.push(format!("Landlock: {error}"));
         Landlock::None
     });
     // Asked before the filter, which refuses capset() as well, and so would prove nothing.
     gaps.extend(regained(&dropped));
-    match seccomp::confine_server() {
-        Ok(()) => gaps.extend(Attempt::OF_A_SERVER.into_iter().filter_map(Attempt::gets_through)),
+    match filter() {
+        Ok(()) => gaps.extend(attempts.iter().copied().filter_map(Attempt::gets_through)),
         Err(error) => gaps.push(format!("no filter of system calls: {error:#}")),
     }
     Confinement { landlock, gaps }
@@ -183,9 +210,9 @@ fn regained(dropped: &CapsHashSet) -> Vec<String> {
     back.into_iter().map(|name| format!("{name} came back after it was dropped")).collect()
 }
 
-/// No file, no port, no process outside: every right that Landlock knows, and no rule that
-/// gives one back.
-fn nothing_by_landlock() -> Result<Landlock, landlock::RulesetError> {
+/// No other file, no other port, no process outside: every right that Landlock knows, and no
+/// rule that gives one back but these.
+fn only_by_landlock(readable: &[&Path], ports: &[u16]) -> Result<Landlock, RulesetError> {
     // The last version that this can be asked of; the kernel's own may be older.
     let abi = ABI::V6;
     let status = Ruleset::default()
@@ -194,6 +221,11 @@ fn nothing_by_landlock() -> Result<Landlock, landlock::RulesetError> {
         .handle_access(AccessNet::from_all(abi))?
         .scope(Scope::from_all(abi))?
         .create()?
+        // What is not there needs no right.
+        .add_rules(path_beneath_rules(readable, AccessFs::ReadFile | AccessFs::ReadDir))?
+        .add_rules(
+            ports.iter().map(|port| Ok::<_, RulesetError>(NetPort::new(*port, AccessNet::ConnectTcp))),
+        )?
         .restrict_self()?;
     Ok(match status.ruleset {
         RulesetStatus::FullyEnforced => Landlock::Full,

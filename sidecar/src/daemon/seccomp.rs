@@ -108,6 +108,9 @@ const TERMINAL_INPUT: [u64; 2] = [libc::TIOCSTI as u64, libc::TIOCLINUX as u64];
 /// std's way of making a socket nonblocking. Requests are of another width in musl.
 #[allow(clippy::unnecessary_cast)]
 const NONBLOCKING: u64 = libc::FIONBIO as u64;
+/// libc's resolver asks how much of an answer is there.
+#[allow(clippy::unnecessary_cast)]
+const PENDING: u64 = libc::FIONREAD as u64;
 
 /// What the server may do, whatever the arguments.
 const SERVED: &[libc::c_long] = &[
@@ -146,6 +149,55 @@ const SERVED: &[libc::c_long] = &[
     libc::SYS_epoll_wait,
 ];
 
+/// What the process that sends may do besides: resolve names, whose libraries it may load, and
+/// connect.
+const SENT: &[libc::c_long] = &[
+    libc::SYS_openat,
+    libc::SYS_newfstatat,
+    libc::SYS_fstat,
+    libc::SYS_statx,
+    libc::SYS_faccessat,
+    libc::SYS_readlinkat,
+    libc::SYS_lseek,
+    libc::SYS_pread64,
+    libc::SYS_connect,
+    libc::SYS_bind,
+    libc::SYS_sendmmsg,
+    libc::SYS_recvmmsg,
+    libc::SYS_setsockopt,
+    libc::SYS_ppoll,
+    libc::SYS_uname,
+    libc::SYS_getuid,
+    libc::SYS_geteuid,
+    libc::SYS_getgid,
+    libc::SYS_getegid,
+    libc::SYS_getpid,
+    libc::SYS_gettid,
+    libc::SYS_prctl,
+    libc::SYS_prlimit64,
+    libc::SYS_set_robust_list,
+    libc::SYS_rseq,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_rt_sigaction,
+    libc::SYS_gettimeofday,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_open,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_access,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_stat,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_readlink,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_poll,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_time,
+];
+
+/// Of whoever sends: routes are asked for before a name's addresses are put in order, and a
+/// host's resolver may be behind a unix socket.
+const SENDERS_FAMILIES: [libc::c_int; 4] = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK];
+
 /// Takes [`REFUSED`] from this thread and all that it starts from now on.
 pub(super) fn confine_daemon() -> anyhow::Result<()> {
     apply(&daemon_filters()?)
@@ -154,6 +206,11 @@ pub(super) fn confine_daemon() -> anyhow::Result<()> {
 /// Leaves [`SERVED`] to this thread, and little more.
 pub(super) fn confine_server() -> anyhow::Result<()> {
     apply(&[server_filter()?])
+}
+
+/// Leaves [`SERVED`] and [`SENT`] to this thread and those that it starts.
+pub(super) fn confine_sender() -> anyhow::Result<()> {
+    apply(&[no_clone3()?, sender_filter()?])
 }
 
 fn apply(filters: &[BpfProgram]) -> anyhow::Result<()> {
@@ -179,23 +236,53 @@ fn daemon_filters() -> anyhow::Result<[BpfProgram; 2]> {
     let typing = |request: &u64| rule(vec![condition(1, SeccompCmpOp::Eq, *request)]);
     rules.insert(libc::SYS_ioctl, TERMINAL_INPUT.iter().map(typing).collect::<Result<_, _>>()?);
     let refused = compile(rules, SeccompAction::Allow, SeccompAction::Errno(libc::EPERM as u32))?;
-    // clone3 keeps its flags where no filter can see them. Told that there is none, libc takes clone.
+    Ok([refused, no_clone3()?])
+}
+
+/// clone3 keeps its flags where no filter can see them. Told that there is none, libc takes clone.
+fn no_clone3() -> anyhow::Result<BpfProgram> {
     let clone3 = Rules::from([(libc::SYS_clone3, Vec::new())]);
-    let absent = compile(clone3, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32))?;
-    Ok([refused, absent])
+    compile(clone3, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32))
 }
 
 fn server_filter() -> anyhow::Result<BpfProgram> {
     let mut rules: Rules = SERVED.iter().map(|call| (*call, Vec::new())).collect();
-    let not_executable = || rule(vec![condition(2, SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64), 0)]);
-    rules.insert(libc::SYS_mmap, vec![not_executable()?]);
-    rules.insert(libc::SYS_mprotect, vec![not_executable()?]);
+    rules.insert(libc::SYS_mmap, vec![rule(vec![lacks(2, libc::PROT_EXEC)])?]);
+    rules.insert(libc::SYS_mprotect, vec![rule(vec![lacks(2, libc::PROT_EXEC)])?]);
+    allow_on_descriptors(&mut rules, &[NONBLOCKING])?;
+    compile(rules, SeccompAction::Errno(libc::EPERM as u32), SeccompAction::Allow)
+}
+
+fn sender_filter() -> anyhow::Result<BpfProgram> {
+    let mut rules: Rules = SERVED.iter().chain(SENT).map(|call| (*call, Vec::new())).collect();
+    // A library's code is mapped, and never written.
+    let either = [rule(vec![lacks(2, libc::PROT_EXEC)])?, rule(vec![lacks(2, libc::PROT_WRITE)])?];
+    rules.insert(libc::SYS_mmap, either.into());
+    rules.insert(libc::SYS_mprotect, vec![rule(vec![lacks(2, libc::PROT_EXEC)])?]);
+    let family = |family: &libc::c_int| rule(vec![condition(0, SeccompCmpOp::Eq, *family as u64)]);
+    rules.insert(libc::SYS_socket, SENDERS_FAMILIES.iter().map(family).collect::<Result<_, _>>()?);
+    // Threads, and no processes.
+    let thread = libc::CLONE_THREAD as u64;
+    rules.insert(libc::SYS_clone, vec![rule(vec![condition(0, SeccompCmpOp::MaskedEq(thread), thread)])?]);
+    allow_on_descriptors(&mut rules, &[NONBLOCKING, PENDING])?;
+    // What libc is told is absent has to get past this one.
+    rules.insert(libc::SYS_clone3, Vec::new());
+    compile(rules, SeccompAction::Errno(libc::EPERM as u32), SeccompAction::Allow)
+}
+
+fn lacks(argument: u8, bit: libc::c_int) -> Result<SeccompCondition, seccompiler::BackendError> {
+    condition(argument, SeccompCmpOp::MaskedEq(bit as u64), 0)
+}
+
+/// Flags of descriptors, and these requests to them.
+fn allow_on_descriptors(rules: &mut Rules, requests: &[u64]) -> anyhow::Result<()> {
     let is = |argument, value: u64| rule(vec![condition(argument, SeccompCmpOp::Eq, value)]);
-    rules.insert(libc::SYS_ioctl, vec![is(1, NONBLOCKING)?]);
+    let requests = requests.iter().map(|request| is(1, *request));
+    rules.insert(libc::SYS_ioctl, requests.collect::<Result<_, _>>()?);
     let of_descriptors = [libc::F_GETFL, libc::F_SETFL, libc::F_GETFD, libc::F_SETFD];
     let of_descriptors = of_descriptors.map(|command| is(1, command as u64));
     rules.insert(libc::SYS_fcntl, of_descriptors.into_iter().collect::<Result<_, _>>()?);
-    compile(rules, SeccompAction::Errno(libc::EPERM as u32), SeccompAction::Allow)
+    Ok(())
 }
 
 /// By system call; a call without rules matches whatever its arguments.

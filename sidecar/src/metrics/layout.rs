@@ -10,8 +10,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use jiff::civil::Date;
 
 use crate::desired::{Desired, Service};
+use crate::heartbeat::Outcome;
 use crate::observed::{Amount, AttemptKey, CountedProto, Direction, TrafficKey};
-use crate::policy::{Exception, MeshKind, Role};
+use crate::policy::{Exception, Heartbeat, MeshKind, Role};
 use crate::repair::ActionKind;
 use crate::terms::{Family, Proto, PublicKey, Scope};
 
@@ -61,6 +62,8 @@ pub struct Layout {
     pub(super) hub: Option<PublicKey>,
     /// When the exceptions that end next do so, in Unix time.
     pub(super) exceptions: BTreeMap<String, u64>,
+    /// Of the heartbeat.
+    heartbeat: usize,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -105,6 +108,12 @@ pub(super) struct AttemptLabels<'a> {
     pub(super) allowed: bool,
 }
 
+/// Outcomes of beats and their age; outcomes of notices, those that wait, and those given up.
+fn heartbeat(policy: &Heartbeat) -> usize {
+    let kuma = policy.kuma_url_file.as_ref().map_or(0, |_| Outcome::ALL.len() + 1);
+    kuma + policy.ntfy_url_file.as_ref().map_or(0, |_| Outcome::ALL.len() + 2)
+}
+
 impl Layout {
     pub fn new(desired: &Desired) -> Self {
         let policy = &desired.policy;
@@ -130,6 +139,7 @@ impl Layout {
             },
             hub: policy.mesh.hub.as_ref().and_then(|hub| hub.public_key),
             exceptions: next_ends(&policy.exceptions, desired.today),
+            heartbeat: heartbeat(&policy.heartbeat),
         };
         layout.give_way();
         for class in 0..desired.services.len() {
@@ -157,6 +167,7 @@ impl Layout {
             + AUDIT
             + BREAK_GLASS
             + self.exceptions.len()
+            + self.heartbeat
             + self.peers * 2
             + self.drops().len()
             + self.traffic().len() * 2

@@ -20,6 +20,7 @@ use prometheus_client::registry::{Registry, Unit};
 use serde::Serialize;
 
 use crate::diff::{Code, Finding, Proof, Severity};
+use crate::heartbeat::{Outcome, Tally, Target};
 use crate::observed::{Amount, BindTally, Counters, Facet, Peer};
 use crate::policy::{Mode, Role};
 use crate::repair::{ActionKind, Ended};
@@ -69,6 +70,7 @@ pub struct State<'a> {
     /// `None`: could not be read.
     pub resident_bytes: Option<u64>,
     pub http_rejects: u64,
+    pub heartbeat: &'a Tally,
 }
 
 /// The facets that have series. Of the bind guard `control_enforced` and `refused_binds` tell all.
@@ -207,6 +209,7 @@ impl Exposition {
         out.wireguard(state, layout);
         out.audit(state);
         out.own(state);
+        out.heartbeat(state.heartbeat);
         out
     }
 
@@ -463,6 +466,24 @@ impl Exposition {
             "Connections to this endpoint that were closed: not the hub, or too many",
             one(state.http_rejects),
         );
+    }
+
+    /// Nothing of whom the policy does not tell.
+    fn heartbeat(&mut self, tally: &Tally) {
+        let pairs = tally.told.iter().flat_map(|target| Outcome::ALL.map(|outcome| (*target, outcome)));
+        self.counter(
+            "heartbeat",
+            "What the hub was told, by what came of it",
+            pairs.map(|(target, outcome)| {
+                let labels = vec![("target", target.name().into()), ("outcome", outcome.name().into())];
+                (labels, Value::Whole(tally.sent.get(&(target, outcome)).copied().unwrap_or(0)))
+            }),
+        );
+        let age = tally.age.map(|age| (Vec::new(), Value::Whole(age.as_secs())));
+        self.gauge("heartbeat_age", Some(Unit::Seconds), "Time since Uptime Kuma accepted a beat", age);
+        let of_ntfy = |n| tally.told.contains(&Target::Ntfy).then(|| (Vec::new(), Value::Whole(n)));
+        self.gauge("heartbeat_queue", None, "Notices that wait to be sent", of_ntfy(tally.queue));
+        self.counter("heartbeat_dropped", "Notices that were given up", of_ntfy(tally.dropped));
     }
 
     fn info(&mut self, name: &'static str, help: &'static str, labels: Labels) {

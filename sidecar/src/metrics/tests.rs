@@ -8,6 +8,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::desired::{Desired, Service};
 use crate::diff::{Code, Proof, Severity};
+use crate::heartbeat::{Outcome, Tally, Target};
 use crate::observed::{AttemptKey, BindTally, CountedProto, Direction, TrafficKey};
 use crate::policy::*;
 use crate::ruleset::{Table, TableFamily};
@@ -182,6 +183,7 @@ struct World {
     enforced: BTreeSet<Control>,
     blind: Vec<Facet>,
     audit: Option<Audit>,
+    heartbeat: Tally,
 }
 
 impl World {
@@ -213,6 +215,7 @@ impl World {
             cycle_seconds: 0.0031,
             resident_bytes: Some(4_200_000),
             http_rejects: 3,
+            heartbeat: &self.heartbeat,
         }
     }
 
@@ -586,7 +589,7 @@ proptest! {
     fn no_policy_and_no_traffic_makes_more_series_than_the_bound(
         services in proptest::collection::vec(any_service(), 0..80),
         hub in any::<bool>(), tailscale in any::<bool>(), dual in any::<bool>(), lan in any::<bool>(),
-        rules in 0usize..12, exceptions in 0u8..9,
+        rules in 0usize..12, exceptions in 0u8..9, tells in any::<bool>(),
         world in any_world(),
     ) {
         let role = if hub { Role::Hub } else { Role::Spoke };
@@ -594,6 +597,10 @@ proptest! {
         let mut desired = desired(role, kind, dual, lan, rules, services);
         let day = jiff::civil::date(2026, 1, 1);
         desired.policy.exceptions = (0..exceptions).map(|n| exception(&format!("e{n}"), day)).collect();
+        let mut world = world;
+        if tells {
+            (desired.policy.heartbeat, world.heartbeat) = telling();
+        }
         let layout = Layout::new(&desired);
         prop_assert!(layout.series_max() <= SERIES_MAX);
         prop_assert_eq!(layout.exceptions.is_empty(), desired.policy.exceptions.is_empty());
@@ -618,6 +625,52 @@ proptest! {
             .sum();
         prop_assert_eq!(total, counted);
     }
+}
+
+/// A policy that tells the hub everything, and what came of it.
+fn telling() -> (Heartbeat, Tally) {
+    let policy = Heartbeat {
+        kuma_url_file: Some("kuma-url".into()),
+        ntfy_url_file: Some("ntfy-url".into()),
+        ..Heartbeat::default()
+    };
+    let tally = Tally {
+        told: Target::ALL.to_vec(),
+        sent: BTreeMap::from([
+            ((Target::Kuma, Outcome::Accepted), 40),
+            ((Target::Ntfy, Outcome::Unreachable), 2),
+        ]),
+        age: Some(Duration::from_secs(12)),
+        queue: 3,
+        dropped: 1,
+    };
+    (policy, tally)
+}
+
+#[test]
+fn heartbeats_are_told_where_the_policy_has_them_and_nowhere_else() {
+    let silent = example();
+    assert!(!samples(&silent).keys().any(|name| name.contains("heartbeat")), "{silent}");
+    let mut spoke = spoke();
+    let before = Layout::new(&spoke).series_max();
+    let (policy, heartbeat) = telling();
+    spoke.policy.heartbeat = policy;
+    let world = World { heartbeat, ..World::busy() };
+    let layout = Layout::new(&spoke);
+    assert!(layout.series_max() <= SERIES_MAX && before <= SERIES_MAX);
+    let text = render(&world.state(), &layout);
+    let series = samples(&text);
+    for (name, value) in [
+        ("spokeguard_heartbeat_total{target=\"kuma\",outcome=\"accepted\"}", "40"),
+        ("spokeguard_heartbeat_total{target=\"kuma\",outcome=\"refused\"}", "0"),
+        ("spokeguard_heartbeat_total{target=\"ntfy\",outcome=\"unreachable\"}", "2"),
+        ("spokeguard_heartbeat_age_seconds", "12"),
+        ("spokeguard_heartbeat_queue", "3"),
+        ("spokeguard_heartbeat_dropped_total", "1"),
+    ] {
+        assert_eq!(series.get(name), Some(&value), "{name} in\n{text}");
+    }
+    assert_eq!(series.keys().filter(|name| name.contains("heartbeat")).count(), 9);
 }
 
 #[test]

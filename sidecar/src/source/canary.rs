@@ -81,7 +81,7 @@ pub fn run_from_stdin() -> anyhow::Result<()> {
 /// Runs it in a child of this program, `verb` of which must lead to [`run_from_stdin`].
 pub async fn run_in_child(verb: &str, trial: &Trial) -> anyhow::Result<Answer> {
     let json = serde_json::to_vec(trial).context("encode of the trial")?;
-    outside::ask_child(verb, json, DEADLINE, outside::Dropped::GoesOn).await
+    outside::ask_child(verb, "audit", json, DEADLINE, outside::Dropped::GoesOn).await
 }
 
 /// How long a repair may take: whoever missed the event looks at the next tick.

@@ -18,11 +18,13 @@ pub mod nft_events;
 pub mod nft_xt;
 pub mod outside;
 pub mod owners;
+pub mod ping;
 pub mod probe;
 pub mod recorded;
 pub mod scan;
 pub mod sshd;
 pub mod tailscale;
+pub mod vitals;
 pub mod wireguard;
 
 use std::path::{Path, PathBuf};

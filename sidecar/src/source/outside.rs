@@ -171,7 +171,7 @@ pub fn run_from_stdin() -> anyhow::Result<()> {
 }
 
 /// What a child is to do.
-pub(super) fn errand_from_stdin<T: DeserializeOwned>() -> anyhow::Result<T> {
+pub(crate) fn errand_from_stdin<T: DeserializeOwned>() -> anyhow::Result<T> {
     let mut json = Vec::new();
     std::io::stdin().take(ERRAND_BYTES_MAX).read_to_end(&mut json).context("read of the errand")?;
     serde_json::from_slice(&json).context("decode of the errand")
@@ -203,31 +203,38 @@ const DEADLINE: Duration = Duration::from_secs(60);
 /// child ends with the future.
 pub async fn run_in_child(verb: &str, errand: &Errand) -> anyhow::Result<Answer> {
     let json = serde_json::to_vec(errand).context("encode of the errand")?;
-    ask_child(verb, json, DEADLINE, Dropped::Ends).await
+    ask_child(verb, "audit", json, DEADLINE, Dropped::Ends).await
 }
 
 /// What becomes of a child whose answer nobody waits for any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Dropped {
+pub(crate) enum Dropped {
     Ends,
     /// It has something to finish, and soon will have.
     GoesOn,
 }
 
 /// Runs this program's `verb` with an errand on stdin, and waits so long for its answer.
-pub(super) async fn ask_child<T: DeserializeOwned>(
+/// Errors call it by `name`.
+pub(crate) async fn ask_child<T: DeserializeOwned>(
     verb: &str,
+    name: &str,
     errand: Vec<u8>,
     deadline: Duration,
     dropped: Dropped,
 ) -> anyhow::Result<T> {
-    match tokio::time::timeout(deadline, converse(verb, errand, dropped)).await {
+    match tokio::time::timeout(deadline, converse(verb, name, errand, dropped)).await {
         Ok(answer) => answer,
-        Err(_) => bail!("the audit took more than {} s", deadline.as_secs()),
+        Err(_) => bail!("the {name} took more than {} s", deadline.as_secs()),
     }
 }
 
-async fn converse<T: DeserializeOwned>(verb: &str, errand: Vec<u8>, dropped: Dropped) -> anyhow::Result<T> {
+async fn converse<T: DeserializeOwned>(
+    verb: &str,
+    name: &str,
+    errand: Vec<u8>,
+    dropped: Dropped,
+) -> anyhow::Result<T> {
     let mut child = tokio::process::Command::new("/proc/self/exe")
         .arg(verb)
         .stdin(Stdio::piped())
@@ -235,10 +242,10 @@ async fn converse<T: DeserializeOwned>(verb: &str, errand: Vec<u8>, dropped: Dro
         .stderr(Stdio::piped())
         .kill_on_drop(dropped == Dropped::Ends)
         .spawn()
-        .context("start of the audit")?;
+        .with_context(|| format!("start of the {name}"))?;
     child.id().into_iter().for_each(memory::sacrifice);
     if let Some(mut stdin) = child.stdin.take() {
-        stdin.write_all(&errand).await.context("send of the errand to the audit")?;
+        stdin.write_all(&errand).await.with_context(|| format!("send of the errand to the {name}"))?;
     }
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
     let (mut said, mut complaints) = (Vec::new(), Vec::new());
@@ -255,17 +262,17 @@ async fn converse<T: DeserializeOwned>(verb: &str, errand: Vec<u8>, dropped: Dro
         }
     };
     let (answer, _) = tokio::join!(answer, complaint);
-    answer.context("read of the audit's answer")?;
+    answer.with_context(|| format!("read of the {name}'s answer"))?;
     anyhow::ensure!(
         said.len() as u64 <= ANSWER_BYTES_MAX,
         "the rules make too many differences between ports to remember them all"
     );
-    let status = child.wait().await.context("wait for the audit")?;
+    let status = child.wait().await.with_context(|| format!("wait for the {name}"))?;
     if !status.success() {
         bail!(
-            "the audit ended with {status}: {}",
+            "the {name} ended with {status}: {}",
             printable(String::from_utf8_lossy(&complaints).trim(), 300)
         );
     }
-    serde_json::from_slice(&said).context("decode of the audit's answer")
+    serde_json::from_slice(&said).with_context(|| format!("decode of the {name}'s answer"))
 }

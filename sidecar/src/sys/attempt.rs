@@ -48,6 +48,19 @@ impl Attempt {
         Attempt::LoadModule,
     ];
 
+    /// What one that only asks other hosts can't do. Opening "/" is Landlock's to refuse.
+    pub const OF_A_SENDER: [Attempt; 9] = [
+        Attempt::Bpf,
+        Attempt::Packet,
+        Attempt::Execute,
+        Attempt::Fork,
+        Attempt::Signal,
+        Attempt::Mount,
+        Attempt::NewNamespace,
+        Attempt::ReadMemory,
+        Attempt::LoadModule,
+    ];
+
     /// What a daemon that enforces can do without.
     pub const OF_A_DAEMON: [Attempt; 12] = [
         Attempt::Trace,
