@@ -14,8 +14,9 @@ pub(super) struct Guarding {
     guard: Option<Guard>,
     /// Why it is not in force as declared, if so.
     pub(super) gap: Option<String>,
-    /// What was last put in force: other rules since then are not drift.
-    rules: Option<GuardRules>,
+    /// What was last put in force, and whether it waited for a confirmation then: other rules
+    /// since, or that it waits no longer, are not drift.
+    last: Option<(GuardRules, bool)>,
     /// Names and numbers of the interfaces that it is on.
     on: Vec<(String, u32)>,
 }
@@ -78,10 +79,14 @@ impl Guarding {
         };
         let kept = keep(guard, rules, links, waits, &self.on);
         let kept = match kept {
-            Kept::Restored(_) if self.rules.as_ref() != Some(rules) => Kept::Sound,
+            Kept::Restored(_)
+                if self.last.as_ref().is_none_or(|last| (&last.0, last.1) != (rules, waits)) =>
+            {
+                Kept::Sound
+            }
             kept => kept,
         };
-        self.rules = Some(rules.clone());
+        self.last = Some((rules.clone(), waits));
         let on = guard.attached().unwrap_or_default();
         self.on = links.iter().filter(|l| on.contains(&l.name)).map(|l| (l.name.clone(), l.index)).collect();
         self.on.sort_unstable();
