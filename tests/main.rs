@@ -18,6 +18,7 @@ mod fleet;
 mod glass;
 mod guard;
 mod hub;
+mod heartbeat;
 mod iptables;
 mod killed;
 mod look;

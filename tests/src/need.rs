@@ -20,6 +20,8 @@ pub enum Need {
     Masscan,
     /// Python with the package libnmap, which reads nmap's XML.
     Libnmap,
+    /// Makes certificates.
+    Openssl,
     /// Judges XML by its definition.
     Xmllint,
     Sshd,
@@ -89,6 +91,7 @@ pub fn missing(needs: &[Need]) -> Vec<String> {
             Need::Masscan => program("masscan", "masscan"),
             // Below, with what is no program.
             Need::Libnmap => {}
+            Need::Openssl => program("openssl", "openssl"),
             Need::Xmllint => program("xmllint", "libxml2-utils"),
             Need::Sshd => {
                 program("sshd", "openssh-server");

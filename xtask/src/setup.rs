@@ -22,6 +22,7 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("masscan", "masscan"),
     ("iptables-nft", "iptables"),
     ("python3", "python3-venv"),
+    ("openssl", "openssl"),
     ("xmllint", "libxml2-utils"),
     ("sshd", "openssh-server"),
     ("ssh", "openssh-client"),

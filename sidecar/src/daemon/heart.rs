@@ -356,7 +356,8 @@ impl Heart {
     fn post(&mut self) {
         let now = self.now();
         let Some(topic) = &self.topic else { return };
-        let batch = self.outbox.take(now);
+        // Who hears of it two beats later than could be hears that.
+        let batch = self.outbox.take(now, self.policy.every * 2);
         if batch.is_empty() {
             return;
         }

@@ -10,8 +10,6 @@ use super::{Notice, Outcome, Reply};
 pub const QUEUE_MAX: usize = 256;
 /// Sent by one process.
 pub const BATCH_MAX: usize = 8;
-/// What waited longer is told as late.
-pub const LATE: Duration = Duration::from_secs(60);
 /// ntfy takes 60 at once and then one in 5 s; others may share our address.
 const BURST: u32 = 30;
 const REFILL: Duration = Duration::from_secs(5);
@@ -71,8 +69,8 @@ impl Outbox {
         (self.sending == 0 && !self.queue.is_empty()).then(|| self.rest_until.max(token))
     }
 
-    /// The next ones, and how late each is, if it is. Until [`Self::told`] they are on their way.
-    pub fn take(&mut self, now: Duration) -> Vec<(Notice, Option<Duration>)> {
+    /// The next ones, and how late each is, if it waited longer than `late`. Until [`Self::told`] they are on their way.
+    pub fn take(&mut self, now: Duration, late: Duration) -> Vec<(Notice, Option<Duration>)> {
         let gained = now.saturating_sub(self.filled).as_secs() / REFILL.as_secs();
         if gained > 0 {
             self.tokens = self.tokens.saturating_add(u32::try_from(gained).unwrap_or(u32::MAX)).min(BURST);
@@ -83,7 +81,7 @@ impl Outbox {
         }
         self.sending = self.queue.len().min(BATCH_MAX).min(self.tokens as usize);
         self.tokens -= self.sending as u32;
-        let late = |at: &Duration| Some(now.saturating_sub(*at)).filter(|waited| *waited > LATE);
+        let late = |at: &Duration| Some(now.saturating_sub(*at)).filter(|waited| *waited > late);
         self.queue.iter().take(self.sending).map(|(notice, at)| (notice.clone(), late(at))).collect()
     }
 
@@ -124,6 +122,8 @@ mod tests {
     use super::super::notice::tests::notice;
     use super::*;
 
+    const LATE: Duration = Duration::from_secs(60);
+
     fn numbered(n: usize) -> Notice {
         notice(NoticeKind::Appeared, &n.to_string())
     }
@@ -144,7 +144,7 @@ mod tests {
                 if outbox.due().is_none_or(|due| due > at(second)) {
                     break;
                 }
-                let batch = outbox.take(at(second));
+                let batch = outbox.take(at(second), LATE);
                 assert!(batch.len() <= BATCH_MAX && outbox.due().is_none());
                 if batch.is_empty() {
                     break;
@@ -186,14 +186,14 @@ mod tests {
             outbox.push(numbered(n), at(0));
         }
         assert_eq!((outbox.waiting(), outbox.dropped()), (QUEUE_MAX, 744));
-        let batch = outbox.take(at(1));
+        let batch = outbox.take(at(1), LATE);
         assert_eq!(batch[0].0.subject, "744");
         // More come while those are on their way: they are not the ones to go.
         for n in 1000..1010 {
             outbox.push(numbered(n), at(1));
         }
         outbox.told(&[Reply::Accepted; BATCH_MAX], at(2));
-        assert_eq!(outbox.take(at(3))[0].0.subject, (744 + BATCH_MAX + 10).to_string());
+        assert_eq!(outbox.take(at(3), LATE)[0].0.subject, (744 + BATCH_MAX + 10).to_string());
     }
 
     #[test]
@@ -211,7 +211,7 @@ mod tests {
         for (said, wait) in [(Some(30), 30), (None, 60), (Some(1_000_000), 600), (Some(0), 60)] {
             let mut outbox = Outbox::default();
             outbox.push(numbered(0), at(0));
-            outbox.take(at(0));
+            outbox.take(at(0), LATE);
             outbox.told(&[Reply::TooMany(said)], at(0));
             assert_eq!(outbox.due(), Some(at(wait)), "{said:?}");
             assert_eq!(outbox.waiting(), 1);
@@ -224,12 +224,12 @@ mod tests {
         for n in 0..3 {
             outbox.push(numbered(n), at(0));
         }
-        outbox.take(at(0));
+        outbox.take(at(0), LATE);
         outbox.told(&[Reply::Accepted, Reply::Status(400), Reply::Unreachable], at(0));
         assert_eq!((outbox.waiting(), outbox.dropped()), (1, 1));
         assert_eq!(outbox.due(), Some(at(5)));
         // A process that ended before it said anything changes nothing.
-        assert_eq!(outbox.take(at(5)).len(), 1);
+        assert_eq!(outbox.take(at(5), LATE).len(), 1);
         outbox.told(&[], at(6));
         assert_eq!((outbox.waiting(), outbox.due()), (1, Some(at(16))));
     }
