@@ -19,13 +19,13 @@ use serde_json::Value;
 use crate::daemon::{Events, LONG, UNGUARDED, plain_policy};
 use crate::metrics::{fresh, sum};
 
-const SECRET: &str = "s3cr3tT0ken";
+pub const SECRET: &str = "s3cr3tT0ken";
 const TOKEN: &str = "tk_v3rys3cr3t";
 const EVERY: &str = "1s";
 
 /// How the server answers.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Manner {
+pub enum Manner {
     /// Uptime Kuma; 1.x knows GET only.
     Kuma {
         any_method: bool,
@@ -79,8 +79,8 @@ fn decoded(text: &str) -> String {
 }
 
 /// A web server of the test's own in a node.
-struct Stub {
-    address: SocketAddr,
+pub struct Stub {
+    pub address: SocketAddr,
     manner: Arc<Mutex<Manner>>,
     asked: Arc<Mutex<Vec<Asked>>>,
     stop: Arc<AtomicBool>,
@@ -88,7 +88,7 @@ struct Stub {
 }
 
 impl Stub {
-    fn start(node: &Node, address: SocketAddr, manner: Manner) -> Self {
+    pub fn start(node: &Node, address: SocketAddr, manner: Manner) -> Self {
         Self::with(node, address, manner, None)
     }
 
@@ -137,7 +137,7 @@ impl Stub {
         *self.manner.lock().unwrap() = manner;
     }
 
-    fn count(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.asked.lock().unwrap().len()
     }
 
@@ -292,7 +292,7 @@ fn sender(daemon: &Daemon) -> Option<u32> {
 
 #[test]
 fn heartbeats_carry_what_is_known_and_no_server_delays_what_enforces() {
-    if lacking(&[Need::Lab, Need::Sshd, Need::Spokeguard]) {
+    if lacking(&[Need::Lab, Need::Sshd, Need::Faketime, Need::Spokeguard]) {
         return;
     }
     let lab = Lab::plain();
@@ -315,7 +315,19 @@ fn heartbeats_carry_what_is_known_and_no_server_delays_what_enforces() {
             app.display(),
             database.display()
         );
-    let daemon = lab.spoke.daemon(&policy).unwrap();
+    let clock = lab.file("clock", "+0").unwrap();
+    let library = lab.spoke.sh("ls /usr/lib/*/faketime/libfaketimeMT.so.1").unwrap();
+    let wrapper = [
+        "env",
+        &format!("LD_PRELOAD={}", library.trim()),
+        &format!("FAKETIME_TIMESTAMP_FILE={}", clock.display()),
+        "FAKETIME_NO_CACHE=1",
+        "FAKETIME_DONT_FAKE_MONOTONIC=1",
+    ];
+    let folder = lab.dir.join("guard");
+    fs::create_dir_all(&folder).unwrap();
+    fs::write(folder.join("policy.toml"), policy).unwrap();
+    let daemon = lab.spoke.daemon_under(&wrapper, &folder, &[]).unwrap();
 
     // A beat as Kuma takes it, with figures of the host and of the application.
     let known = |asked: &Asked| {
@@ -344,6 +356,19 @@ fn heartbeats_carry_what_is_known_and_no_server_delays_what_enforces() {
     }
     let status: Value = serde_json::from_str(&fs::read_to_string(&status_file).unwrap()).unwrap();
     assert_eq!((&status["ok"], &status["node"]), (&true.into(), &"singapore".into()), "{status}");
+
+    // A clock that is set makes files old or of the future, and beats neither rare nor many.
+    for (jump, said) in [("+2h", "app_file is 1"), ("-1d", "app_file was written in the future")] {
+        let (from, begun) = (kuma.count(), Instant::now());
+        fs::write(&clock, jump).unwrap();
+        let told = |asked: &Asked| asked.query("msg").is_some_and(|msg| msg.contains(said));
+        let beat = kuma.wait(from, said, &daemon, told);
+        assert!(beat.payload().get("req_1h").is_none(), "{beat:?}");
+        assert!((kuma.count() - from) as f64 <= begun.elapsed().as_secs_f64() + 2.0, "{:?}", kuma.all());
+    }
+    fs::write(&clock, "+0").unwrap();
+    let from = kuma.count();
+    kuma.wait(from, "a beat of now", &daemon, known);
 
     // While a request hangs, what sends is held in, and has the URL where nobody else sees it.
     kuma.is(Manner::Hang);

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use lab::{Answer, Lab, Need, Node, SPOKE_MESH, lacking, wait_until};
 
 use crate::daemon::plain_policy;
+use crate::heartbeat::{Manner, SECRET, Stub};
 use crate::machine::{LONG, Machine, OPEN, SHORT};
 
 #[test]
@@ -23,7 +24,9 @@ fn units_hold_the_line_from_the_first_packet_of_a_boot() {
     let told = machine.ok(&["/opt/spokeguard", "install"]);
     assert!(told.contains("not started, for want of a policy"), "{told}");
     assert_eq!(machine.answer(22), Answer::Open);
-    machine.write("etc/spokeguard/policy.toml", &plain_policy(&lab));
+    // The credential that it names comes later.
+    let beats = "[heartbeat]\nkuma_url_file = \"kuma-url\"\nevery = \"1s\"\n";
+    machine.write("etc/spokeguard/policy.toml", &(plain_policy(&lab) + beats));
     let told = machine.ok(&["/opt/spokeguard", "install"]);
     assert!(told.contains("is as it was: /etc/systemd/system/spokeguard.service"), "{told}");
     assert!(told.contains("started. Its rules are on trial"), "{told}");
@@ -56,13 +59,34 @@ fn units_hold_the_line_from_the_first_packet_of_a_boot() {
         machine.run(&["systemd-analyze", "security", "--no-pager", "--threshold=30", "spokeguard.service"]);
     assert_eq!(exposure.code, Some(0), "{}", exposure.stdout);
 
-    // The daemon dies: its rules don't, and systemd brings it back.
+    // What happened is in the journal by its fields, and once.
+    let entries = machine.ok(&["journalctl", "-o", "json", "SPOKEGUARD_EVENT=policy-confirmed"]);
+    let entries: Vec<serde_json::Value> =
+        entries.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let [entry] = &entries[..] else { panic!("{entries:#?}") };
+    assert_eq!(entry["_SYSTEMD_UNIT"], "spokeguard.service", "{entry}");
+    assert_eq!((&entry["SYSLOG_IDENTIFIER"], &entry["PRIORITY"]), (&"spokeguard".into(), &"6".into()));
+    assert_eq!(entry["MESSAGE_ID"].as_str().map(str::len), Some(32), "{entry}");
+    assert_eq!(machine.journal().matches(" policy-confirmed ").count(), 1, "{}", machine.journal());
+    assert!(
+        machine.journal().contains("no credential of this name")
+            || machine.journal().contains("No such file")
+    );
+
+    // The daemon dies: its rules don't, and systemd brings it back, with the credential that came.
+    let kuma =
+        Stub::start(&lab.hub, SocketAddr::new(lab::HUB_MESH, 3001), Manner::Kuma { any_method: false });
+    std::fs::create_dir_all(machine.path("etc/credstore")).unwrap();
+    machine.write("etc/credstore/kuma-url", &format!("http://{}/api/push/{SECRET}\n", kuma.address));
     let pid =
         |machine: &Machine<'_>| machine.ok(&["systemctl", "show", "-p", "MainPID", "--value", "spokeguard"]);
     let before = pid(&machine);
     machine.ok(&["systemctl", "kill", "-s", "KILL", "spokeguard"]);
     assert_eq!(machine.answer(22), Answer::Silent);
     machine.wait("the daemon is back", |machine| pid(machine) != before && machine.rules() == "confirmed");
+    machine.wait("a beat from within the sandbox", |_| kuma.count() > 0);
+    assert!(!machine.journal().contains("process that sends"), "{}", machine.journal());
+    drop(kuma);
 
     // A boot without any of our code: the sealed rules are there before the cables.
     machine.cut_power();

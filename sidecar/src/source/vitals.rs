@@ -191,7 +191,7 @@ fn credential(path: &Path) -> io::Result<PathBuf> {
     match passed {
         Some(passed) if !path.is_absolute() || (!path.exists() && passed.exists()) => Ok(passed),
         None if !path.is_absolute() => Err(io::Error::other(
-            "there is no credential of this name: start with LoadCredential=, or write a path",
+            "no credential of this name: put it into /etc/credstore and restart, or write a path",
         )),
         _ => Ok(path.to_owned()),
     }
