@@ -55,9 +55,9 @@ pub(super) struct Heart {
     cycle: Option<Instant>,
     /// When the next beat is due, once there are any.
     due: Option<Instant>,
-    measuring: Option<(oneshot::Receiver<Measured>, Instant)>,
+    measuring: Option<(oneshot::Receiver<Box<Measured>>, Instant)>,
     /// A thread that has not come back in time.
-    hangs: Option<oneshot::Receiver<Measured>>,
+    hangs: Option<oneshot::Receiver<Box<Measured>>>,
     times: Option<CpuTimes>,
     monitor: Option<Monitor>,
     topic: Option<Topic>,
@@ -84,7 +84,7 @@ struct Trouble {
 /// What [`Heart::beat`] waits for.
 enum Pulse {
     Due,
-    Measured(Option<Measured>),
+    Measured(Option<Box<Measured>>),
     CameBack,
     Beaten(anyhow::Result<Answer>),
     Posted(anyhow::Result<Answer>),
@@ -247,7 +247,7 @@ impl Heart {
             Pulse::Measured(measured) => {
                 let measuring = self.measuring.take();
                 match measured {
-                    Some(measured) => self.tell(measured),
+                    Some(measured) => self.tell(*measured),
                     None => {
                         self.hangs = measuring.map(|(receiver, _)| receiver);
                         self.tell_unmeasured();
@@ -309,7 +309,7 @@ impl Heart {
         let (tell, told) = oneshot::channel();
         // Not one of the runtime's: an end of the daemon waits for those.
         let thread = std::thread::Builder::new().name("vitals".into());
-        match thread.spawn(move || drop(tell.send(vitals::measure(&wanted)))) {
+        match thread.spawn(move || drop(tell.send(Box::new(vitals::measure(&wanted))))) {
             Ok(_) => self.measuring = Some((told, now)),
             Err(error) => {
                 log::debug!("a thread that measures: {error}");
@@ -454,7 +454,7 @@ async fn until(due: Option<Instant>) {
 }
 
 /// `None`: its thread has gone without a word.
-async fn come(receiver: Option<&mut oneshot::Receiver<Measured>>) -> Option<Measured> {
+async fn come(receiver: Option<&mut oneshot::Receiver<Box<Measured>>>) -> Option<Box<Measured>> {
     match receiver {
         Some(receiver) => receiver.await.ok(),
         None => std::future::pending().await,

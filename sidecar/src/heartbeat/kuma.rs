@@ -166,7 +166,7 @@ mod tests {
     fn what_is_grave_or_unseen_is_down_and_the_rest_only_told() {
         let exposed = finding(Code::ListenerExposed, Severity::Critical, "tcp/0.0.0.0:5432");
         let mode = finding(Code::FileMode, Severity::Medium, "/etc/vault.env");
-        assert!(is_up(&report(&[])) && is_up(&report(&[mode.clone()])));
+        assert!(is_up(&report(&[])) && is_up(&report(std::slice::from_ref(&mode))));
         assert!(!is_up(&report(&[mode.clone(), exposed.clone()])));
         let accepted = Finding { accepted: true, ..exposed.clone() };
         assert!(is_up(&report(&[accepted])));
