@@ -467,3 +467,79 @@ async fn ended(asked: Option<&mut Asked>) -> anyhow::Result<Answer> {
         None => std::future::pending().await,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::diff::stage::{Stage, now};
+    use crate::diff::{Code, Severity, assess};
+
+    fn heart() -> (Heart, Report, Snapshot) {
+        let telling = |policy: &mut crate::policy::Policy| {
+            policy.heartbeat.kuma_url_file = Some("/nonexistent/kuma-url".into());
+            policy.heartbeat.ntfy_url_file = Some("/nonexistent/ntfy-url".into());
+        };
+        let (desired, snapshot) = Stage::spoke().policy(telling).set();
+        let report = Report::new(&desired, &snapshot, assess(&desired, &snapshot, now()), now());
+        (Heart::new(&desired), report, snapshot)
+    }
+
+    /// What it does next, if it does anything soon.
+    async fn next(heart: &mut Heart) -> Option<Pulse> {
+        tokio::time::timeout(Duration::from_millis(50), heart.pulse()).await.ok()
+    }
+
+    #[tokio::test]
+    async fn without_a_cycle_that_ended_there_is_no_beat() {
+        let (mut heart, report, snapshot) = heart();
+        heart.looked(&report, &snapshot);
+        assert!(next(&mut heart).await.is_none(), "nobody has said begin");
+        heart.begin();
+        assert!(matches!(next(&mut heart).await, Some(Pulse::Due)));
+        // The cycle hangs: what was true half a minute ago is no sign of life.
+        heart.cycle = Instant::now().checked_sub(CYCLE_AGE_MAX + Duration::from_secs(1));
+        assert!(heart.cycle.is_some() && next(&mut heart).await.is_none());
+        // It ends after all, and what is overdue goes out at once; the next one is in step.
+        heart.looked(&report, &snapshot);
+        assert!(matches!(next(&mut heart).await, Some(Pulse::Due)));
+        heart.act(Pulse::Due);
+        assert!(heart.measuring.is_some() && heart.due.is_some_and(|due| due > Instant::now()));
+    }
+
+    #[tokio::test]
+    async fn a_thread_that_hangs_is_waited_for_by_nobody_and_joined_by_none() {
+        let (mut heart, report, snapshot) = heart();
+        heart.looked(&report, &snapshot);
+        let (hanging, receiver) = oneshot::channel();
+        heart.measuring = Some((receiver, Instant::now().checked_sub(MEASURED_WITHIN).expect("a moment")));
+        let pulse = next(&mut heart).await.expect("it is given up");
+        assert!(matches!(pulse, Pulse::Measured(None)));
+        heart.act(pulse);
+        heart.act(Pulse::Due);
+        assert!(heart.measuring.is_none() && heart.hangs.is_some(), "no other thread beside it");
+        drop(hanging);
+        let pulse = next(&mut heart).await.expect("it is gone");
+        heart.act(pulse);
+        heart.act(Pulse::Due);
+        assert!(heart.measuring.is_some());
+    }
+
+    #[tokio::test]
+    async fn what_is_accepted_or_only_worth_knowing_wakes_nobody() {
+        let (mut heart, ..) = heart();
+        let finding =
+            crate::heartbeat::tests::finding(Code::ListenerExposed, Severity::Critical, "tcp/0.0.0.0:5432");
+        let accepted = Finding { accepted: true, ..finding.clone() };
+        let info = Finding { severity: Severity::Info, subject: "udp/0.0.0.0:123".into(), ..finding.clone() };
+        for quiet in [&accepted, &info] {
+            heart.note(EventKind::DriftAppeared, quiet);
+        }
+        heart.note(EventKind::PolicyConfirmed, &finding);
+        assert_eq!(heart.tally().queue, 0);
+        heart.note(EventKind::DriftAppeared, &finding);
+        assert_eq!(heart.tally().queue, 1);
+        heart.policy.ntfy_url_file = None;
+        heart.note(EventKind::DriftCleared, &finding);
+        assert_eq!(heart.tally().queue, 1, "nobody to tell");
+    }
+}
