@@ -192,8 +192,8 @@ mod tests {
         for n in 1000..1010 {
             outbox.push(numbered(n), at(1));
         }
-        outbox.told(&[Reply::Accepted; BATCH_MAX], at(2));
-        assert_eq!(outbox.take(at(3), LATE)[0].0.subject, (744 + BATCH_MAX + 10).to_string());
+        outbox.told(&[Reply::Accepted, Reply::Accepted, Reply::Unreachable], at(2));
+        assert_eq!(outbox.take(at(30), LATE)[0].0.subject, "746");
     }
 
     #[test]
