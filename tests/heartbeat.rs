@@ -613,7 +613,7 @@ fn notices_tell_each_finding_once_and_after_an_outage_late_and_in_order() {
     wait_until(LONG, "they wait", || {
         let metrics = fresh(&lab.hub);
         let away = sum(&metrics, "heartbeat_total", &[("target", "ntfy"), ("outcome", "unreachable")]);
-        (sum(&metrics, "heartbeat_queue", &[]) == 3.0 && away >= 1.0).then_some(())
+        (sum(&metrics, "heartbeat_queue", &[]) >= 3.0 && away >= 1.0).then_some(())
     })
     .unwrap_or_else(|error| panic!("{error:#}\n{}", fresh(&lab.hub)));
     let events = Events::mark(&daemon);
@@ -621,17 +621,14 @@ fn notices_tell_each_finding_once_and_after_an_outage_late_and_in_order() {
     events.wait(LONG, "a repair while the hub is away", |e| e["kind"] == "repaired");
     let ntfy = Stub::start(&lab.hub, address, Manner::Ntfy);
     ntfy.wait(0, "the last of them", &daemon, about("tcp/0.0.0.0:5003"));
-    let titles: Vec<(String, String)> = ntfy
-        .all()
-        .iter()
-        .map(notice)
-        .map(|json| {
-            (json["title"].as_str().unwrap().to_owned(), json["message"].as_str().unwrap().to_owned())
-        })
-        .collect();
-    for (at, port) in [5001, 5002, 5003].into_iter().enumerate() {
-        assert!(titles[at].0.starts_with("[late "), "{titles:#?}");
-        assert!(titles[at].1.starts_with(&format!("tcp/0.0.0.0:{port} ")), "{titles:#?}");
+    let late: Vec<Value> =
+        ntfy.all().iter().filter(|asked| asked.body.contains(" by late (")).map(notice).collect();
+    for (notice, port) in late.iter().zip([5001, 5002, 5003]) {
+        assert!(notice["title"].as_str().unwrap().starts_with("[late "), "{late:#?}");
+        assert!(
+            notice["message"].as_str().unwrap().starts_with(&format!("tcp/0.0.0.0:{port} ")),
+            "{late:#?}"
+        );
     }
     assert_secret(&lab, &daemon);
 }
