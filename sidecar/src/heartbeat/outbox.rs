@@ -69,7 +69,8 @@ impl Outbox {
         (self.sending == 0 && !self.queue.is_empty()).then(|| self.rest_until.max(token))
     }
 
-    /// The next ones, and how late each is, if it waited longer than `late`. Until [`Self::told`] they are on their way.
+    /// The next ones, and how late each is, if it waited longer than `late`. Until [`Self::told`]
+    /// they are on their way.
     pub fn take(&mut self, now: Duration, late: Duration) -> Vec<(Notice, Option<Duration>)> {
         let gained = now.saturating_sub(self.filled).as_secs() / REFILL.as_secs();
         if gained > 0 {
