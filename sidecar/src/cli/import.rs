@@ -22,9 +22,10 @@ pub enum Verb {
 }
 
 const TAILSCALE: &str = "\
-Prints a policy with the file's rules for this node as [ssh] and [[mesh.service]],
-each with the line it comes from. Nothing is widened: what can't be resolved to
-addresses here is left out, and listed. The file's own tests are run.
+Prints a policy with the file's rules for this node as [ssh] and
+[[mesh.service]], each with the line it comes from. Nothing is widened: what
+can't be resolved to addresses here is left out, and listed. The file's own
+tests are run.
 
 Examples:
   spokeguard policy import tailscale acl.hujson --tags tag:server
@@ -32,7 +33,8 @@ Examples:
   spokeguard policy import tailscale acl.hujson --status status.json \\
       --ports 22,19999 > /etc/spokeguard/policy.toml
 
-Exit codes: 0 complete, 1 something was left out or a test failed, 2 could not.";
+Exit codes: 0 complete; 1 something was left out, a test failed or --netmap
+differs; 2 could not.";
 
 #[derive(Args)]
 pub struct Tailscale {
