@@ -124,7 +124,7 @@ fn tailscale(global: &Global, options: &Tailscale) -> anyhow::Result<u8> {
                     .collect::<Vec<_>>(),
             }),
         )?,
-        Format::Text | Format::Xml => {
+        Format::Text | Format::Xml | Format::CloudInit => {
             global.print(&policy)?;
             let told = told(options, &mirror, &trials, &differences, no_way_in);
             if !global.quiet {
