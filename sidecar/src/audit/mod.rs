@@ -21,7 +21,7 @@ mod xml;
 pub use aims::{Aim, Ports, aims, by_link, ranges, stranger};
 pub use care::Care;
 pub use join::{View, opinion};
-pub use services::service_name;
+pub use services::{service_name, well_known};
 
 /// What a scan of another host heard: one protocol, one address.
 #[derive(Clone, Debug, PartialEq, Eq)]

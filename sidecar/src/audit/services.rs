@@ -12,6 +12,15 @@ pub fn service_name(proto: Proto, port: Port) -> Option<&'static str> {
     list.binary_search_by_key(&number, |(n, _)| *n).ok().map(|at| list[at].1)
 }
 
+/// The ports that have a name here, in order.
+pub fn well_known(proto: Proto) -> impl Iterator<Item = Port> {
+    let list = match proto {
+        Proto::Tcp => TCP,
+        Proto::Udp => UDP,
+    };
+    list.iter().filter_map(|(number, _)| Port::new(*number))
+}
+
 const TCP: &[(u16, &str)] = &[
     (21, "ftp"),
     (22, "ssh"),

@@ -302,17 +302,17 @@ impl Options {
 }
 
 /// One line on a terminal that is written over; nothing elsewhere.
-struct Line {
+pub(super) struct Line {
     on: bool,
     shown: bool,
 }
 
 impl Line {
-    fn new(global: &Global) -> Self {
+    pub(super) fn new(global: &Global) -> Self {
         Self { on: !global.quiet && std::io::stderr().is_terminal(), shown: false }
     }
 
-    fn show(&mut self, sent: u64, total: u64, per_second: f64, left: std::time::Duration) {
+    pub(super) fn show(&mut self, sent: u64, total: u64, per_second: f64, left: std::time::Duration) {
         if !self.on || total == 0 {
             return;
         }
@@ -333,7 +333,7 @@ impl Line {
         self.show(sent, total, per_second, std::time::Duration::from_secs_f64(left.min(86_400.0)));
     }
 
-    fn end(&mut self) {
+    pub(super) fn end(&mut self) {
         if self.shown {
             let _ = write!(std::io::stderr(), "\r\x1b[K");
         }

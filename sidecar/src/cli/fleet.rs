@@ -1,15 +1,20 @@
 //! `fleet`: verbs over many nodes at once, all from one inventory.
 
+mod audit;
 mod bundle;
+mod healthcheck;
 mod keygen;
 mod render;
+mod report;
+mod roll;
+mod status;
 mod tree;
 
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 
-use super::{Format, Global, today};
+use super::{FAILED, Format, Global, today};
 use crate::fleet::{self, Filter, Inventory, Keys, Node};
 use crate::policy::{Role, read_text};
 use crate::sys::clock;
@@ -43,6 +48,18 @@ enum Verb {
     /// Make a key pair; only the public half goes into the inventory
     #[command(after_help = keygen::EXAMPLE)]
     Keygen(keygen::Options),
+    /// Who is fine, drifting, blind or silent
+    Status(status::Options),
+    /// What this host reaches on every node from outside, beside what they say
+    Audit(audit::Options),
+    /// Whether nodes may be built upon: tunnel, HTTPS, certificate, ssh, metrics
+    Healthcheck(healthcheck::Options),
+    /// Wait until a node is healthy; non-zero stops a roll
+    Gate(healthcheck::Gate),
+    /// A command on one node after another, a gate between
+    Roll(roll::Options),
+    /// The fleet as one self-contained page
+    Report(report::Options),
 }
 
 pub const CLOUD_INIT_ELSEWHERE: &str = "--format cloud-init is for fleet bundle only";
@@ -118,6 +135,12 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
         Verb::Render(options) => render::run(global, file, options),
         Verb::Bundle(options) => bundle::run(global, file, options),
         Verb::Keygen(options) => keygen::run(global, file, options),
+        Verb::Status(more) => status::run(global, file, more),
+        Verb::Audit(more) => audit::run(global, file, more),
+        Verb::Healthcheck(more) => healthcheck::run(global, file, more),
+        Verb::Gate(more) => healthcheck::gate(global, file, more),
+        Verb::Roll(more) => roll::run(global, file, more),
+        Verb::Report(more) => report::run(global, file, more),
     }
 }
 

@@ -131,7 +131,7 @@ pub enum Command {
     /// Check, show or import the policy file
     #[command(subcommand)]
     Policy(policy::Verb),
-    /// Many nodes: render, bundle and keys from one inventory
+    /// Many nodes from one inventory: render, check, roll out
     #[command(after_help = fleet::INVENTORY)]
     Fleet(Box<fleet::Options>),
     /// Put the systemd units in place and start them

@@ -63,7 +63,7 @@ pub fn bundle(
     if let Some(expired) = loaded.expired() {
         return Err(expired.into());
     }
-    if loaded.policy != render::canonical(&node.policy) {
+    if render::policy_text(&loaded.policy) != render::policy_text(&node.policy) {
         return Err(Refused::Changed { node: name });
     }
     let admin = Desired::new(loaded.policy, today)

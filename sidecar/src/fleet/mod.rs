@@ -3,12 +3,21 @@
 
 pub mod bundle;
 pub mod edit;
+pub mod exposition;
+pub mod health;
+pub mod history;
 mod inventory;
 mod merge;
+pub mod page;
 pub mod render;
+pub mod roll;
 pub mod secrets;
+pub mod side;
+pub mod table;
 #[cfg(test)]
 mod tests;
+pub mod view;
+pub mod vitals;
 
 use std::collections::BTreeMap;
 use std::fmt;

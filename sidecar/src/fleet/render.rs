@@ -4,7 +4,6 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::net::IpAddr;
-use std::time::Duration;
 
 use ipnet::IpNet;
 use serde_json::{Value, json};
@@ -97,8 +96,8 @@ fn marked(inventory: &Inventory) -> String {
     format!("{MARK} from the inventory of {}: change that, not this.", inventory.name)
 }
 
-/// The policy with its lists in order, and without what changes nothing on this node. Means the same.
-pub fn canonical(policy: &Policy) -> Policy {
+/// In normal form, lists in order, without keys that change nothing on this node.
+pub fn policy_text(policy: &Policy) -> String {
     let mut policy = policy.clone();
     for list in [&mut policy.public.tcp, &mut policy.public.udp] {
         list.sort_unstable();
@@ -122,38 +121,27 @@ pub fn canonical(policy: &Policy) -> Policy {
     policy.locals.sort_by(|a, b| a.name.cmp(&b.name));
     policy.exceptions.sort_by(|a, b| a.name.cmp(&b.name));
     policy.files.sort_by(|a, b| a.path.cmp(&b.path));
-    if policy.mesh.kind == MeshKind::Tailscale {
-        (policy.mesh.keepalive, policy.mesh.handshake_max_age) = (None, HANDSHAKE_MAX_AGE);
-    }
-    policy
-}
-
-/// The default of a policy.
-const HANDSHAKE_MAX_AGE: Duration = Duration::from_secs(180);
-
-/// A canonical policy in normal form. Keys that Tailscale doesn't heed are left out, and so is a
-/// heartbeat that has nobody to tell.
-fn policy_text(policy: &Policy) -> String {
     let tailscale = policy.mesh.kind == MeshKind::Tailscale;
+    let silent = policy.heartbeat.kuma_url_file.is_none() && policy.heartbeat.ntfy_url_file.is_none();
     let mut out = String::new();
     let mut table = "";
-    let text = policy::show(&canonical(policy));
+    let text = policy::show(&policy);
     for line in text.lines() {
         if line.starts_with('[') {
             table = line;
         }
-        let idle = tailscale
-            && table == "[mesh]"
-            && ["keepalive = ", "handshake_max_age = "].iter().any(|key| line.starts_with(key));
+        let idle = table == "[mesh]"
+            && tailscale
+            && (line.starts_with("keepalive = ") || line.starts_with("handshake_max_age = "))
+            || table == "[heartbeat]" && silent;
         if !idle {
             out.push_str(line);
             out.push('\n');
         }
     }
-    match out.strip_suffix("\n[heartbeat]\nevery = \"30s\"\n") {
-        Some(rest) => rest.to_owned(),
-        None => out,
-    }
+    out.truncate(out.trim_end().len());
+    out.push('\n');
+    out
 }
 
 fn sort(from: &mut Sources) {
