@@ -15,6 +15,7 @@ mod direction;
 mod enforce;
 mod exact;
 mod fleet;
+mod fleet_view;
 mod glass;
 mod guard;
 mod hub;

@@ -34,6 +34,8 @@ pub enum Need {
     Tmux,
     /// With amtool, which judges its configuration.
     Alertmanager,
+    /// Makes certificates, and serves a page by them.
+    Openssl,
     /// A container with systemd as its init.
     Nspawn,
     /// Evaluates NixOS modules; no store, no root.
@@ -107,6 +109,7 @@ pub fn missing(needs: &[Need]) -> Vec<String> {
                 program("prometheus-alertmanager", "prometheus-alertmanager");
                 program("amtool", "prometheus-alertmanager");
             }
+            Need::Openssl => program("openssl", "openssl"),
             Need::Nspawn => {
                 program("systemd-nspawn", "systemd-container");
                 program("dbus-daemon", "dbus");
