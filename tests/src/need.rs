@@ -34,8 +34,6 @@ pub enum Need {
     Tmux,
     /// With amtool, which judges its configuration.
     Alertmanager,
-    /// Makes certificates, and serves a page by them.
-    Openssl,
     /// A container with systemd as its init.
     Nspawn,
     /// Evaluates NixOS modules; no store, no root.
@@ -93,7 +91,6 @@ pub fn missing(needs: &[Need]) -> Vec<String> {
             Need::Masscan => program("masscan", "masscan"),
             // Below, with what is no program.
             Need::Libnmap => {}
-            Need::Openssl => program("openssl", "openssl"),
             Need::Xmllint => program("xmllint", "libxml2-utils"),
             Need::Sshd => {
                 program("sshd", "openssh-server");

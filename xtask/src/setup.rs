@@ -45,7 +45,6 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("nix-instantiate", "nix-bin"),
     ("tmux", "tmux"),
     ("script", "bsdutils"),
-    ("openssl", "openssl"),
     // Real kernels: their packages are unpacked, never installed.
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("depmod", "kmod"),

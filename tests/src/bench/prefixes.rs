@@ -85,7 +85,7 @@ fn with_prefixes(policy: &str) -> String {
 }
 
 /// The most memory that a command and all it starts had at once, as often as one can look.
-fn peak_mib(node: &Node, words: &[String]) -> Result<f64> {
+pub fn peak_mib(node: &Node, words: &[String]) -> Result<f64> {
     node.inside(|| {
         let (program, arguments) = words.split_first().context("no command")?;
         let mut command = Command::new(program);

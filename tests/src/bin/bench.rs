@@ -9,6 +9,8 @@ mod audit;
 mod connects;
 #[path = "../bench/figures.rs"]
 mod figures;
+#[path = "../bench/fleet.rs"]
+mod fleet;
 #[path = "../bench/flush.rs"]
 mod flush;
 #[path = "../bench/hub.rs"]
@@ -37,7 +39,7 @@ use serde_json::json;
 
 /// One part of the run, by the name that chooses it. `true`: few rounds.
 type Measure = fn(bool) -> Result<Section>;
-const SECTIONS: [(&str, Measure); 10] = [
+const SECTIONS: [(&str, Measure); 11] = [
     ("repair", repair::measure),
     ("flush", flush::measure),
     ("apply", apply::measure),
@@ -48,6 +50,7 @@ const SECTIONS: [(&str, Measure); 10] = [
     ("idle", idle::measure),
     ("audit", audit::measure),
     ("hub", hub::measure),
+    ("fleet", fleet::measure),
 ];
 
 const PLAIN: Shape = Shape { mesh: Mesh::Plain, container: false };
@@ -64,7 +67,8 @@ Measures beside the peers, all of it (22 minutes) or the named parts.
   idle       memory, CPU and scrapes at rest; prometheus-node-exporter
   audit      every port from outside; nmap and masscan
   hub        a real Prometheus over 1,000 simulated spokes; nothing
-  --quick      few rounds: figures for a look, not for a claim (6 minutes)
+  fleet      1,000 nodes looked at, some of them lost
+  --quick      few rounds: figures for a look, not for a claim (8 minutes)
   --json FILE  also writes every figure there";
 
 struct Options {
