@@ -201,6 +201,7 @@ impl Heart {
             age: self.accepted.map(|at| at.elapsed()),
             queue: self.outbox.waiting() as u64,
             dropped: self.outbox.dropped(),
+            certificate_ends: self.ends,
         }
     }
 

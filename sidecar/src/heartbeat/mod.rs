@@ -135,6 +135,8 @@ pub struct Tally {
     /// Notices that wait, and those that no longer fitted.
     pub queue: u64,
     pub dropped: u64,
+    /// In Unix time, of what port 443 serves. `None`: none, or it could not be asked.
+    pub certificate_ends: Option<i64>,
 }
 
 #[cfg(test)]

@@ -108,10 +108,13 @@ pub(super) struct AttemptLabels<'a> {
     pub(super) allowed: bool,
 }
 
-/// Outcomes of beats and their age; outcomes of notices, those that wait, and those given up.
+/// Outcomes of beats and their age; outcomes of notices, those that wait, and those given up; the end of the
+/// certificate, which is looked at for all of them.
 fn heartbeat(policy: &Heartbeat) -> usize {
-    let kuma = policy.kuma_url_file.as_ref().map_or(0, |_| Outcome::ALL.len() + 1);
-    kuma + policy.ntfy_url_file.as_ref().map_or(0, |_| Outcome::ALL.len() + 2)
+    let Heartbeat { kuma_url_file, ntfy_url_file, status_file, .. } = policy;
+    let kuma = kuma_url_file.as_ref().map_or(0, |_| Outcome::ALL.len() + 1);
+    let ntfy = ntfy_url_file.as_ref().map_or(0, |_| Outcome::ALL.len() + 2);
+    kuma + ntfy + usize::from(kuma + ntfy > 0 || status_file.is_some())
 }
 
 impl Layout {

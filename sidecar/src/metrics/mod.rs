@@ -484,6 +484,13 @@ impl Exposition {
         let of_ntfy = |n| tally.told.contains(&Target::Ntfy).then(|| (Vec::new(), Value::Whole(n)));
         self.gauge("heartbeat_queue", None, "Notices that wait to be sent", of_ntfy(tally.queue));
         self.counter("heartbeat_dropped", "Notices that were given up", of_ntfy(tally.dropped));
+        let ends = tally.certificate_ends.and_then(|end| u64::try_from(end).ok());
+        self.gauge(
+            "certificate_expires_timestamp",
+            Some(Unit::Seconds),
+            "When the certificate ends that port 443 serves, in Unix time",
+            ends.map(|end| (Vec::new(), Value::Whole(end))),
+        );
     }
 
     fn info(&mut self, name: &'static str, help: &'static str, labels: Labels) {

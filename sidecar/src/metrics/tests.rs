@@ -643,6 +643,7 @@ fn telling() -> (Heartbeat, Tally) {
         age: Some(Duration::from_secs(12)),
         queue: 3,
         dropped: 1,
+        certificate_ends: Some(1_800_000_000),
     };
     (policy, tally)
 }
@@ -667,6 +668,7 @@ fn heartbeats_are_told_where_the_policy_has_them_and_nowhere_else() {
         ("spokeguard_heartbeat_age_seconds", "12"),
         ("spokeguard_heartbeat_queue", "3"),
         ("spokeguard_heartbeat_dropped_total", "1"),
+        ("spokeguard_certificate_expires_timestamp_seconds", "1800000000"),
     ] {
         assert_eq!(series.get(name), Some(&value), "{name} in\n{text}");
     }
