@@ -4,6 +4,8 @@
 //!
 //! The target `bpfel-unknown-none` has no prebuilt `core`, so the compiler must come with
 //! the library's source. On a stable compiler `RUSTC_BOOTSTRAP=1` unlocks `-Z build-std`.
+//! Where there is no such compiler, `SPOKEGUARD_EBPF_OBJECTS` names a folder with objects
+//! that were built elsewhere: they are the same for every architecture.
 
 use std::env;
 use std::ffi::OsString;
@@ -21,6 +23,8 @@ const BINARIES: [(&str, &str, &str); 4] = [
     ("spokeguard-guard", "spokeguard-guard.bpf.o", "SPOKEGUARD_GUARD_OBJECT"),
 ];
 
+const GIVEN: &str = "SPOKEGUARD_EBPF_OBJECTS";
+
 /// A compiler that has the source of `core`.
 struct Toolchain {
     cargo: PathBuf,
@@ -34,11 +38,15 @@ fn main() {
         println!("cargo::rerun-if-changed={}", workspace.join(path).display());
     }
     println!("cargo::rerun-if-changed=build.rs");
-    for variable in ["SPOKEGUARD_BPF_CARGO", "SPOKEGUARD_BPF_RUSTC", "SPOKEGUARD_BPF_LINKER"] {
+    for variable in [GIVEN, "SPOKEGUARD_BPF_CARGO", "SPOKEGUARD_BPF_RUSTC", "SPOKEGUARD_BPF_LINKER"] {
         println!("cargo::rerun-if-env-changed={variable}");
     }
 
-    let objects = match build(&workspace) {
+    let objects = match env::var_os(GIVEN) {
+        Some(folder) => given(Path::new(&folder)),
+        None => build(&workspace),
+    };
+    let objects = match objects {
         Ok(objects) => objects,
         Err(text) => {
             // A panic would bury the text below a backtrace hint.
@@ -53,6 +61,20 @@ fn main() {
         let bytes = fs::read(object).unwrap_or_default();
         println!("cargo::rustc-env={}={}", variable.replace("_OBJECT", "_BUILD"), fnv1a(&bytes));
     }
+}
+
+/// Objects built before, by the names that they have in an earlier build's OUT_DIR.
+fn given(folder: &Path) -> Result<Vec<PathBuf>, String> {
+    if !folder.is_absolute() {
+        return Err(format!("error: {GIVEN}={}: write the folder's full path", folder.display()));
+    }
+    let one = |(_, name, _): &(&str, &str, &str)| {
+        let path = folder.join(name);
+        println!("cargo::rerun-if-changed={}", path.display());
+        let elf = fs::read(&path).is_ok_and(|bytes| bytes.starts_with(b"\x7fELF"));
+        if elf { Ok(path) } else { Err(format!("error: {GIVEN}: {}: no such object", path.display())) }
+    };
+    BINARIES.iter().map(one).collect()
 }
 
 fn build(workspace: &Path) -> Result<Vec<PathBuf>, String> {

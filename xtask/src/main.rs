@@ -3,6 +3,7 @@
 //! It knows the project by cargo's commands only and links none of it, so that it builds in seconds and
 //! works when the rest does not.
 
+mod dist;
 mod fuzz;
 mod integration;
 mod setup;
@@ -62,6 +63,22 @@ fn commands() -> clap::Command {
             .about("Put random bytes to the decoders (nightly, cargo-fuzz)")
             .args([decoder, seconds]),
     );
+    let arch = Arg::new("arch")
+        .long("arch")
+        .value_parser(dist::ARCHES.map(dist::Arch::name))
+        .action(ArgAction::Append)
+        .help("One architecture only; none: both");
+    let check = Arg::new("check")
+        .long("check")
+        .action(ArgAction::SetTrue)
+        .help("Build once more in another folder and compare every byte");
+    let package_of = Arg::new("package-of").long("package-of").value_name("PROGRAM").hide(true);
+    let out = Arg::new("out").long("out").value_name("DIR").default_value("target/dist").hide(true);
+    commands = commands.subcommand(
+        clap::Command::new("dist")
+            .about("Static programs, Debian packages, manual pages, checksums and bills of materials")
+            .args([arch, check, package_of, out]),
+    );
     let vm = ("vm", "Boot real kernels under QEMU and run scenarios inside (--list: which)");
     for (name, about) in programs().chain([vm]) {
         let rest = Arg::new("arguments").num_args(0..).trailing_var_arg(true).allow_hyphen_values(true);
@@ -82,6 +99,7 @@ fn run(matches: &ArgMatches) -> Result<()> {
             let decoder = matches.get_one::<String>("decoder").map(String::as_str);
             fuzz::run(decoder, *matches.get_one("seconds").context("seconds have a default")?)
         }
+        Some(("dist", matches)) => distribute(matches),
         Some(("test", matches)) => test(matches.get_flag("all")),
         Some((name, matches)) => {
             let arguments: Vec<&String> = matches.get_many("arguments").into_iter().flatten().collect();
@@ -95,6 +113,21 @@ fn run(matches: &ArgMatches) -> Result<()> {
 fn root() -> PathBuf {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     here.parent().unwrap_or(here).to_path_buf()
+}
+
+fn distribute(matches: &ArgMatches) -> Result<()> {
+    let word = |name: &str| matches.get_one::<String>(name).map(PathBuf::from);
+    if let (Some(program), Some(out)) = (word("package-of"), word("out")) {
+        return dist::package_of(&program, &out);
+    }
+    let arches: Vec<_> = matches.get_many::<String>("arch").into_iter().flatten().collect();
+    match &*arches {
+        [] => dist::dist(&dist::ARCHES, matches.get_flag("check")),
+        some => {
+            let some: Vec<_> = some.iter().map(|name| dist::Arch::named(name)).collect::<Result<_>>()?;
+            dist::dist(&some, matches.get_flag("check"))
+        }
+    }
 }
 
 /// Builds and becomes one of the programs, so that Ctrl-C and the exit code are its own.

@@ -10,6 +10,8 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::dist::Arch;
+
 /// A program that some step runs, and Debian's package for it.
 const PROGRAMS: &[(&str, &str)] = &[
     ("ip", "iproute2"),
@@ -79,6 +81,16 @@ const FIREWALLD_FOLDER: &str = "packages/firewalld";
 /// is npm. Without it one test is skipped.
 const GRAFANA_SCHEMA: &[&str] = &["@grafana/schema@11.6.16", "typescript@5.9.3"];
 
+/// For static programs of the other architecture: what is there once it is installed, and Debian's package. The
+/// standard library must be of the compiler's version, which apt sees to.
+const CROSS: &[(&str, &str)] = &[
+    ("/usr/bin/aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu"),
+    ("/usr/aarch64-linux-gnu/lib/libc.a", "libc6-dev-arm64-cross"),
+    ("/usr/lib/rustlib/aarch64-unknown-linux-gnu/lib", "libstd-rust-web-dev:arm64"),
+    ("/usr/bin/qemu-aarch64-static", "qemu-user-static"),
+];
+
+const CARGO_DEB: &[&str] = &["install", "cargo-deb", "--version", "3.8.0", "--locked"];
 const CARGO_DENY: &[&str] = &["install", "cargo-deny", "--version", "0.20.2", "--locked"];
 
 /// How often a download is tried.
@@ -138,6 +150,45 @@ pub fn setup() -> Result<()> {
 
 fn target() -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| crate::root().join("target"), PathBuf::from)
+}
+
+/// What `cargo xtask dist` needs beyond that.
+pub fn dist(arches: &[Arch]) -> Result<()> {
+    // Whatever the compiler in use can do, these are built by Debian's.
+    let compiler =
+        BPF_COMPILER.iter().filter(|_| !Path::new("/usr/lib/rustlib/src/rust/library/core").exists());
+    install(&compiler.copied().collect::<Vec<_>>())?;
+    if arches.contains(&Arch::Aarch64) {
+        cross()?;
+    }
+    cargo_deb()
+}
+
+/// What makes and runs programs for aarch64 on x86_64.
+pub fn cross() -> Result<()> {
+    ensure!(std::env::consts::ARCH == "x86_64", "programs for aarch64 are made on x86_64");
+    let missing: Vec<&str> =
+        CROSS.iter().filter(|(file, _)| !Path::new(file).exists()).map(|(_, package)| *package).collect();
+    if !missing.is_empty() && is_root() && find("dpkg").is_some() {
+        timed("packages of arm64", Command::new("dpkg").args(["--add-architecture", "arm64"]))?;
+    }
+    install(&missing)
+}
+
+pub fn cargo_deb() -> Result<()> {
+    if find("cargo-deb").is_some() {
+        return Ok(());
+    }
+    timed("cargo-deb 3.8.0, about three minutes", &mut cargo_install(CARGO_DEB))
+}
+
+fn install(packages: &[&str]) -> Result<()> {
+    if packages.is_empty() {
+        return Ok(());
+    }
+    let here = find("apt-get").is_some() && Path::new("/etc/debian_version").exists();
+    ensure!(here && is_root(), "{}", advice(packages, false, false, here));
+    apt(packages)
 }
 
 fn python_folder() -> PathBuf {
@@ -323,7 +374,7 @@ fn is_root() -> bool {
 }
 
 /// On the PATH, among administrators' programs, or where `cargo install` puts things.
-fn find(name: &str) -> Option<PathBuf> {
+pub fn find(name: &str) -> Option<PathBuf> {
     let home = std::env::var_os("HOME").map(PathBuf::from).unwrap_or_default();
     let installed =
         std::env::var_os("CARGO_HOME").map_or_else(|| home.join(".cargo"), PathBuf::from).join("bin");

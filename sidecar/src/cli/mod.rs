@@ -18,6 +18,7 @@ mod explain;
 mod fleet;
 mod import;
 mod install;
+mod man;
 mod plan;
 mod policy;
 mod release;
@@ -141,7 +142,7 @@ pub enum Command {
     /// Completion script for a shell
     Completions { shell: clap_complete::Shell },
     /// The manual page, as roff
-    Man,
+    Man(man::Options),
     /// Loads and pins the eBPF programs (run by the daemon itself)
     #[command(name = INTERNAL_LOAD, hide = true)]
     InternalLoad {
@@ -268,7 +269,7 @@ pub fn main() -> ExitCode {
         Command::Install(options) => install::install(&global, &options),
         Command::Uninstall(options) => install::uninstall(&global, &options),
         Command::Completions { shell } => completions(&global, shell),
-        Command::Man => man(&global),
+        Command::Man(options) => man::run(&global, &options),
         Command::InternalLoad { pin_dir, guard_only } => run::load_bpf(&pin_dir, guard_only),
         Command::InternalLoadBinds { pin_dir, control_group } => {
             run::load_binds(&pin_dir, control_group.as_deref())
@@ -294,13 +295,6 @@ pub fn main() -> ExitCode {
 fn completions(global: &Global, shell: clap_complete::Shell) -> anyhow::Result<u8> {
     let mut text = Vec::new();
     clap_complete::generate(shell, &mut <Cli as clap::CommandFactory>::command(), "spokeguard", &mut text);
-    global.print(&String::from_utf8_lossy(&text))?;
-    Ok(0)
-}
-
-fn man(global: &Global) -> anyhow::Result<u8> {
-    let mut text = Vec::new();
-    clap_mangen::Man::new(<Cli as clap::CommandFactory>::command()).render(&mut text)?;
     global.print(&String::from_utf8_lossy(&text))?;
     Ok(0)
 }
