@@ -123,12 +123,15 @@ fn make(source: &Source, arches: &[Arch], out: &Path, steps: &mut Steps) -> Resu
     // What an earlier run left would be in the checksums.
     let _ = fs::remove_dir_all(out);
     fs::create_dir_all(out).with_context(|| format!("create {}", out.display()))?;
+    let mut objects = None;
     for &arch in arches {
         let name = arch.name();
         let mut program = PathBuf::new();
         steps.step(&format!("{name}: static program"), || {
-            program = build(source, arch)?;
-            elf::assert_static(&program, arch)
+            program = build(source, arch, objects.as_deref())?;
+            objects = Some(objects_of(source, arch)?);
+            elf::assert_static(&program, arch)?;
+            says_nothing_of_here(source, &program)
         })?;
         steps.step(&format!("{name}: it runs"), || runs(source, arch, &program))?;
         steps.step(&format!("{name}: bill of materials, licences, archives"), || {
@@ -146,19 +149,15 @@ fn make(source: &Source, arches: &[Arch], out: &Path, steps: &mut Steps) -> Resu
     fs::write(out.join(SUMS), sums).context("write the checksums")
 }
 
-fn build(source: &Source, arch: Arch) -> Result<PathBuf> {
+/// `objects`: a folder with the eBPF objects, which are the same for every architecture.
+fn build(source: &Source, arch: Arch, objects: Option<&Path>) -> Result<PathBuf> {
     let triple = arch.triple();
     let mut command = Command::new(CARGO);
     clean(&mut command);
     command.current_dir(&source.tree).args(["build", "--quiet", "--locked", "--release"]);
     command.args(["--package", "spokeguard", "--bin", "spokeguard", "--target", triple, "--target-dir"]);
     command.arg(&source.target).env("RUSTC", RUSTC);
-    // No path of this machine gets into the program: not the tree's, not the registry's.
-    let paths = [
-        (source.tree.display().to_string(), "/spokeguard"),
-        (source.target.display().to_string(), "/spokeguard/target"),
-        (cargo_home()?.display().to_string(), "/cargo"),
-    ];
+    let paths = paths(source)?;
     let mut flags = vec!["-Ctarget-feature=+crt-static".to_owned()];
     flags.extend(paths.iter().map(|(from, to)| format!("--remap-path-prefix={from}={to}")));
     command.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
@@ -172,9 +171,56 @@ fn build(source: &Source, arch: Arch) -> Result<PathBuf> {
     command.env(format!("CFLAGS_{under}"), c.join(" ")).env(format!("CC_{under}"), arch.compiler());
     command.env(format!("CARGO_TARGET_{upper}_LINKER"), arch.compiler());
     command.env("SOURCE_DATE_EPOCH", source.epoch.to_string()).env("CARGO_INCREMENTAL", "0");
+    command.env_remove(OBJECTS);
+    if let Some(objects) = objects {
+        command.env(OBJECTS, objects);
+    }
     let status = command.stdin(Stdio::null()).status().with_context(|| format!("start {CARGO}"))?;
     ensure!(status.success(), "the build for {triple}: {status}");
     Ok(source.target.join(triple).join("release/spokeguard"))
+}
+
+/// sidecar/build.rs takes the objects from there.
+const OBJECTS: &str = "SPOKEGUARD_EBPF_OBJECTS";
+
+/// Where the last build left its eBPF objects, for the next architecture: copied, since they are named by hashes.
+fn objects_of(source: &Source, arch: Arch) -> Result<PathBuf> {
+    let to = source.target.join("objects");
+    let built = source.target.join(arch.triple()).join("release/build");
+    let mut newest = None;
+    for name in files(&built)?.iter().filter(|name| name.starts_with("spokeguard-")) {
+        let folder = built.join(name).join("out");
+        if let Ok(at) = fs::metadata(folder.join("spokeguard.bpf.o")).and_then(|data| data.modified()) {
+            newest = newest.max(Some((at, folder)));
+        }
+    }
+    match newest {
+        Some((_, from)) => {
+            package::copy(&from, &to)?;
+            Ok(to)
+        }
+        // It was given them itself.
+        None => Ok(to),
+    }
+}
+
+/// What no path in a program may begin with, and what stands there instead. Later ones win.
+fn paths(source: &Source) -> Result<Vec<(String, &'static str)>> {
+    let home = cargo_home()?;
+    let mut paths = vec![
+        (source.tree.display().to_string(), "/spokeguard"),
+        (source.target.display().to_string(), "/spokeguard/target"),
+        (home.display().to_string(), "/cargo"),
+    ];
+    // Named after whatever mirror the crates came from.
+    let mut fetch = Command::new(CARGO);
+    clean(&mut fetch);
+    said(fetch.current_dir(&source.tree).env("RUSTC", RUSTC).args(["fetch", "--quiet", "--locked"]))?;
+    let registry = home.join("registry/src");
+    for name in files(&registry)? {
+        paths.push((registry.join(name).display().to_string(), "/cargo/registry"));
+    }
+    Ok(paths)
 }
 
 /// What whoever started us says to its own cargo is not for this one.
@@ -190,6 +236,16 @@ fn clean(command: &mut Command) {
         }
     }
     command.env_remove("CC");
+}
+
+/// Paths of the machine that built it would be different bytes on another, and nobody's business.
+fn says_nothing_of_here(source: &Source, program: &Path) -> Result<()> {
+    let bytes = fs::read(program).with_context(|| format!("read {}", program.display()))?;
+    for (path, _) in paths(source)? {
+        let found = bytes.windows(path.len()).any(|window| window == path.as_bytes());
+        ensure!(!found, "{} has {path} in it", program.display());
+    }
+    Ok(())
 }
 
 /// A proof that the program does something on the machine it is for, or on what stands in for it.

@@ -139,7 +139,7 @@ impl Stage {
 const MAINTAINER: &str = "The spokeguard authors <spokeguard@example.org>";
 
 /// A file, or a folder with all that is in it.
-fn copy(from: &Path, to: &Path) -> Result<()> {
+pub fn copy(from: &Path, to: &Path) -> Result<()> {
     if !from.is_dir() {
         return fs::copy(from, to).map(|_| ()).with_context(|| format!("copy {}", from.display()));
     }
