@@ -10,6 +10,7 @@ mod cases;
 mod confirm;
 mod counters;
 mod daemon;
+mod debian;
 mod decoders;
 mod direction;
 mod enforce;

@@ -38,6 +38,8 @@ pub enum Need {
     Nspawn,
     /// Evaluates NixOS modules; no store, no root.
     Nix,
+    /// A Debian, and what makes packages for it.
+    Debian,
     /// The product's own program.
     Spokeguard,
 }
@@ -112,8 +114,15 @@ pub fn missing(needs: &[Need]) -> Vec<String> {
                 program("dbus-daemon", "dbus");
             }
             Need::Nix => program("nix-instantiate", "nix-bin"),
+            Need::Debian => {
+                program("dpkg", "dpkg, and a Debian around it");
+                program("deb-systemd-helper", "init-system-helpers");
+            }
             Need::Firewalld | Need::Spokeguard => {}
         }
+    }
+    if needs.contains(&Need::Debian) && cargo_deb().is_none() {
+        out.push("cargo-deb is missing (cargo xtask setup)".to_string());
     }
     if needs.contains(&Need::Libnmap) && !libnmap().is_file() {
         out.push("Python's libnmap is missing (cargo xtask setup)".to_string());
@@ -143,6 +152,12 @@ pub fn missing(needs: &[Need]) -> Vec<String> {
         out.push(format!("{error:#}"));
     }
     out
+}
+
+fn cargo_deb() -> Option<std::path::PathBuf> {
+    let home = || Some(Path::new(&std::env::var_os("HOME")?).join(".cargo"));
+    let home = std::env::var_os("CARGO_HOME").map(std::path::PathBuf::from).or_else(home)?;
+    find("cargo-deb").or_else(|| Some(home.join("bin/cargo-deb")).filter(|path| path.is_file()))
 }
 
 /// The Python of the folder that `cargo xtask setup` fills.

@@ -112,7 +112,10 @@ pub fn package_of(program: &Path, out: &Path) -> Result<()> {
     let folder = Scratch::new("spokeguard-package")?;
     let source = Source { tree: crate::root(), epoch: epoch()?, target: folder.0.clone() };
     fs::create_dir_all(out).with_context(|| format!("create {}", out.display()))?;
-    let stage = package::Stage::new(&source, arch, program, &package::Papers::default())?;
+    // Nobody debugs it, and it is packed and unpacked often.
+    let stripped = folder.0.join("stripped");
+    said(Command::new("strip").arg("-o").arg(&stripped).arg(program))?;
+    let stage = package::Stage::new(&source, arch, &stripped, &package::Papers::default())?;
     println!("{}", stage.deb(out, true)?.display());
     Ok(())
 }

@@ -71,8 +71,14 @@ const BPF_LINKER: &[&str] = &[
     "--features",
     "llvm-22",
 ];
-/// A reader of nmap's XML that others wrote, in a folder of its own below cargo's.
-const LIBNMAP: &str = "python-libnmap==0.7.3";
+/// Programs that others wrote in Python, in a folder of their own below cargo's: what can be asked for once it is
+/// there, and what to install.
+const PYTHON: &[(&str, &str)] = &[
+    // Reads nmap's XML.
+    ("libnmap.parser", "python-libnmap==0.7.3"),
+    // Runs the role in contrib/ansible.
+    ("ansible.cli.playbook", "ansible-core==2.19.14"),
+];
 
 /// Run in a container only: a host that starts what it installs would be shut.
 const FIREWALLD: &str = "firewalld";
@@ -105,13 +111,13 @@ pub fn setup() -> Result<()> {
     packages.sort_unstable();
     packages.dedup();
     let deny = find("cargo-deny").is_none();
-    let python = python_folder();
-    let libnmap = !has_libnmap(&python);
+    let deb = find("cargo-deb").is_none();
+    let python = missing_python();
     let firewalld = target().join(FIREWALLD_FOLDER);
     let contained = firewalld.is_dir();
     let schema = schema_folder();
     let no_schema = find("npm").is_some() && !schema.join("node_modules/@grafana/schema").is_dir();
-    if packages.is_empty() && !linker && !deny && !libnmap && contained && !no_schema {
+    if packages.is_empty() && !linker && !deny && !deb && python.is_empty() && contained && !no_schema {
         println!("setup: everything is there");
         return Ok(());
     }
@@ -131,10 +137,14 @@ pub fn setup() -> Result<()> {
     if deny {
         timed("cargo-deny 0.20.2, about three minutes", &mut cargo_install(CARGO_DENY))?;
     }
-    if libnmap {
-        timed("a folder for Python", Command::new("python3").args(["-m", "venv"]).arg(&python))?;
-        let mut pip = Command::new(python.join("bin/pip"));
-        timed(LIBNMAP, pip.args(["install", "--quiet", "--disable-pip-version-check", LIBNMAP]))?;
+    cargo_deb()?;
+    if !python.is_empty() {
+        let folder = python_folder();
+        timed("a folder for Python", Command::new("python3").args(["-m", "venv"]).arg(&folder))?;
+        // Not by its own name: that is a script with the full path of the folder that it was made for.
+        let mut pip = Command::new(folder.join("bin/python3"));
+        pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]).args(&python);
+        timed(&python.join(", "), &mut pip)?;
     }
     if !contained {
         download(FIREWALLD, &firewalld)?;
@@ -175,7 +185,7 @@ pub fn cross() -> Result<()> {
     install(&missing)
 }
 
-pub fn cargo_deb() -> Result<()> {
+fn cargo_deb() -> Result<()> {
     if find("cargo-deb").is_some() {
         return Ok(());
     }
@@ -227,10 +237,14 @@ fn schema_folder() -> PathBuf {
     target().join("grafana-schema")
 }
 
-fn has_libnmap(folder: &Path) -> bool {
-    let mut python = Command::new(folder.join("bin/python3"));
-    let asked = python.args(["-c", "import libnmap.parser"]).stderr(Stdio::null()).status();
-    asked.is_ok_and(|status| status.success())
+fn missing_python() -> Vec<&'static str> {
+    let python = python_folder().join("bin/python3");
+    let there = |module: &str| {
+        let mut python = Command::new(&python);
+        let asked = python.args(["-c", &format!("import {module}")]).stderr(Stdio::null()).status();
+        asked.is_ok_and(|status| status.success())
+    };
+    PYTHON.iter().filter(|(module, _)| !there(module)).map(|(_, package)| *package).collect()
 }
 
 fn missing_packages() -> Vec<&'static str> {
