@@ -158,7 +158,6 @@ pub struct Ledger {
 /// a run directory; the copy of the rules in the state directory is gone only if somebody
 /// confirmed or released. It has fired when the old rules are back, and not before.
 /// Its standard error is locked for as long as it lives, so `sleep`, which may outlive it, has another.
-/// No `${` and no `$` at the start of a word: systemd would put variables of its own there.
 const SCRIPT: &str = r#"trap "" HUP INT TERM
 sleep "$1" 2>/dev/null
 mv "$2/armed.$3" "$2/firing.$3" 2>/dev/null || test -e "$2/armed.$3" || test ! -d "$2" || exit 0
@@ -171,6 +170,29 @@ cp "$2/firing.$3" "$5/.refused.$3" && mv "$5/.refused.$3" "$5/refused.toml" || r
 mv "$2/firing.$3" "$2/fired.$3" || mv "$2/armed.$3" "$2/fired.$3"
 rm -f "$5/rollback.$3.nft"
 "#;
+
+/// The watchdog's command line in words that systemd leaves alone. It puts variables of its own in place of `$`, and
+/// at every daemon-reload reads its own file of a transient unit anew, where it has written `$`, `;` and "`" in
+/// a way that it doesn't read (252): the script would be another one. So it goes through printf.
+fn plain_words(watchdog: &[OsString]) -> anyhow::Result<[OsString; 3]> {
+    let [shell, option, script, rest @ ..] = watchdog else { anyhow::bail!("the watchdog has no script") };
+    let quoted: String = script.to_string_lossy().chars().fold(String::new(), |mut out, letter| {
+        match letter {
+            ' ' | '/' | '.' | '-' | '=' => out.push(letter),
+            letter if letter.is_ascii_alphanumeric() => out.push(letter),
+            letter => out.push_str(&format!("\\{:03o}", u32::from(letter))),
+        }
+        out
+    });
+    let mut line = format!("printf '{quoted}' | {} -s", shell.to_string_lossy());
+    // The first of them names the script.
+    for word in rest.get(1..).unwrap_or_default() {
+        let word = word.to_str().filter(|word| !word.contains(['$', ';', '`', '\'', '"', '\\', '\n']));
+        let word = word.context("a path that systemd would change")?;
+        line += &format!(" '{word}'");
+    }
+    Ok([shell.clone(), option.clone(), line.into()])
+}
 
 impl Ledger {
     pub fn new(places: &Places) -> Self {
@@ -780,9 +802,10 @@ impl Ledger {
         let mut child = Command::new(program)
             .args(["--quiet", "--collect", "--timer-property=AccuracySec=100ms"])
             .arg(format!("--unit={}", unit(&trial.id)))
+            .arg("--description=Back to the rules before, unless these are confirmed (spokeguard)")
             .arg(format!("--on-active={}s", seconds(within)))
             .arg(format!("--setenv=PATH={path}"))
-            .args(self.watchdog("0", trial, nft))
+            .args(plain_words(&self.watchdog("0", trial, nft))?)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
@@ -1219,8 +1242,8 @@ mod tests {
         assert!(asked.contains(&"--on-active=60s".to_owned()) && asked.contains(&"--collect".to_owned()));
         assert!(asked.contains(&"--unit=spokeguard-rollback-a".to_owned()), "{asked:?}");
         assert!(asked.iter().any(|word| word.starts_with("--setenv=PATH=/")), "{asked:?}");
-        // What systemd would take for variables of its own.
-        assert!(!asked.iter().any(|word| word.starts_with('$') || word.contains("${")), "{asked:?}");
+        // What systemd would take for variables of its own, or doesn't read as it wrote it.
+        assert!(!asked.iter().any(|word| word.contains(['$', ';', '`', '\n'])), "{asked:?}");
         let command = asked.iter().position(|word| word == "/bin/sh").expect("a command");
         let status = Command::new(&asked[command]).args(&asked[command + 1..]).status().expect("the command");
         assert!(status.success());
