@@ -260,7 +260,7 @@ for host in report.hosts:
 ";
     for (name, outcome) in [("outside.xml", outside), ("inside.xml", inside)] {
         let file = lab.file(name, &outcome.stdout).unwrap().display().to_string();
-        let python = lab::libnmap().display().to_string();
+        let python = lab::python().display().to_string();
         let read = lab.spoke.ok(&[&*python, "-c", script, &file]).unwrap();
         for address in &both {
             for line in ["80 tcp open http", "443 tcp open https", "22 tcp closed ssh"] {

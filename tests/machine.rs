@@ -1,6 +1,7 @@
 //! A real systemd, in a container whose root is this machine's under an overlay.
 
 use std::net::SocketAddr;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -13,7 +14,7 @@ pub const LONG: Duration = Duration::from_secs(60);
 const MERGED: &str = "/mnt/merged";
 
 /// Strangers' ports that must never answer, and the one that must.
-const SHUT: [u16; 2] = [22, 5432];
+pub const SHUT: [u16; 2] = [22, 5432];
 pub const OPEN: u16 = 80;
 
 /// Listeners without any daemon of theirs; the cables come in when the network may.
@@ -62,6 +63,13 @@ impl<'a> Machine<'a> {
 
     pub fn write(&self, below: &str, text: &str) {
         std::fs::write(self.path(below), text).unwrap();
+    }
+
+    /// The same below folders that may not be there, for root alone.
+    pub fn write_new(&self, below: &str, text: &str) {
+        let path = self.path(below);
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
     }
 
     /// A kernel that knows nothing yet, cables that are out, and power.
@@ -132,22 +140,47 @@ impl<'a> Machine<'a> {
     }
 
     pub fn run(&self, words: &[&str]) -> Outcome {
+        self.run_within(Duration::from_secs(20), words)
+    }
+
+    pub fn run_within(&self, limit: Duration, words: &[&str]) -> Outcome {
         let init = self.booted.as_ref().unwrap().1.to_string();
         let enter = ["nsenter", "--all", "--target", &init, "--"];
         let all: Vec<&str> = enter.into_iter().chain(words.iter().copied()).collect();
         // Not by way of the node: its mounts aren't the container's.
-        self.lab.spoke.run_within(LONG, &all).unwrap()
+        self.lab.spoke.run_within(limit, &all).unwrap()
     }
 
     #[track_caller]
     pub fn ok(&self, words: &[&str]) -> String {
-        let outcome = self.run(words);
+        self.ok_within(Duration::from_secs(20), words)
+    }
+
+    #[track_caller]
+    pub fn ok_within(&self, limit: Duration, words: &[&str]) -> String {
+        let outcome = self.run_within(limit, words);
         assert_eq!(outcome.code, Some(0), "{words:?}: {}\n{}", outcome.all(), self.journal());
         outcome.stdout
     }
 
     pub fn journal(&self) -> String {
         self.run(&["journalctl", "--no-pager", "-n", "60", "-u", "spokeguard*"]).stdout
+    }
+
+    pub fn property(&self, unit: &str, name: &str) -> String {
+        self.ok(&["systemctl", "show", "-p", name, "--value", unit]).trim().to_owned()
+    }
+
+    /// Everything in the file system that has our name in it, but for what dpkg logs.
+    pub fn left(&self) -> String {
+        self.ok(&[
+            "sh",
+            "-c",
+            "find / -xdev '(' -path /proc -o -path /sys -o -path /tmp -o -path /opt -o -path /root \
+               -o -path /work -o -path /home -o -path /mnt -o -path /var/tmp ')' -prune \
+               -o -name '*spokeguard*' -print; \
+             find /run -name '*spokeguard*' -not -path '/run/systemd/*'",
+        ])
     }
 
     pub fn status(&self) -> serde_json::Value {

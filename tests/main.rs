@@ -1,5 +1,6 @@
 //! Every integration test, in one program: linking it once is most of what building tests costs.
 
+mod ansible;
 mod audit_faults;
 mod audit_local;
 mod audit_matrix;

@@ -8,7 +8,7 @@ use lab::{Answer, Lab, Need, Node, SPOKE_MESH, lacking, wait_until};
 
 use crate::daemon::plain_policy;
 use crate::heartbeat::{Manner, SECRET, Stub};
-use crate::machine::{LONG, Machine, OPEN, SHORT};
+use crate::machine::{LONG, Machine, OPEN, SHORT, SHUT};
 
 #[test]
 fn units_hold_the_line_from_the_first_packet_of_a_boot() {
@@ -87,6 +87,18 @@ fn units_hold_the_line_from_the_first_packet_of_a_boot() {
     machine.wait("a beat from within the sandbox", |_| kuma.count() > 0);
     assert!(!machine.journal().contains("process that sends"), "{}", machine.journal());
     drop(kuma);
+
+    // With no daemon there, systemd keeps the way back alone, whoever lets it read its units anew meanwhile.
+    machine.ok(&["systemctl", "stop", "spokeguard"]);
+    let wider = plain_policy(&lab).replace("tcp = [80, 443]", "tcp = [80, 443, 5432]");
+    machine.write("etc/spokeguard/wider.toml", &wider);
+    let apply = ["spokeguard", "apply", "--confirm-within", "5s", "--policy", "/etc/spokeguard/wider.toml"];
+    machine.ok(&apply);
+    assert_eq!(machine.answer(SHUT[1]), Answer::Open);
+    machine.ok(&["systemctl", "daemon-reload"]);
+    machine.wait("the rules of before", |machine| machine.answer(SHUT[1]) == Answer::Silent);
+    machine.ok(&["systemctl", "start", "spokeguard"]);
+    machine.wait("the daemon is back", |machine| machine.rules() == "confirmed");
 
     // A boot without any of our code: the sealed rules are there before the cables.
     machine.cut_power();

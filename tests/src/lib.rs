@@ -43,7 +43,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 pub use memory::MemoryGroup;
-pub use need::{Need, firewalld, lacking, libnmap, missing};
+pub use need::{Need, firewalld, lacking, missing, python};
 pub use node::{Answer, HTTP_PATIENCE, Http, Node, Outcome, Running, Scan, states, wait_until};
 pub use product::{Daemon, spokeguard};
 pub use reaper::reap;

@@ -22,6 +22,8 @@ pub enum Need {
     Libnmap,
     /// Makes certificates.
     Openssl,
+    /// Ansible, in the same folder.
+    Ansible,
     /// Judges XML by its definition.
     Xmllint,
     Sshd,
@@ -92,7 +94,7 @@ pub fn missing(needs: &[Need]) -> Vec<String> {
             Need::Nmap => program("nmap", "nmap"),
             Need::Masscan => program("masscan", "masscan"),
             // Below, with what is no program.
-            Need::Libnmap => {}
+            Need::Libnmap | Need::Ansible => {}
             Need::Xmllint => program("xmllint", "libxml2-utils"),
             Need::Sshd => {
                 program("sshd", "openssh-server");
@@ -124,8 +126,10 @@ pub fn missing(needs: &[Need]) -> Vec<String> {
     if needs.contains(&Need::Debian) && cargo_deb().is_none() {
         out.push("cargo-deb is missing (cargo xtask setup)".to_string());
     }
-    if needs.contains(&Need::Libnmap) && !libnmap().is_file() {
-        out.push("Python's libnmap is missing (cargo xtask setup)".to_string());
+    for (need, module) in [(Need::Libnmap, "libnmap"), (Need::Ansible, "ansible")] {
+        if needs.contains(&need) && !has(module) {
+            out.push(format!("Python's {module} is missing (cargo xtask setup)"));
+        }
     }
     if needs.contains(&Need::Firewalld) && !firewalld().is_dir() {
         out.push("the packages of firewalld are missing (cargo xtask setup, on Debian as root)".to_string());
@@ -160,8 +164,14 @@ fn cargo_deb() -> Option<std::path::PathBuf> {
     find("cargo-deb").or_else(|| Some(home.join("bin/cargo-deb")).filter(|path| path.is_file()))
 }
 
+fn has(module: &str) -> bool {
+    let lib = python().parent().and_then(Path::parent).map(|folder| folder.join("lib"));
+    let versions = lib.and_then(|lib| std::fs::read_dir(lib).ok()).into_iter().flatten().flatten();
+    versions.map(|version| version.path().join("site-packages").join(module)).any(|path| path.is_dir())
+}
+
 /// The Python of the folder that `cargo xtask setup` fills.
-pub fn libnmap() -> PathBuf {
+pub fn python() -> PathBuf {
     target().join("python/bin/python3")
 }
 

@@ -82,7 +82,7 @@ struct Source {
 
 /// Builds everything for `arches` into target/dist; with `check` once more in another folder, and compares.
 pub fn dist(arches: &[Arch], check: bool) -> Result<()> {
-    setup::dist(arches)?;
+    setup::dist(arches, check)?;
     let target = target_folder();
     let source = Source { tree: crate::root(), epoch: epoch()?, target: target.join("dist-build") };
     let out = target.join("dist");
@@ -100,6 +100,12 @@ pub fn dist(arches: &[Arch], check: bool) -> Result<()> {
         let again = folder.0.join("again");
         make(&other, arches, &again, &mut steps)?;
         steps.step("the same bytes from both folders", || same(&out, &again))?;
+        let bills: Vec<PathBuf> = files(&out)?
+            .iter()
+            .filter(|name| name.ends_with(".cdx.json"))
+            .map(|name| out.join(name))
+            .collect();
+        steps.step("bills of materials keep to their definition", || bill::assert_valid(&bills))?;
     }
     println!("\nin {}:", out.display());
     print!("{}", fs::read_to_string(out.join(SUMS)).context("read the checksums")?);

@@ -172,6 +172,7 @@ fn passes(all: bool, steps: &mut Steps) -> Result<()> {
         steps.cargo("build, release", &["build", "--release", "--package", "spokeguard"])?;
         steps.integration("integration tests, release", "release")?;
         steps.cargo("real kernels", VM)?;
+        steps.step("what goes to users, built twice", || dist::dist(&dist::ARCHES, true))?;
     }
     Ok(())
 }

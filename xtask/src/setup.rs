@@ -96,6 +96,10 @@ const CROSS: &[(&str, &str)] = &[
     ("/usr/bin/qemu-aarch64-static", "qemu-user-static"),
 ];
 
+/// Judges bills of materials, for `cargo xtask dist --check`.
+const CYCLONEDX: (&str, &str) =
+    ("cyclonedx.validation.json", "cyclonedx-python-lib[json-validation]==11.12.0");
+
 const CARGO_DEB: &[&str] = &["install", "cargo-deb", "--version", "3.8.0", "--locked"];
 const CARGO_DENY: &[&str] = &["install", "cargo-deny", "--version", "0.20.2", "--locked"];
 
@@ -112,7 +116,7 @@ pub fn setup() -> Result<()> {
     packages.dedup();
     let deny = find("cargo-deny").is_none();
     let deb = find("cargo-deb").is_none();
-    let python = missing_python();
+    let python = missing_python(PYTHON);
     let firewalld = target().join(FIREWALLD_FOLDER);
     let contained = firewalld.is_dir();
     let schema = schema_folder();
@@ -138,14 +142,7 @@ pub fn setup() -> Result<()> {
         timed("cargo-deny 0.20.2, about three minutes", &mut cargo_install(CARGO_DENY))?;
     }
     cargo_deb()?;
-    if !python.is_empty() {
-        let folder = python_folder();
-        timed("a folder for Python", Command::new("python3").args(["-m", "venv"]).arg(&folder))?;
-        // Not by its own name: that is a script with the full path of the folder that it was made for.
-        let mut pip = Command::new(folder.join("bin/python3"));
-        pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]).args(&python);
-        timed(&python.join(", "), &mut pip)?;
-    }
+    pip_install(&python)?;
     if !contained {
         download(FIREWALLD, &firewalld)?;
     }
@@ -158,18 +155,32 @@ pub fn setup() -> Result<()> {
     Ok(())
 }
 
+fn pip_install(packages: &[&str]) -> Result<()> {
+    if packages.is_empty() {
+        return Ok(());
+    }
+    timed("a folder for Python", Command::new("python3").args(["-m", "venv"]).arg(python_folder()))?;
+    // Not by its own name: that is a script with the full path of the folder that it was made for.
+    let mut pip = Command::new(python());
+    pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]).args(packages);
+    timed(&packages.join(", "), &mut pip)
+}
+
 fn target() -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| crate::root().join("target"), PathBuf::from)
 }
 
 /// What `cargo xtask dist` needs beyond that.
-pub fn dist(arches: &[Arch]) -> Result<()> {
+pub fn dist(arches: &[Arch], check: bool) -> Result<()> {
     // Whatever the compiler in use can do, these are built by Debian's.
     let compiler =
         BPF_COMPILER.iter().filter(|_| !Path::new("/usr/lib/rustlib/src/rust/library/core").exists());
     install(&compiler.copied().collect::<Vec<_>>())?;
     if arches.contains(&Arch::Aarch64) {
         cross()?;
+    }
+    if check {
+        pip_install(&missing_python(&[CYCLONEDX]))?;
     }
     cargo_deb()
 }
@@ -237,14 +248,18 @@ fn schema_folder() -> PathBuf {
     target().join("grafana-schema")
 }
 
-fn missing_python() -> Vec<&'static str> {
-    let python = python_folder().join("bin/python3");
+/// The Python of that folder.
+pub fn python() -> PathBuf {
+    python_folder().join("bin/python3")
+}
+
+fn missing_python(wanted: &[(&str, &'static str)]) -> Vec<&'static str> {
     let there = |module: &str| {
-        let mut python = Command::new(&python);
+        let mut python = Command::new(python());
         let asked = python.args(["-c", &format!("import {module}")]).stderr(Stdio::null()).status();
         asked.is_ok_and(|status| status.success())
     };
-    PYTHON.iter().filter(|(module, _)| !there(module)).map(|(_, package)| *package).collect()
+    wanted.iter().filter(|(module, _)| !there(module)).map(|(_, package)| *package).collect()
 }
 
 fn missing_packages() -> Vec<&'static str> {

@@ -54,7 +54,9 @@ fn check(global: &Global, now: crate::terms::Stamp) -> anyhow::Result<u8> {
     }
     let node = &loaded.policy.node.name;
     let text = format!("{}: right, for {node}\n", global.policy.display());
-    global.tell(&text, serde_json::json!({ "version": 1, "node": node, "right": true }))?;
+    // By which a daemon's status names it.
+    let policy = policy::fingerprint(&loaded.policy);
+    global.tell(&text, serde_json::json!({ "version": 1, "node": node, "right": true, "policy": policy }))?;
     Ok(0)
 }
 

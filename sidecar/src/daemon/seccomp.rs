@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use anyhow::Context as _;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
-    TargetArch, sock_filter,
+    TargetArch,
 };
 
 /// What neither the daemon nor its children may do.
@@ -316,7 +316,7 @@ fn compile(rules: Rules, otherwise: SeccompAction, matched: SeccompAction) -> an
 #[cfg(target_arch = "x86_64")]
 fn without_x32() -> BpfProgram {
     const X32: u32 = 0x4000_0000;
-    let statement = |code, jt, jf, k| sock_filter { code, jt, jf, k };
+    let statement = |code, jt, jf, k| seccompiler::sock_filter { code, jt, jf, k };
     vec![
         // The call's number comes first in seccomp_data.
         statement((libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16, 0, 0, 0),

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
@@ -171,6 +171,21 @@ fn texts(folder: &Path) -> Result<Vec<String>> {
         }
     }
     Ok(out)
+}
+
+/// Whether bills keep to their definition, by its authors' own library.
+pub fn assert_valid(bills: &[PathBuf]) -> Result<()> {
+    const SCRIPT: &str = "
+import sys
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+for name in sys.argv[1:]:
+    wrong = JsonStrictValidator(SchemaVersion.V1_5).validate_str(open(name).read())
+    if wrong:
+        sys.exit(f'{name}: {wrong}')
+";
+    ensure!(!bills.is_empty(), "there is no bill of materials");
+    said(Command::new(crate::setup::python()).args(["-c", SCRIPT]).args(bills)).map(|_| ())
 }
 
 fn bill(parts: &[Part], at: &str, arch: Arch) -> Result<String> {

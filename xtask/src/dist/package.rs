@@ -70,6 +70,9 @@ impl Stage {
         stage.write("sbom.cdx.json", &papers.bill)?;
         stage.write("LICENSES-THIRD-PARTY.txt", &papers.licences)?;
         stage.write("debian/changelog", &stage.changelog()?)?;
+        copy(&folder.join("man"), &folder.join("debian/man"))?;
+        // cargo-deb would do it, too, but not where it is to be quick.
+        said(Command::new("gzip").args(["-9nr", "man", "changelog"]).current_dir(folder.join("debian")))?;
         stage.units()?;
         Ok(stage)
     }

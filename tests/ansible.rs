@@ -1,0 +1,171 @@
+//! The Ansible role, run by a real Ansible on the hub against a spoke with a real systemd.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use lab::{Answer, Lab, Need, Outcome, SPOKE_MESH, SPOKE_PUBLIC, lacking};
+use serde_json::{Value, json};
+
+use crate::machine::Machine;
+
+/// A playbook on a machine that does much else.
+const PATIENCE: Duration = Duration::from_secs(240);
+const SECRET: &str = "https://kuma.example.org/api/push/s3cr3t-t0ken";
+
+/// The hub, from which the fleet is run.
+struct Controller<'a> {
+    lab: &'a Lab,
+    folder: PathBuf,
+}
+
+impl<'a> Controller<'a> {
+    fn new(lab: &'a Lab, machine: &Machine<'_>, policy: &Value) -> Self {
+        let folder = lab.dir.join("controller");
+        std::fs::create_dir_all(folder.join("home")).unwrap();
+        let package = crate::debian::package();
+        let name = package.file_name().unwrap().to_str().unwrap();
+        std::fs::create_dir(folder.join("files")).unwrap();
+        std::fs::copy(&package, folder.join("files").join(name)).unwrap();
+        let key = folder.join("key");
+        lab.hub.ok(&["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key.to_str().unwrap()]).unwrap();
+        machine.write_new(
+            "root/.ssh/authorized_keys",
+            &std::fs::read_to_string(key.with_extension("pub")).unwrap(),
+        );
+        let host = json!({
+            "ansible_host": SPOKE_MESH, "ansible_user": "root", "ansible_python_interpreter": "/usr/bin/python3",
+            "ansible_ssh_private_key_file": key, "ansible_ssh_common_args":
+                "-F none -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR",
+            "spokeguard_dist": folder.join("files"), "spokeguard_version": name.split('_').nth(1).unwrap(),
+            "spokeguard_policy": policy, "spokeguard_confirm_timeout": 5,
+        });
+        let inventory = json!({ "all": { "hosts": { "singapore": host } } });
+        std::fs::write(folder.join("inventory.json"), inventory.to_string()).unwrap();
+        Controller { lab, folder }
+    }
+
+    fn play(&self, flags: &[&str], more: &Value) -> Outcome {
+        let contrib = concat!(env!("CARGO_MANIFEST_DIR"), "/../contrib/ansible");
+        let inventory = self.folder.join("inventory.json");
+        let mut words = vec![lab::python(), "-m".into(), "ansible".into(), "playbook".into()];
+        words.extend(["--inventory".into(), inventory, format!("{contrib}/site.yml").into()]);
+        words.extend(["--extra-vars".into(), more.to_string().into()]);
+        words.extend(flags.iter().map(PathBuf::from));
+        let mut command = self.lab.hub.command(&words);
+        let home = self.folder.join("home");
+        command.env("HOME", &home).env("ANSIBLE_HOME", home.join("ansible")).env("ANSIBLE_NOCOLOR", "1");
+        command.env("ANSIBLE_CONFIG", format!("{contrib}/ansible.cfg")).env("LC_ALL", "C.UTF-8");
+        let mut running = self.lab.hub.start(command, "ansible-playbook").unwrap();
+        let status = running.wait(PATIENCE).unwrap_or_else(|error| panic!("{error:#}\n{}", running.log()));
+        Outcome { code: status.code(), stdout: running.log(), stderr: String::new(), took: Duration::ZERO }
+    }
+
+    /// A run without a failure: its words, and how many tasks have changed or would change something.
+    #[track_caller]
+    fn changes(&self, flags: &[&str], more: &Value) -> (String, u32) {
+        let outcome = self.play(flags, more);
+        assert_eq!(outcome.code, Some(0), "{}", outcome.stdout);
+        let recap = outcome.stdout.lines().last().unwrap_or_default().to_owned() + &outcome.stdout;
+        let count =
+            recap.split("changed=").nth(1).and_then(|rest| rest.split_whitespace().next()?.parse().ok());
+        (outcome.stdout, count.unwrap())
+    }
+}
+
+fn policy() -> Value {
+    json!({
+        "mesh": { "kind": "tailscale", "interface": "wg0", "address": [SPOKE_MESH],
+                  "prefix": ["10.84.0.0/24", "fd84::/64"], "hub": { "address": lab::HUB_MESH } },
+        "public": { "tcp": [80, 443] },
+        "ssh": { "from": "hub" },
+        "enforce": { "confirm_within": "20s" },
+        "heartbeat": { "kuma_url_file": "/etc/spokeguard/secrets/kuma-url" },
+    })
+}
+
+#[test]
+fn a_fleet_run_by_ansible_gets_policies_that_prove_themselves() {
+    if lacking(&[Need::Lab, Need::Spokeguard, Need::Sshd, Need::Nspawn, Need::Debian, Need::Ansible]) {
+        return;
+    }
+    let all = std::env::var_os("SPOKEGUARD_ALL").is_some();
+    let lab = Lab::plain();
+    let mut machine = Machine::new(&lab);
+    let controller = Controller::new(&lab, &machine, &policy());
+    std::fs::remove_dir_all(machine.path("etc/spokeguard")).unwrap();
+    machine.forget_packages();
+    machine.boot();
+    let before = machine.left();
+    let secret = json!({ "spokeguard_secrets": { "kuma-url": SECRET } });
+    let on_disk = |machine: &Machine<'_>| std::fs::read_to_string(machine.path("etc/spokeguard/policy.toml"));
+
+    // A check of a host that has nothing yet says what it would do, and does nothing.
+    if all {
+        let (said, changes) = controller.changes(&["--check", "--diff"], &secret);
+        assert!(changes >= 3, "{said}");
+        assert!(said.contains("+tcp = [80, 443]"), "{said}");
+        assert!(!said.contains(SECRET), "{said}");
+        assert_eq!(machine.left(), before);
+    }
+
+    // In one run from nothing to rules that a new connection has confirmed.
+    let (said, _) = controller.changes(&["--diff", "-vvv"], &secret);
+    assert!(!said.contains("s3cr3t"), "{said}");
+    assert_eq!(machine.rules(), "confirmed", "{said}");
+    assert_eq!(machine.answer(22), Answer::Silent);
+    assert!(machine.hub_gets_in());
+    let kept = machine.path("etc/spokeguard/secrets/kuma-url");
+    assert_eq!(std::fs::read_to_string(&kept).unwrap(), SECRET);
+    assert_eq!(std::fs::metadata(&kept).unwrap().permissions().mode() & 0o777, 0o600);
+    assert_eq!(std::fs::metadata(kept.parent().unwrap()).unwrap().permissions().mode() & 0o777, 0o700);
+
+    // A second one finds nothing to do.
+    let (said, changes) = controller.changes(&[], &secret);
+    assert_eq!(changes, 0, "{said}");
+    if !all {
+        return;
+    }
+
+    // What a changed policy would change is shown, and it isn't put there.
+    let mut wider = policy();
+    wider["public"]["tcp"] = json!([80, 443, 8080]);
+    let wider = json!({ "spokeguard_policy": wider, "spokeguard_secrets": { "kuma-url": SECRET } });
+    let good = on_disk(&machine).unwrap();
+    let pid = machine.property("spokeguard.service", "MainPID");
+    let (said, changes) = controller.changes(&["--check", "--diff"], &wider);
+    assert!(changes >= 1 && said.contains("+tcp = [80, 443, 8080]"), "{said}");
+    assert_eq!(on_disk(&machine).unwrap(), good);
+    let web = std::net::SocketAddr::new(SPOKE_PUBLIC, 8080);
+    let knock = || lab.internet.connect(web, Duration::from_millis(400));
+    assert_eq!(knock(), Answer::Silent);
+
+    // The daemon takes it up without a restart.
+    controller.changes(&[], &wider);
+    assert_eq!(machine.rules(), "confirmed");
+    assert_eq!(machine.property("spokeguard.service", "MainPID"), pid);
+    assert_eq!(knock(), Answer::Refused, "let in, and nothing listens");
+
+    // One with a mistake is never put in place.
+    let good = on_disk(&machine).unwrap();
+    let mut wrong = wider.clone();
+    wrong["spokeguard_policy"]["public"]["tcp"] = json!([80, 4430000]);
+    let refused = controller.play(&[], &wrong);
+    assert_eq!(refused.code, Some(2), "{}", refused.stdout);
+    assert!(
+        refused.stdout.contains("4430000") && refused.stdout.contains("failed to validate"),
+        "{}",
+        refused.stdout
+    );
+    assert_eq!(on_disk(&machine).unwrap(), good);
+
+    // One that lets another hub in, but not this one, fails here and is undone there.
+    let mut shut = wider;
+    shut["spokeguard_policy"]["ssh"]["from"] = json!(["10.84.0.77/32"]);
+    let failed = controller.play(&[], &shut);
+    assert!(failed.code.is_some_and(|code| code != 0), "{}", failed.stdout);
+    assert!(failed.stdout.contains("Wait for a new connection"), "{}", failed.stdout);
+    machine.wait("the way in is back", |machine| machine.hub_gets_in());
+    assert_eq!(machine.rules(), "rolled-back");
+    assert_eq!(machine.answer(22), Answer::Silent, "as confirmed before, not open");
+}
