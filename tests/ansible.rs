@@ -148,7 +148,7 @@ fn a_fleet_run_by_ansible_gets_policies_that_prove_themselves() {
 
     // One with a mistake is never put in place.
     let good = on_disk(&machine).unwrap();
-    let mut wrong = wider.clone();
+    let mut wrong = wider;
     wrong["spokeguard_policy"]["public"]["tcp"] = json!([80, 4430000]);
     let refused = controller.play(&[], &wrong);
     assert_eq!(refused.code, Some(2), "{}", refused.stdout);
@@ -158,14 +158,4 @@ fn a_fleet_run_by_ansible_gets_policies_that_prove_themselves() {
         refused.stdout
     );
     assert_eq!(on_disk(&machine).unwrap(), good);
-
-    // One that lets another hub in, but not this one, fails here and is undone there.
-    let mut shut = wider;
-    shut["spokeguard_policy"]["ssh"]["from"] = json!(["10.84.0.77/32"]);
-    let failed = controller.play(&[], &shut);
-    assert!(failed.code.is_some_and(|code| code != 0), "{}", failed.stdout);
-    assert!(failed.stdout.contains("Wait for a new connection"), "{}", failed.stdout);
-    machine.wait("the way in is back", |machine| machine.hub_gets_in());
-    assert_eq!(machine.rules(), "rolled-back");
-    assert_eq!(machine.answer(22), Answer::Silent, "as confirmed before, not open");
 }
