@@ -731,4 +731,25 @@ fn a_clock_that_is_set_moves_dates_and_no_durations() {
         eprintln!("{jump}: a trial of {took:?}");
         assert!(!daemon.running.log().contains("panicked"), "{}", daemon.running.log());
     }
+
+    // Set back by a week while nothing else happens: no look between tells the daemon when it ends by the new time.
+    let events = Events::mark(&daemon);
+    let words =
+        ["break-glass", "open", "3333", "--for", "10s", "--from", "198.51.100.99", "--reason", "quiet"];
+    let opened = spoke.spokeguard(&daemon.arguments(&words)).unwrap();
+    assert_eq!(opened.code, Some(0), "{}", opened.all());
+    events.wait(LONG, "told of", |event| event["kind"] == "opened");
+    let looks = || status(spoke, &daemon)["daemon"]["cycle"].as_u64().unwrap();
+    wait_until(LONG, "a quiet moment", || {
+        let before = looks();
+        over(Duration::from_millis(700));
+        (looks() == before).then_some(())
+    })
+    .unwrap();
+    set("-8d");
+    let end = events.wait(LONG, "the end of the opening is told", |event| {
+        event["code"] == "break-glass-open" && event["kind"] != "opened"
+    });
+    assert_eq!(end["kind"], "expired", "{end}");
+    assert!(shut(3333));
 }

@@ -698,6 +698,9 @@ impl Daemon {
         let (desired, mut snapshot) = (Arc::clone(&self.desired), self.snapshot.take());
         if let Some(snapshot) = &mut snapshot {
             self.audits.tell(snapshot);
+            if let Reading::Seen(rules) = &mut snapshot.nftables {
+                self.glass.count_down(rules, Instant::now());
+            }
         }
         let (budget, uptime) = (Arc::clone(&self.budget), self.uptime);
         let (gap, replay) = (self.counter_gap.clone(), self.replay.is_none());
@@ -833,11 +836,11 @@ impl Daemon {
                     if let (true, Some(facet)) = (finding.is_drift(), finding.facet) {
                         *self.drifts.entry(facet).or_default() += 1;
                     }
-                    let kind = glass::kind(finding, None).unwrap_or(EventKind::DriftAppeared);
+                    let kind = glass::beginning(finding).unwrap_or(EventKind::DriftAppeared);
                     self.note(kind, Some(finding), None);
                 }
                 Transition::Cleared { finding } => {
-                    let kind = glass::kind(finding, Some(now));
+                    let kind = self.glass.end(finding, now, Instant::now());
                     if kind.is_some() {
                         self.close_what_is_closed();
                     }
@@ -847,8 +850,9 @@ impl Daemon {
                 }
             }
         }
-        if rules_read {
-            for opening in self.glass.look(&snapshot) {
+        if rules_read && snapshot.nftables.seen().is_some() {
+            let open = diff::glass::openings(&snapshot);
+            for opening in self.glass.look(open, now, Instant::now()) {
                 let again = assessment.findings.iter().find(|f| f.subject == opening.to_string());
                 self.note(EventKind::Opened, again, None);
             }

@@ -167,6 +167,17 @@ pub fn openings(table: &Table) -> Vec<Opening> {
     all
 }
 
+/// So many seconds later, as far as the table is still the same.
+pub fn count_down(table: &mut Table, passed_s: u32) {
+    for (proto, family) in each() {
+        let name = set_name(proto, family);
+        let sets = table.sets.iter_mut().filter(|set| set.name == name);
+        for timed in sets.flat_map(|set| &mut set.timed) {
+            timed.expires_s = timed.expires_s.saturating_sub(passed_s);
+        }
+    }
+}
+
 /// Elements of our sets that are no opening of ours: set and key.
 pub fn foreign(table: &Table) -> impl Iterator<Item = (&NamedSet, &Operand)> {
     elements(table).filter(|(_, _, opening)| opening.is_none()).map(|(set, key, _)| (set, key))
@@ -300,5 +311,18 @@ mod tests {
         let at = |seconds| opening.ends(Stamp::from_unix(seconds)).0.as_second();
         assert_eq!([at(1_763_726_700), at(1_763_726_703)], [1_763_727_300; 2]);
         assert_eq!(at(1_900_000_000), 1_900_000_600, "the clock was set");
+    }
+
+    #[test]
+    fn what_is_left_is_counted_down_while_nobody_reads_it_again() {
+        let wanted = opening(2222, "192.0.2.0/24");
+        let mut found = table(&[(wanted.element().1, timed(&wanted))]);
+        let left = |table: &Table| openings(table)[0].left_s;
+        count_down(&mut found, 7);
+        assert_eq!(left(&found), 593);
+        count_down(&mut found, 0);
+        assert_eq!(left(&found), 593);
+        count_down(&mut found, 1000);
+        assert_eq!(left(&found), 0);
     }
 }
