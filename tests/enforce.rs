@@ -976,6 +976,36 @@ fn an_apply_that_fails_halfway_is_rolled_back_with_the_one_before_it() {
         (!lab.spoke.ok(&["nft", "list", "tables"]).unwrap().contains("spokeguard")).then_some(())
     })
     .unwrap();
+
+    // What never went in, or is gone by now, is not confirmed: what was confirmed before is back at once.
+    let table = || lab.spoke.ok(&["nft", "-s", "list", "table", "inet", "spokeguard"]).unwrap();
+    let state = |name: &str| std::fs::read_to_string(guard.dir.join("state").join(name)).unwrap();
+    guard.enforce(&lab.policy());
+    let (stood, recorded) = (table(), [state("confirmed.toml"), state("sealed.nft")]);
+    let failing = failing.replace("--confirm-within 1s", "--confirm-within 60s");
+    for (ports, in_force) in [("[443]", false), ("[80]", true)] {
+        guard.write(&lab.policy().replace("[80, 443]", ports));
+        if in_force {
+            guard.says(0, &["apply", "--confirm-within", "60s"]);
+            assert_ne!(table(), stood);
+            lab.spoke.nft("flush chain inet spokeguard public").unwrap();
+        } else {
+            assert_eq!(lab.spoke.run(&["sh", "-c", &failing]).unwrap().code, Some(2));
+        }
+        let outcome = guard.run(&["confirm"]);
+        assert_eq!(outcome.code, Some(2), "{}", outcome.all());
+        let told = "not confirmed: the rules on trial are not in force";
+        assert!(outcome.stderr.contains(told) && outcome.stderr.contains("is back"), "{}", outcome.all());
+        assert_eq!(
+            (table(), [state("confirmed.toml"), state("sealed.nft")]),
+            (stood.clone(), recorded.clone())
+        );
+        assert_eq!(guard.says(0, &["confirm"]), "nothing waits for a confirmation\n");
+    }
+    // And when nothing is in the way any more, the same policy comes in.
+    guard.says(0, &["apply"]);
+    guard.says(0, &["confirm"]);
+    assert_ne!((table(), state("confirmed.toml")), (stood, recorded[0].clone()));
 }
 
 #[test]

@@ -139,6 +139,12 @@ pub enum BringError {
     Half(#[source] ApplyError),
 }
 
+/// The rules of the armed trial were looked for, and are in force: what a confirmation asks for.
+#[derive(Debug)]
+pub struct InForce {
+    id: String,
+}
+
 /// The right to change which rules stand, for as long as it is held.
 pub struct Lock {
     _file: File,
@@ -395,18 +401,51 @@ impl Ledger {
         Ok(Brought::OnTrial { changes, again: false })
     }
 
-    /// Confirms: the rules in force stay. `false`: nothing was armed. An error after that
+    /// Looks whether the rules on trial are what the kernel holds: whoever put them on trial may have been
+    /// killed before they went in, or nft may have failed. What is missing, where they are not; `None`: no
+    /// trial is armed.
+    pub fn look(&self, _lock: &Lock, today: Date) -> anyhow::Result<Option<Result<InForce, Vec<Change>>>> {
+        let glance = self.glance().context("look for a trial")?;
+        let Some((Phase::Armed, id)) = &glance else { return Ok(None) };
+        // One that can't be read is for whoever settles.
+        let Some(trial) = self.read(&glance) else { return Ok(None) };
+        let policy = policy::parse(&trial.text, "the policy on trial", today)?.policy;
+        let found = nft::list_table()?;
+        // The day may have changed since, and with it what an exception comes to.
+        let days = [Some(today), today.yesterday().ok()];
+        let mut missing = None;
+        for day in days.into_iter().flatten() {
+            let table = Desired::new(policy.clone(), day)?.table;
+            let changes = table.map_or_else(Vec::new, |table| compare::changes(&table, found.as_ref()));
+            if changes.is_empty() {
+                return Ok(Some(Ok(InForce { id: id.clone() })));
+            }
+            missing.get_or_insert(changes);
+        }
+        Ok(missing.map(Err))
+    }
+
+    /// Confirms: the rules in force stay. `false`: nothing is armed any more. An error after that
     /// says that a boot will not know of it; the rules stay all the same.
-    pub fn confirm(&self, lock: &Lock, today: Date) -> anyhow::Result<bool> {
-        let Some((Phase::Armed, id)) = self.glance().context("look for a trial")? else {
-            return self.settle(lock, today).map(|()| false);
-        };
-        let (from, to) = (self.token(Phase::Armed, &id), self.token(Phase::Confirmed, &id));
+    pub fn confirm(&self, lock: &Lock, in_force: &InForce, today: Date) -> anyhow::Result<bool> {
+        let InForce { id } = in_force;
+        let (from, to) = (self.token(Phase::Armed, id), self.token(Phase::Confirmed, id));
         match fs::rename(&from, &to) {
             Ok(()) => self.settle(lock, today).map(|()| true),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(error) => Err(error).with_context(|| format!("rename {}", from.display())),
         }
+    }
+
+    /// Ends the armed trial now, as if its time had run out.
+    pub fn roll_back(&self, lock: &Lock, today: Date) -> anyhow::Result<()> {
+        let Some((Phase::Armed, id)) = self.glance().context("look for a trial")? else { return Ok(()) };
+        if let Err(error) = self.fire(Phase::Armed, &id) {
+            // Its watchdog tries again, in its time.
+            let _ = fs::rename(self.token(Phase::Firing, &id), self.token(Phase::Armed, &id));
+            return Err(error);
+        }
+        self.settle(lock, today)
     }
 
     /// Whether anything was ever on trial since the run directory is there.
@@ -1077,6 +1116,10 @@ mod tests {
             lock
         }
 
+        fn confirm(&self, lock: &Lock, id: &str) -> anyhow::Result<bool> {
+            self.ledger.confirm(lock, &InForce { id: id.into() }, samples::TODAY)
+        }
+
         fn phase(&self) -> Option<Phase> {
             self.ledger.glance().expect("a glance").map(|(phase, _)| phase)
         }
@@ -1110,7 +1153,7 @@ mod tests {
         let fingerprint = policy::fingerprint(&samples::spoke());
         assert_eq!(refused().as_ref(), Some(&fingerprint));
         let lock = place.ledger.lock().expect("a lock");
-        assert!(!place.ledger.confirm(&lock, samples::TODAY).expect("too late"), "a rollback that fired");
+        assert!(!place.confirm(&lock, "a").expect("too late"), "a rollback that fired");
         // After a boot the run directory is empty.
         fs::remove_dir_all(place.dir.path().join("run")).expect("remove");
         assert_eq!(refused(), Some(fingerprint));
@@ -1123,11 +1166,11 @@ mod tests {
         let place = Place::new();
         let lock = place.arm("a", "the old rules", Duration::from_secs(1));
         assert_eq!(place.ledger.confirmed(samples::TODAY), None);
-        assert!(place.ledger.confirm(&lock, samples::TODAY).expect("confirmed"));
+        assert!(place.confirm(&lock, "a").expect("confirmed"));
         assert_eq!(place.phase(), None);
         assert_eq!(place.ledger.confirmed(samples::TODAY).map(|d| d.policy), Some(samples::spoke()));
         assert_eq!(place.ledger.unsealed(samples::TODAY), None);
-        assert!(!place.ledger.confirm(&lock, samples::TODAY).expect("again"));
+        assert!(!place.confirm(&lock, "a").expect("again"));
         // The directory goes with its service; the watchdog must not take that for a reason to act.
         fs::remove_dir_all(place.dir.path().join("run")).expect("remove");
         place.arm("b", "of a later trial", Duration::from_secs(2));
@@ -1163,7 +1206,7 @@ mod tests {
         let state = place.dir.path().join("state");
         fs::remove_dir_all(&state).expect("remove");
         fs::write(&state, "a file in its place").expect("write");
-        let error = place.ledger.confirm(&lock, samples::TODAY).expect_err("not recorded");
+        let error = place.confirm(&lock, "a").expect_err("not recorded");
         assert!(
             error.to_string().contains("the next boot comes up with those confirmed before"),
             "{error:#}"

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use anyhow::Context;
 use clap::Args;
 
 use super::{Format, Global, Places};
@@ -12,6 +13,9 @@ use crate::desired::Desired;
 use crate::ruleset::Change;
 use crate::source::evidence::{self, Sought};
 use crate::sys::clock;
+
+/// A daemon puts its rules right within milliseconds, at its own pace within this.
+const REPAIR: Duration = Duration::from_secs(1);
 
 /// For `--help` of whatever puts a policy in force.
 pub const ON_TRIAL: &str = "\
@@ -93,7 +97,7 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
         Err(BringError::Half(error)) => {
             let time = humantime::format_duration(Duration::from_secs(within.as_secs()));
             let text = format!(
-                "what was in force before comes back in {time}, unless `spokeguard confirm` keeps it as it is"
+                "what was in force before comes back in {time}, unless the rules are in force and confirmed by then"
             );
             return Err(anyhow::Error::new(error).context(text));
         }
@@ -171,7 +175,7 @@ fn wait(
     let sought = Sought::new(desired);
     let own = ledger.glance()?;
     let trial = ledger.read(&own);
-    let old = trial.as_ref().and_then(|trial| ledger.old(trial)).unwrap_or_default();
+    let mut old = trial.as_ref().and_then(|trial| ledger.old(trial)).unwrap_or_default();
     loop {
         let glance = ledger.glance()?;
         match &glance {
@@ -198,9 +202,18 @@ fn wait(
                     && let Some(connection) = evidence::find(sought, &old)?
                     && let Some(lock) = ledger.try_lock()?
                 {
-                    eprintln!("{} reached port {}", connection.peer, connection.port);
-                    ledger.confirm(&lock, desired.today)?;
-                    continue;
+                    match ledger.look(&lock, desired.today)? {
+                        Some(Ok(in_force)) => {
+                            eprintln!("{} reached port {}", connection.peer, connection.port);
+                            ledger.confirm(&lock, &in_force, desired.today)?;
+                            continue;
+                        }
+                        // It came in by other rules, and says nothing of these.
+                        Some(Err(_)) => old.extend(
+                            trial.as_ref().map(|trial| ledger.note_old(trial, desired)).into_iter().flatten(),
+                        ),
+                        None => continue,
+                    }
                 }
                 if trial.as_ref().is_some_and(|trial| trial.left().is_zero())
                     && let Some(lock) = ledger.try_lock()?
@@ -222,7 +235,7 @@ pub fn confirm(global: &Global) -> anyhow::Result<u8> {
     let places = global.places()?;
     let ledger = Ledger::new(&places);
     // Not a directory of our making where there is none.
-    let confirmed = !ledger.is_empty() && ledger.confirm(&ledger.lock()?, super::today(clock::now()))?;
+    let confirmed = !ledger.is_empty() && confirm_trial(&ledger, super::today(clock::now()))?;
     let (text, result) = match confirmed {
         true => {
             guard::warn(guard::settle(&places.pin));
@@ -237,6 +250,33 @@ pub fn confirm(global: &Global) -> anyhow::Result<u8> {
         global.tell(text, said)?
     }
     Ok(0)
+}
+
+/// Nobody can have tried rules that are not in force: such a trial is ended instead. `false`: there is none.
+fn confirm_trial(ledger: &Ledger, today: jiff::civil::Date) -> anyhow::Result<bool> {
+    let lock = ledger.lock()?;
+    let began = clock::Uptime::start();
+    let missing = loop {
+        match ledger
+            .look(&lock, today)
+            .context("not confirmed: look whether the rules on trial are in force")?
+        {
+            Some(Ok(in_force)) => return ledger.confirm(&lock, &in_force, today),
+            Some(Err(missing)) if began.elapsed() > REPAIR => break missing,
+            Some(Err(_)) => std::thread::park_timeout(Duration::from_millis(50)),
+            None => return ledger.settle(&lock, today).map(|()| false),
+        }
+    };
+    let first = missing.first().map_or_else(String::new, ToString::to_string);
+    let more = missing.len().saturating_sub(1);
+    let more = if more == 0 { String::new() } else { format!(" and {more} more") };
+    let text = format!("not confirmed: the rules on trial are not in force ({first}{more})");
+    ledger
+        .roll_back(&lock, today)
+        .with_context(|| format!("{text}, and what was before them is not back yet"))?;
+    anyhow::bail!(
+        "{text}: what was in force before them is back; find out who changed them, then apply again"
+    )
 }
 
 /// Says so, and cuts what the rules in force refuse. Not before they are certain to stay:

@@ -528,9 +528,20 @@ impl Daemon {
         match found {
             Some(Ok(Some(connection))) => {
                 let Ok(Some(lock)) = self.standing.ledger.try_lock() else { return };
-                log::info!("confirmed by {} at port {}", connection.peer, connection.port);
-                if let Err(error) = self.standing.ledger.confirm(&lock, today) {
-                    warn("confirmation", error);
+                match self.standing.ledger.look(&lock, today) {
+                    Ok(Some(Ok(in_force))) => {
+                        log::info!("confirmed by {} at port {}", connection.peer, connection.port);
+                        if let Err(error) = self.standing.ledger.confirm(&lock, &in_force, today) {
+                            warn("confirmation", error);
+                        }
+                    }
+                    // It came in by other rules, and says nothing of these.
+                    Ok(Some(Err(_))) => {
+                        let old = self.standing.ledger.note_old(&watch.trial, &self.desired);
+                        watch.old.extend(old);
+                    }
+                    Ok(None) => {}
+                    Err(error) => log::debug!("the rules on trial: {error:#}"),
                 }
                 drop(lock);
                 self.follow();
