@@ -2,6 +2,7 @@
 //! never disagree.
 
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd as _;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -15,6 +16,7 @@ use spokeguard::observed::Link;
 use spokeguard::source::bpf::Hook;
 use spokeguard::source::bpf::guard::{self, Force, Guard};
 use spokeguard::source::links;
+use spokeguard::sys::bpf;
 use spokeguard::terms::Port;
 
 use crate::daemon::{LONG, SHORT, plain_policy};
@@ -382,7 +384,10 @@ fn guard_keeps_to_sources_ends_and_confirmations() {
         (reach(&lab, 80), reach(&lab, 443), reach(&lab, 22)),
         ([Answer::Open; 2], [Answer::Open; 2], [Answer::Silent; 2])
     );
+    // What is not in force is not confirmed: it is put back first, and the same trial goes on.
+    assert!(guard.says(0, &["apply", "--confirm-within", "60s"]).contains("in force"));
     guard.says(0, &["confirm"]);
+    away();
     assert_eq!(opened(&lab, |guard| guard.force()), Force::Newest);
     assert_eq!((reach(&lab, 80), reach(&lab, 443)), ([Answer::Silent; 2], [Answer::Open; 2]));
 }
@@ -580,7 +585,12 @@ fn guard_in_the_kernel_agrees_with_its_rules_and_reads_every_packet() {
 
     // The older hook, for kernels before tcx. Its counters come first as well.
     lab.spoke.ok(&FLUSH).unwrap();
+    // Off at once, though its link is still held: nobody waits for the kernel to let go of it.
+    let link =
+        lab.spoke.inside(|| Ok(bpf::open_pin(&pins.join(format!("guard1/links/in-{eth0}")))?)).unwrap();
+    assert_eq!(bpf::tcx_link(link.as_fd()).unwrap().index, eth0);
     lab.spoke.inside(|| guard::release(&pins)).unwrap();
+    assert_eq!(bpf::tcx_link(link.as_fd()).unwrap().index, 0);
     let ways = || [80, 5432].map(|port| lab.internet.connect(SocketAddr::new(SPOKE_PUBLIC, port), SHORT));
     open_soon(&lab, 5432);
     lab.spoke.spokeguard(&["internal-load-bpf", "/sys/fs/bpf/spokeguard", "--guard-only"]).unwrap();

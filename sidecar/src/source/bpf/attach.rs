@@ -136,7 +136,9 @@ impl Attachments {
     /// Takes our programs off a device, also one that is gone.
     pub(super) fn detach(&self, index: u32) -> anyhow::Result<()> {
         match self.hook {
-            Hook::Tcx => self.places.iter().try_for_each(|place| pins::discard(&self.link_pin(place, index))),
+            Hook::Tcx => {
+                self.places.iter().try_for_each(|place| self.detach_tcx(&self.link_pin(place, index)))
+            }
             Hook::Clsact => clsact::names()?
                 .into_iter()
                 .filter(|(of, _)| *of == index)
@@ -234,6 +236,25 @@ impl Attachments {
             bail!("{} is no longer device {}", link.name, link.index);
         }
         Ok(true)
+    }
+
+    /// Now: of a link that is only let go of the kernel takes the program off when it comes to that, and on a busy
+    /// machine that is a second later.
+    fn detach_tcx(&self, pin: &Path) -> anyhow::Result<()> {
+        if let Ok(link) = sys::bpf::open_pin(pin)
+            && let Ok(there) = sys::bpf::tcx_link(link.as_fd())
+            && self.is_program(there.program_id)
+            && let Err(error) = sys::bpf::detach_link(link.as_fd())
+        {
+            log::debug!("detach of {}: {error}", pin.display());
+        }
+        pins::discard(pin)
+    }
+
+    /// Whether it is one of those that are pinned here.
+    fn is_program(&self, id: u32) -> bool {
+        let pins = fs::read_dir(self.root.join("programs")).into_iter().flatten().flatten();
+        pins.filter_map(|pin| ProgramInfo::from_pin(pin.path()).ok()).any(|program| program.id() == id)
     }
 
     /// Takes over another ABI's link, where we have none: it goes on running that one's
