@@ -183,18 +183,15 @@ fn the_daemon_asks_from_outside_when_something_changes_and_not_all_the_time() {
     assert!(sum(&fresh(&lab.hub), "audit_age_seconds", &[]) < 20.0);
     assert_eq!(sum(&fresh(&lab.hub), "blind", &[("facet", "audit")]), 0.0, "with what the daemon may do");
 
-    // Nothing changes: it looks at every tick of its own, and no more often than that.
+    // Nothing changes: it looks at every tick of its own, and no more often than that. Whoever begins to listen
+    // anywhere on this machine wakes it as well, and other tests do: so it is to be quiet once for as long as this.
     let looks = || now()["daemon"]["cycle"].as_u64().unwrap();
-    // What the start began, canaries too, has ended.
-    let mut from = looks();
-    wait_until(2 * LONG, "a quiet moment", || {
-        crate::daemon::over(Duration::from_millis(1500));
-        let before = std::mem::replace(&mut from, looks());
-        (before == from).then_some(())
+    wait_until(6 * LONG, "5 s of nothing, with two looks at most", || {
+        let from = looks();
+        crate::daemon::over(Duration::from_secs(5));
+        (looks() <= from + 2).then_some(())
     })
-    .unwrap();
-    crate::daemon::over(Duration::from_secs(5));
-    assert!(looks() <= from + 2, "{} looks in 5 s of nothing\n{}", looks() - from, log());
+    .unwrap_or_else(|error| panic!("{error:#}\n{}", log()));
     assert_eq!(now()["daemon"]["audit"], first, "and no whole audit");
 
     // A new listener is a new exposure, as the metric says too.

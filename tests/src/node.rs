@@ -18,7 +18,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process, kill_process_group,
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 /// Long enough for a busy machine: a test that gets here has failed anyway.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How long an HTTP answer may keep still.
 pub const HTTP_PATIENCE: Duration = Duration::from_secs(10);

@@ -135,8 +135,11 @@ fn words<A: AsRef<OsStr>>(arguments: &[A]) -> Result<Vec<std::ffi::OsString>> {
     Ok(std::iter::once(program).chain(arguments.iter().map(|word| word.as_ref().to_os_string())).collect())
 }
 
+/// A loader takes a second of a core, and a busy machine has little left of its cores.
+const READY: Duration = Duration::from_secs(60);
+
 fn await_ready(socket: &UnixDatagram, running: &mut Running) -> Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + READY;
     socket.set_read_timeout(Some(Duration::from_millis(50)))?;
     let mut message = [0u8; 4096];
     loop {
@@ -147,7 +150,7 @@ fn await_ready(socket: &UnixDatagram, running: &mut Running) -> Result<()> {
         } else if running.has_ended() {
             bail!("the daemon ended before it was ready\n{}", running.log());
         }
-        ensure!(Instant::now() < deadline, "the daemon was not ready within 20 s\n{}", running.log());
+        ensure!(Instant::now() < deadline, "the daemon was not ready within {READY:?}\n{}", running.log());
     }
 }
 

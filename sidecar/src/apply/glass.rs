@@ -32,7 +32,8 @@ pub enum Which {
 
 /// What is open now.
 pub fn list() -> Result<Vec<Opening>, ApplyError> {
-    Ok(look()?.as_ref().map(glass::openings).unwrap_or_default())
+    let sets = nft::list_sets().map_err(ApplyError::Look)?;
+    Ok(sets.as_ref().map(glass::openings).unwrap_or_default())
 }
 
 /// Opens all of them or none, and reads them back. One that is open already is opened

@@ -27,6 +27,7 @@ pub fn ready(pins: &Path, desired: &Desired) -> anyhow::Result<()> {
     let Some(rules) = &desired.guard else { return Ok(()) };
     ensure_bpffs()?;
     guard::spawn_loader(pins)?;
+    carry_glass(pins)?;
     let mut guard = Guard::open(pins)?.ok_or_else(|| anyhow::anyhow!("the loader pinned nothing"))?;
     guard.relax(rules, &links::read()?)
 }
@@ -45,6 +46,15 @@ pub fn install(pins: &Path, desired: &Desired) -> anyhow::Result<()> {
     settle(pins)?;
     match (&desired.guard, Guard::open(pins)?) {
         (Some(rules), Some(mut guard)) => guard.sync(rules, &links::read()?),
+        _ => Ok(()),
+    }
+}
+
+/// To be called before a guard that may just have been loaded is on any interface: what was opened before it
+/// came, through that of another version, is known to our table.
+pub fn carry_glass(pins: &Path) -> anyhow::Result<()> {
+    match Guard::open(pins)? {
+        Some(guard) if guard.timed()?.is_empty() => follow_glass(pins),
         _ => Ok(()),
     }
 }

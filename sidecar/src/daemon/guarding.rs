@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use crate::apply;
 use crate::desired::{Desired, GuardRules};
 use crate::observed::{Amount, Link};
 use crate::source::bpf::guard::{self, Force, Guard};
@@ -57,6 +58,9 @@ impl Guarding {
                 log::warn!("the second layer, the tc guard, is not active: {error:#}");
                 return this;
             }
+        }
+        if let Err(error) = apply::guard::carry_glass(pins) {
+            log::warn!("break-glass in the tc guard: {error:#}");
         }
         match links::read() {
             Ok(links) => {

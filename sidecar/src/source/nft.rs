@@ -78,7 +78,16 @@ fn list_nftables() -> anyhow::Result<Ruleset> {
 
 /// Our own table; `None` if there is none.
 pub fn list_table() -> anyhow::Result<Option<Table>> {
-    match list(&["-j", "list", "table", "inet", TABLE], Parts::default()) {
+    list_own(&["-j", "list", "table", "inet", TABLE])
+}
+
+/// The same with its named sets and nothing else in it.
+pub fn list_sets() -> anyhow::Result<Option<Table>> {
+    list_own(&["-j", "list", "sets", "table", "inet", TABLE])
+}
+
+fn list_own(args: &[&str]) -> anyhow::Result<Option<Table>> {
+    match list(args, Parts::default()) {
         Ok(ruleset) => {
             Ok(ruleset.tables.into_iter().find(|t| t.family == TableFamily::Inet && t.name == TABLE))
         }
