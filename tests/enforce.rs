@@ -1008,6 +1008,78 @@ fn an_apply_that_fails_halfway_is_rolled_back_with_the_one_before_it() {
     assert_ne!((table(), state("confirmed.toml")), (stood, recorded[0].clone()));
 }
 
+/// Hundreds of prefixes stand in sets of their own: kept, put right and rolled back like rules.
+#[test]
+fn long_lists_are_kept_put_right_and_rolled_back() {
+    if lacking(&[Need::Lab, Need::Spokeguard]) {
+        return;
+    }
+    let lab = Lab::plain();
+    let guard = Guard::new(&lab, &lab.spoke);
+    let _all = lab.spoke.listen("all", &["tcp/[::]:8443"]).unwrap();
+    let policy = |own: &[&str]| {
+        let others = (0..100)
+            .flat_map(|n| [format!("24.0.{}.0/24", 2 * n), format!("2001:db8:{:x}::/48", 100 + 2 * n)]);
+        let from: Vec<String> =
+            others.chain(own.iter().map(|net| net.to_string())).map(|net| format!("{net:?}")).collect();
+        format!(
+            "{}[[exception]]\nname = \"partners\"\ntcp = [8443]\nfrom = [{}]\nreason = \"r\"\nowner = \"ops\"\n\
+             until = \"2099-01-31\"\n",
+            lab.policy(),
+            from.join(", ")
+        )
+    };
+    // A set that was made anew is listed last.
+    let table = || {
+        let text = lab.spoke.ok(&["nft", "-s", "list", "table", "inet", "spokeguard"]).unwrap();
+        let (head, rest) = text.split_at(text.find("\tchain ").unwrap());
+        let mut blocks: Vec<&str> = head.split_inclusive("\t}\n").map(str::trim).collect();
+        blocks.sort_unstable();
+        format!("{}\n{rest}", blocks.join("\n"))
+    };
+    let answers = || [SPOKE_PUBLIC, SPOKE_PUBLIC_V6].map(|to| tcp(&lab.internet, to, 8443));
+    let (open, shut) = ([Answer::Open; 2], [Answer::Silent; 2]);
+    guard.enforce(&policy(&[]));
+    assert_eq!(answers(), shut);
+    let before = table();
+    guard.enforce(&policy(&["198.51.100.99/32", "2001:db8:1::/64"]));
+    assert_eq!(answers(), open);
+    let stood = table();
+    assert_eq!((stood.matches("set list-").count(), stood.matches("24.0.2.0/24").count()), (2, 1), "{stood}");
+    assert!(guard.says(0, &["plan"]).contains("nothing"));
+
+    // What somebody puts in or takes out is a difference, and goes.
+    let set = |family: &str| {
+        let from = stood.find(&format!("list-{family}-")).unwrap();
+        stood[from..].split_whitespace().next().unwrap().to_owned()
+    };
+    let (four, six) = (set("ipv4"), set("ipv6"));
+    for change in [
+        format!("add element inet spokeguard {four} {{ 203.0.113.0/24 }}"),
+        format!("delete element inet spokeguard {six} {{ 2001:db8:1::/64 }}"),
+        format!("flush set inet spokeguard {four}"),
+    ] {
+        lab.spoke.nft(&change).unwrap();
+        assert!(guard.says(1, &["plan"]).contains("set list-"), "{change}");
+        guard.says(0, &["apply"]);
+        assert_eq!(table(), stood, "{change}");
+        assert_eq!(answers(), open, "{change}");
+    }
+
+    // Another list, and back; the sealed file over itself.
+    guard.write(&policy(&[]));
+    guard.says(0, &["apply", "--confirm-within", "1s"]);
+    assert_eq!(table(), before);
+    wait_until(LONG, "rolled back", || (table() == stood).then_some(())).unwrap();
+    assert_eq!(answers(), open);
+    for _ in 0..2 {
+        lab.spoke.ok(&["nft", "-f", &guard.dir.join("state/sealed.nft").display().to_string()]).unwrap();
+    }
+    // It has the same sets; its rules say until when as well.
+    let sets = |text: &str| text.split("\tchain ").next().unwrap().to_owned();
+    assert_eq!((sets(&table()), answers()), (sets(&stood), open));
+}
+
 #[test]
 fn what_is_released_stays_away() {
     if lacking(&[Need::Lab, Need::Spokeguard]) {

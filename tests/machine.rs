@@ -173,13 +173,16 @@ impl<'a> Machine<'a> {
 
     /// Everything in the file system that has our name in it, but for what dpkg logs.
     pub fn left(&self) -> String {
+        let workspace = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().display();
         self.ok(&[
             "sh",
             "-c",
-            "find / -xdev '(' -path /proc -o -path /sys -o -path /tmp -o -path /opt -o -path /root \
-               -o -path /work -o -path /home -o -path /mnt -o -path /var/tmp ')' -prune \
-               -o -name '*spokeguard*' -print; \
-             find /run -name '*spokeguard*' -not -path '/run/systemd/*'",
+            &format!(
+                "find / -xdev '(' -path /proc -o -path /sys -o -path /tmp -o -path /opt -o -path /root \
+                   -o -path {workspace} -o -path /home -o -path /mnt -o -path /var/tmp ')' -prune \
+                   -o -name '*spokeguard*' -print; \
+                 find /run -name '*spokeguard*' -not -path '/run/systemd/*'"
+            ),
         ])
     }
 

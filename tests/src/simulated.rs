@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use spokeguard::desired::Desired;
 use spokeguard::diff::Proof;
+use spokeguard::heartbeat::Tally;
 use spokeguard::metrics::{Audit, Control, Layout, State, render};
 use spokeguard::observed::{
     Amount, AttemptKey, BindTally, CountedProto, Counters, Direction, Peer, TrafficKey,
@@ -130,6 +131,7 @@ impl Simulated {
                 cycle_seconds: 0.003,
                 resident_bytes: Some(5_000_000 + number % 7 * 65_536),
                 http_rejects: 0,
+                heartbeat: &Tally::default(),
             },
             &self.layout,
         )

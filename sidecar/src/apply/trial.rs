@@ -13,7 +13,7 @@
 //! directory lie the last confirmed policy, its rules as a file for `nft -f`, and a policy
 //! that was rolled back, so that neither a restart nor a boot tries that one again.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read};
@@ -32,7 +32,7 @@ use crate::cli::Places;
 use crate::daemon::eventlog::write_atomically;
 use crate::desired::{Desired, TABLE};
 use crate::policy::{self, Policy};
-use crate::ruleset::{Change, Statement, Table, compare, render};
+use crate::ruleset::{Change, NamedSet, Statement, Table, compare, render};
 use crate::source::evidence::{self, Sought};
 use crate::source::nft;
 use crate::sys::{clock, netns};
@@ -1016,6 +1016,21 @@ fn keeping(table: &Table, others: [Option<&Table>; 2]) -> String {
             // Declared first: deleting what is not there would fail it all.
             text += &format!("table {name} {{\n\t{kind} {one} {{\n\t}}\n}}\ndelete {kind} {name} {one}\n");
         }
+    }
+    // Sets may be declared again, and what is declared can be deleted.
+    let gone = |set: &&NamedSet| !set.map && !table.sets.iter().any(|wanted| wanted.name == set.name);
+    let sets: BTreeMap<&str, &NamedSet> = others
+        .iter()
+        .flatten()
+        .flat_map(|other| &other.sets)
+        .filter(gone)
+        .map(|set| (&*set.name, set))
+        .collect();
+    for (set, NamedSet { kind, flags, .. }) in sets {
+        let flags = if flags.is_empty() { String::new() } else { format!("\t\tflags {}\n", flags.join(",")) };
+        text += &format!(
+            "table {name} {{\n\tset {set} {{\n\t\ttype {kind}\n{flags}\t}}\n}}\ndelete set {name} {set}\n"
+        );
     }
     text + &render::table(table)
 }

@@ -23,7 +23,9 @@ use super::{COMMENT_PREFIX, PRIORITY, PROBE_PRIORITY, TABLE};
 use crate::observed::Amount;
 use crate::policy::{Bind, Exception, Mode, Policy, Role, Sources};
 use crate::ruleset::glass;
-use crate::ruleset::{Base, Chain, Hook, Match, Op, Operand, Rule, Statement, Table, TableFamily, Term};
+use crate::ruleset::{
+    Base, Chain, Hook, Match, NamedSet, Op, Operand, Rule, Statement, Table, TableFamily, Term,
+};
 use crate::terms::{Family, IfacePattern, Port, Proto};
 
 /// Why a packet is dropped: one named counter for each reason and family.
@@ -144,13 +146,49 @@ fn built(build: Build<'_>) -> Table {
             _ => None,
         })
         .collect();
-    Table {
-        family: TableFamily::Inet,
-        name: TABLE.to_owned(),
-        dormant: false,
-        chains,
-        counters,
-        sets: glass::sets(),
+    let mut sets = glass::sets();
+    sets.extend(long_lists(&mut chains));
+    Table { family: TableFamily::Inet, name: TABLE.to_owned(), dormant: false, chains, counters, sets }
+}
+
+/// More addresses than this stand in a set of their own, once, however many rules ask for them.
+const LISTED_MAX: usize = 64;
+
+/// Takes long lists of addresses out of the rules. A set is called by what is in it: one of the same name is the
+/// same one, so that only what changes is sent, and a transaction, a rollback and a file may declare it again.
+fn long_lists(chains: &mut [Chain]) -> Vec<NamedSet> {
+    let mut sets: BTreeMap<String, NamedSet> = BTreeMap::new();
+    let rules = chains.iter_mut().flat_map(|chain| &mut chain.rules);
+    for statement in rules.flat_map(|rule| &mut rule.statements) {
+        let Statement::Match(Match { right, .. }) = statement else { continue };
+        let Operand::Set(list) = &*right else { continue };
+        let Some(family) = list.first().and_then(family_of).filter(|_| list.len() > LISTED_MAX) else {
+            continue;
+        };
+        let text: String = list.iter().map(|each| format!("{each:?}")).collect();
+        let name = format!("list-{family}-{}", crate::policy::sum(&text));
+        let Operand::Set(elements) = std::mem::replace(right, Operand::Named(name.clone())) else { continue };
+        sets.entry(name.clone()).or_insert_with(|| NamedSet {
+            name,
+            kind: format!("{family}_addr"),
+            map: false,
+            flags: vec!["interval".to_owned()],
+            elements,
+            timed: Vec::new(),
+            verdicts: Vec::new(),
+            truncated: false,
+        });
+    }
+    sets.into_values().collect()
+}
+
+/// Of a value that stands for addresses.
+fn family_of(value: &Operand) -> Option<Family> {
+    match value {
+        Operand::Address(address) => Some(Family::of(*address)),
+        Operand::Prefix(net) => Some(Family::of_net(net)),
+        Operand::Range(first, _) => family_of(first),
+        _ => None,
     }
 }
 
@@ -1006,6 +1044,44 @@ mod tests {
         policy.locals[0].name = "b\u{fc}ro \"x\"".into();
         policy.locals[1].name = "b ro -x-".into();
         assert_eq!(local_names(&policy), ["b-ro--x-", "b-ro--x--2"]);
+    }
+
+    #[test]
+    fn a_long_list_stands_once_in_a_set_and_means_the_same() {
+        let mut policy = samples::everything();
+        let listed = |n: u32| -> IpNet {
+            let [_, _, a, b] = (n * 2).to_be_bytes();
+            format!("24.{a}.{b}.0/24").parse().expect("a prefix")
+        };
+        policy.exceptions.truncate(1);
+        policy.exceptions[0].from = (0..64).map(listed).chain([samples::net("2001:db8:7::/48")]).collect();
+        let own = |table: &Table| {
+            table.sets.iter().filter(|set| set.name.starts_with("list-")).cloned().collect::<Vec<_>>()
+        };
+        let short = Desired::new(policy.clone(), samples::TODAY).expect("a way in").table.expect("a table");
+        assert_eq!(own(&short), []);
+        policy.exceptions[0].from.push(listed(64));
+        let long = Desired::new(policy.clone(), samples::TODAY).expect("a way in");
+        let [list] = own(long.table.as_ref().expect("a table")).try_into().expect("one set");
+        assert_eq!((list.kind.as_str(), list.elements.len()), ("ipv4_addr", 65));
+        let text = render::table(long.table.as_ref().expect("a table"));
+        assert_eq!(text.matches("24.0.2.0/24").count(), 1, "{text}");
+        assert!(text.matches(&format!("@{}", list.name)).count() > 1, "{text}");
+        let sealed = long.sealed().expect("sealed rules");
+        assert_eq!(own(&sealed), [list], "called the same wherever it stands");
+        let rules = Ruleset { tables: vec![long.table.clone().expect("a table")] };
+        let port = *policy.exceptions[0].tcp.first().expect("a port");
+        for (source, verdict) in [("24.0.128.9", Verdict::Accept), ("24.0.129.9", Verdict::Drop)] {
+            let packet = Packet {
+                iifname: "eth0".into(),
+                source: samples::ip(source),
+                destination: samples::ip("198.51.100.7"),
+                proto: Proto::Tcp,
+                source_port: samples::port(50_000),
+                port,
+            };
+            assert_eq!(evaluate::judge(&rules, &packet, &|_| true).verdict, verdict, "{source}");
+        }
     }
 
     #[test]

@@ -48,14 +48,17 @@ pub fn changes(desired: &Table, found: Option<&Table>) -> Vec<Change> {
     out
 }
 
-/// Declared alike, whatever is in them: openings come and go by themselves.
+/// Declared alike, and with the same in them, but for what comes and goes by itself: openings.
 pub fn same_set(a: &NamedSet, b: &NamedSet) -> bool {
     let flags = |set: &NamedSet| {
         let mut flags = set.flags.clone();
         flags.sort();
         flags
     };
-    (&a.name, &a.kind, a.map) == (&b.name, &b.kind, b.map) && flags(a) == flags(b)
+    let alike = (&a.name, &a.kind, a.map) == (&b.name, &b.kind, b.map) && flags(a) == flags(b);
+    alike
+        && (a.is_timed()
+            || (a.truncated, normal::listed(&a.elements)) == (b.truncated, normal::listed(&b.elements)))
 }
 
 /// The differences as a diff: `-` goes, `+` comes, `~` changes. Empty for no differences.
@@ -224,7 +227,7 @@ fn alignment(a: &[Form], b: &[Form]) -> Vec<Step> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ruleset::{Chain, TableFamily, decode};
+    use crate::ruleset::{Chain, Operand, TableFamily, decode};
     use expect_test::{Expect, expect};
 
     fn capture() -> Table {
@@ -311,6 +314,29 @@ mod tests {
         );
         assert_eq!(changes(&capture(), None), vec![Change::TableMissing]);
         assert_eq!(Change::TableMissing.to_string(), "missing: the whole table");
+    }
+
+    #[test]
+    fn a_set_is_what_is_in_it_unless_that_ends_by_itself() {
+        let set = |flags: &[&str], elements: &[&str]| NamedSet {
+            name: "s".into(),
+            kind: "ipv4_addr".into(),
+            map: false,
+            flags: flags.iter().map(|flag| (*flag).to_owned()).collect(),
+            elements: elements.iter().map(|net| Operand::Prefix(net.parse().expect("a prefix"))).collect(),
+            timed: vec![],
+            verdicts: vec![],
+            truncated: false,
+        };
+        let list = |elements: &[&str]| set(&["interval"], elements);
+        let wanted = list(&["10.0.0.0/24", "10.0.2.0/24"]);
+        assert!(same_set(&wanted, &list(&["10.0.2.0/24", "10.0.0.0/25", "10.0.0.128/25"])));
+        for other in [&["10.0.0.0/24"][..], &["10.0.0.0/24", "10.0.2.0/24", "0.0.0.0/1"], &[]] {
+            assert!(!same_set(&wanted, &list(other)), "{other:?}");
+        }
+        assert!(!same_set(&wanted, &NamedSet { truncated: true, ..wanted.clone() }));
+        let timed = |elements: &[&str]| set(&["interval", "timeout"], elements);
+        assert!(same_set(&timed(&[]), &timed(&["10.0.0.0/24"])));
     }
 
     #[test]

@@ -84,7 +84,12 @@ pub fn transaction(desired: &Table, found: Option<&Table>) -> String {
         out.push(add(NfListObject::Counter(named_counter(counter, desired))));
     }
     for set in &desired.sets {
-        out.push(add(NfListObject::Set(Box::new(named_set(set, family, &desired.name, true)))));
+        let mut object = named_set(set, family, &desired.name, true);
+        // What is in it already is not sent again.
+        if found.is_some_and(|found| found.sets.iter().any(|there| same_set(set, there))) {
+            object.elem = None;
+        }
+        out.push(add(NfListObject::Set(Box::new(object))));
     }
     // All chains come before the first rule, which may jump to any of them.
     for chain in &desired.chains {

@@ -242,6 +242,13 @@ pub struct NamedSet {
     pub truncated: bool,
 }
 
+impl NamedSet {
+    /// Whether its elements may end by themselves.
+    pub fn is_timed(&self) -> bool {
+        self.flags.iter().any(|flag| flag == "timeout")
+    }
+}
+
 /// How long an element lives. 0 and 0: for ever.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Timed {

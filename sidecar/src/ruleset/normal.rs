@@ -307,6 +307,11 @@ fn sorted(mut values: Vec<Operand>) -> Vec<Operand> {
     values
 }
 
+/// What is in a named set of addresses, however it is written.
+pub(super) fn listed(elements: &[Operand]) -> Operand {
+    merged(&Term::Unknown(String::new()), elements)
+}
+
 /// A set as its disjoint intervals: nft merges some that touch and leaves others.
 fn merged(term: &Term, values: &[Operand]) -> Operand {
     let mut intervals = vec![];

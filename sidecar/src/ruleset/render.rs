@@ -20,8 +20,7 @@ pub fn table(table: &Table) -> String {
             let _ = writeln!(out, "\t\tflags {}", set.flags.join(","));
         }
         // What ends by itself would begin anew, and for ever, by loading the text.
-        let lasting = !set.flags.iter().any(|flag| flag == "timeout");
-        if lasting && !set.elements.is_empty() {
+        if !set.is_timed() && !set.elements.is_empty() {
             let _ = writeln!(out, "\t\telements = {{ {} }}", list(&set.elements, ", "));
         }
         out.push_str("\t}\n");

@@ -96,17 +96,31 @@ fn list_own(args: &[&str]) -> anyhow::Result<Option<Table>> {
     }
 }
 
-/// Our own table as nft prints it, which `nft -f` takes back: amounts of counters included,
-/// and what is in named sets left out. A text that lies around must open nothing.
+/// Our own table as nft prints it, which `nft -f` takes back: amounts of counters included, and what ends by
+/// itself left out. A text that lies around must open nothing for longer than it was opened.
 pub fn list_table_text() -> anyhow::Result<String> {
-    let args = ["-t", "list", "table", "inet", TABLE];
-    let mut nft = Running::start(&program()?, &args, Stdio::null(), Stdio::piped(), DEADLINE)?;
-    let mut text = String::new();
-    // A table of ours has some hundred lines; beyond this something is wrong.
-    let read = (&mut nft).take(LISTING_MAX).read_to_string(&mut text);
-    nft.finish()?;
-    read?;
-    Ok(text)
+    let text = listing(&["list", "table", "inet", TABLE])?;
+    Ok(without_timed(&String::from_utf8(text).context("nft list table: not UTF-8")?))
+}
+
+/// The text of a table without the elements of sets whose elements have a timeout.
+fn without_timed(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let (mut timed, mut elements) = (false, false);
+    for line in text.lines() {
+        let words = line.trim_start_matches('\t');
+        match line.len() - words.len() {
+            // The head or the end of a set, map or chain.
+            0 | 1 => (timed, elements) = (false, false),
+            _ if words.starts_with("flags ") => timed |= words.contains("timeout"),
+            _ => elements |= words.starts_with("elements = "),
+        }
+        if !(timed && elements) {
+            out.push_str(line);
+            out.push('\n');
+        }
+    }
+    out
 }
 
 /// What one listing says, as JSON.
@@ -470,6 +484,15 @@ mod tests {
         assert!(refused("exit 0", LONG).contains("JSON"));
         // One that would write for ever is stopped at its first mistake.
         assert!(refused("exec yes", LONG).contains("JSON"));
+    }
+
+    #[test]
+    fn what_ends_by_itself_is_left_out_of_a_text_and_nothing_else() {
+        let kept = "table inet spokeguard {\n\tset a {\n\t\ttype ipv4_addr\n\t\tflags interval,timeout\n";
+        let timed = "\t\telements = { 10.0.0.0/24 timeout 15m expires 14m comment \"flags x\",\n\t\t\t     10.0.1.1 timeout 1h }\n";
+        let rest = "\t}\n\n\tset b {\n\t\ttype ipv4_addr\n\t\tflags interval\n\t\telements = { 10.0.0.0/24,\n\t\t\t     \
+                    10.0.2.0/24 }\n\t}\n\n\tchain c {\n\t\taccept\n\t}\n}\n";
+        assert_eq!(without_timed(&[kept, timed, rest].concat()), [kept, rest].concat());
     }
 
     #[test]
