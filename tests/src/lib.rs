@@ -24,9 +24,9 @@ mod product;
 mod reaper;
 mod second;
 mod service;
-mod tailscaled;
 mod simulated;
 mod spokes;
+mod tailscaled;
 mod tunnel;
 pub mod wire;
 
@@ -50,9 +50,9 @@ pub use reaper::reap;
 pub use rustix::process::Signal;
 pub use second::{SECOND_MESH, Second};
 pub use service::{Listening, Prometheus, Sshd};
-pub use tailscaled::Tailscaled;
 pub use simulated::{Simulated, serve_simulated, simulated_address};
 pub use spokes::Spoke;
+pub use tailscaled::Tailscaled;
 pub use tunnel::Keys;
 
 /// What the helper says when it is ready, as keeper, listener and sweeper. Nothing that an error could contain.

@@ -85,7 +85,8 @@ fn cases(list: &[(&str, &str)], expected: Expect) {
 #[test]
 fn defaults_overrides_and_the_mesh_make_each_nodes_policy() {
     // One key of a table from the defaults, one from the node.
-    let fleet = read(&FLEET.replace("[[defaults.file]]", "[defaults.ssh]\nrebind = true\n\n[[defaults.file]]"));
+    let fleet =
+        read(&FLEET.replace("[[defaults.file]]", "[defaults.ssh]\nrebind = true\n\n[[defaults.file]]"));
     let policy = |name: &str| crate::policy::show(&fleet.node(name).expect("a node").policy);
     let read_alone = |text: &str| {
         let loaded = crate::policy::parse(text, "policy.toml", today()).unwrap_or_else(|m| panic!("{m}"));
