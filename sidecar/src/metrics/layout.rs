@@ -11,7 +11,7 @@ use jiff::civil::Date;
 
 use crate::desired::{Desired, Service};
 use crate::heartbeat::Outcome;
-use crate::observed::{Amount, AttemptKey, CountedProto, Direction, TrafficKey};
+use crate::observed::{Amount, AttemptKey, CountedProto, Direction, Facet, TrafficKey};
 use crate::policy::{Exception, Heartbeat, MeshKind, Role};
 use crate::repair::ActionKind;
 use crate::terms::{Family, Proto, PublicKey, Scope};
@@ -57,6 +57,8 @@ pub struct Layout {
     other_scope: bool,
     /// Drop counters of the table. Reasons beyond the bound, by name, fold into `other`.
     drops: BTreeMap<(String, Family), DropLabel>,
+    /// The facet of the mesh's kind.
+    mesh: Facet,
     /// Labels for peers, `overflow` included. 0 where no WireGuard is read.
     pub(super) peers: usize,
     pub(super) hub: Option<PublicKey>,
@@ -135,6 +137,7 @@ impl Layout {
             mesh_families: policy.mesh.prefix.iter().map(Family::of_net).collect(),
             other_scope: !policy.locals.is_empty() || policy.public.interfaces.is_some(),
             drops: drops.collect(),
+            mesh: if wireguard { Facet::Wireguard } else { Facet::Tailscale },
             peers: match (wireguard, policy.node.role) {
                 (false, _) => 0,
                 (true, Role::Hub) => 4,
@@ -160,10 +163,15 @@ impl Layout {
         layout
     }
 
+    /// The facets that have series.
+    pub(super) fn told(&self) -> impl Iterator<Item = Facet> {
+        TOLD.into_iter().chain([self.mesh])
+    }
+
     /// The most series that an exposition of this layout can have.
     pub fn series_max(&self) -> usize {
         SINGLE
-            + TOLD.len() * 2
+            + self.told().count() * 2
             + Control::ALL.len()
             + ActionKind::ALL.len() * RepairOutcome::ALL.len()
             + TOLD_MAX

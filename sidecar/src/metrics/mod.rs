@@ -73,17 +73,9 @@ pub struct State<'a> {
     pub heartbeat: &'a Tally,
 }
 
-/// The facets that have series. Of the bind guard `control_enforced` and `refused_binds` tell all.
-const TOLD: [Facet; 8] = [
-    Facet::Nftables,
-    Facet::Listeners,
-    Facet::Links,
-    Facet::Wireguard,
-    Facet::Tailscale,
-    Facet::Sshd,
-    Facet::Files,
-    Facet::Counters,
-];
+/// The facets that have series, beside the mesh's. Of the bind guard `control_enforced` and `refused_binds` tell all.
+const TOLD: [Facet; 6] =
+    [Facet::Nftables, Facet::Listeners, Facet::Links, Facet::Sshd, Facet::Files, Facet::Counters];
 
 /// What we promise to hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -202,7 +194,7 @@ impl Exposition {
         let mut out = Self { families: Vec::with_capacity(24) };
         out.about(state);
         out.verdict(state, layout);
-        out.work(state);
+        out.work(state, layout);
         out.traffic(state, layout);
         out.break_glass(state);
         out.binds(state);
@@ -278,7 +270,7 @@ impl Exposition {
             "blind",
             None,
             "1 where a facet of the host could not be read, so that nothing is claimed about it",
-            TOLD.map(|f| labelled("facet", f.name(), u64::from(state.blind.contains(&f)))),
+            layout.told().map(|f| labelled("facet", f.name(), u64::from(state.blind.contains(&f)))),
         );
         self.gauge(
             "control_enforced",
@@ -288,11 +280,11 @@ impl Exposition {
         );
     }
 
-    fn work(&mut self, state: &State<'_>) {
+    fn work(&mut self, state: &State<'_>, layout: &Layout) {
         self.counter(
             "drift_events",
             "Times that a difference from the policy appeared",
-            TOLD.map(|f| labelled("facet", f.name(), state.drift.get(&f).copied().unwrap_or(0))),
+            layout.told().map(|f| labelled("facet", f.name(), state.drift.get(&f).copied().unwrap_or(0))),
         );
         let pairs = ActionKind::ALL.into_iter().flat_map(|a| RepairOutcome::ALL.map(|o| (a, o)));
         self.counter(
