@@ -16,6 +16,7 @@
 //! the same to it.
 
 mod flood;
+#[cfg(feature = "product")]
 pub mod foreign;
 mod memory;
 mod need;
@@ -24,6 +25,7 @@ mod product;
 mod reaper;
 mod second;
 mod service;
+#[cfg(feature = "product")]
 mod simulated;
 mod spokes;
 mod tailscaled;

@@ -62,6 +62,11 @@ impl MemoryGroup {
         line.and_then(|value| value.parse().ok()).with_context(|| format!("no {name} in memory.stat"))
     }
 
+    /// One of its files.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
     fn number(&self, file: &str) -> Result<u64> {
         let path = self.path.join(file);
         read(&path)?.trim().parse().with_context(|| format!("read {}", path.display()))

@@ -24,9 +24,11 @@ fn main() -> ExitCode {
         ["reap", prefix, dir] => reap(prefix, Path::new(dir)),
         ["listen", name, what @ ..] => listen(name, what),
         ["bind", words @ ..] => try_binds(words),
+        #[cfg(feature = "product")]
         ["spokes", count] => {
             count.parse().context("read the number of spokes").and_then(lab::serve_simulated)
         }
+        #[cfg(feature = "product")]
         ["sweep", interface, address, run_dir] => sweep(interface, address, Path::new(run_dir)),
         _ => Err(anyhow::anyhow!(
             "usage: enter NET MNT COMMAND.. | keep NETNS | reap PREFIX DIR | listen NAME WHAT.. |\n\
@@ -97,6 +99,7 @@ fn reap(prefix: &str, dir: &Path) -> Result<()> {
 }
 
 /// Sweeps every TCP port at a hundred probes a second.
+#[cfg(feature = "product")]
 fn sweep(interface: &str, address: &str, run_dir: &Path) -> Result<()> {
     use spokeguard::source::{links, probe};
     let link = links::read()?.into_iter().find(|link| link.name == interface).context("no such interface")?;
