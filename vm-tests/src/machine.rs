@@ -20,6 +20,7 @@ pub struct Machine<'a> {
     pub initrd: Vec<&'a Path>,
     pub memory_mib: u32,
     pub disk: Option<&'a Path>,
+    /// Of the emulator's own time; by the clock four times that.
     pub limit: Duration,
     /// For its files; emptied first.
     pub folder: &'a Path,
@@ -33,8 +34,17 @@ pub fn emulator(arch: Arch) -> (&'static str, &'static str) {
     }
 }
 
+/// What came of a machine, and what it took of this one's processors.
+#[derive(Debug)]
+pub struct Ran {
+    pub verdict: Verdict,
+    pub cpu: Duration,
+    /// By the clock.
+    pub wall: Duration,
+}
+
 /// Boots, calls `heard` with each line as it comes, and gives what came of it.
-pub fn run(machine: &Machine, mut heard: impl FnMut(&Line)) -> Result<Verdict> {
+pub fn run(machine: &Machine, mut heard: impl FnMut(&Line)) -> Result<Ran> {
     let folder = machine.folder;
     fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
     let (steps, serial) = (folder.join("steps"), folder.join("serial.log"));
@@ -47,25 +57,23 @@ pub fn run(machine: &Machine, mut heard: impl FnMut(&Line)) -> Result<Verdict> {
     drop(whole);
     File::create(&steps).context("create the file of steps")?;
     let child = Guarded(start(machine, &initrd, &steps, &serial)?);
-    let verdict = follow(child, &steps, machine.limit, &mut heard).with_context(|| {
+    let ran = follow(child, &steps, machine.limit, &mut heard).with_context(|| {
         let complaint = fs::read_to_string(folder.join("emulator.log")).unwrap_or_default();
         format!("the emulator said: {}", complaint.trim_end())
     })?;
     // Made anew for each run.
     fs::remove_file(&initrd).with_context(|| format!("remove {}", initrd.display()))?;
-    Ok(verdict)
+    Ok(ran)
 }
 
 /// Reads the steps until the process ends; kills it when its time is over.
-fn follow(
-    mut child: Guarded,
-    steps: &Path,
-    limit: Duration,
-    heard: &mut dyn FnMut(&Line),
-) -> Result<Verdict> {
-    let (deadline, mut lines) = (Instant::now() + limit, Vec::new());
+fn follow(mut child: Guarded, steps: &Path, limit: Duration, heard: &mut dyn FnMut(&Line)) -> Result<Ran> {
+    let (begun, mut lines) = (Instant::now(), Vec::new());
     let mut reader = Reader::open(steps)?;
+    let mut cpu = Duration::ZERO;
     loop {
+        // What has ended has no time any more.
+        cpu = cpu.max(cpu_time(child.0.id()));
         // In this order: what was written before the end is read after it.
         let ended = child.0.try_wait().context("wait for the emulator")?;
         for line in reader.lines()? {
@@ -74,10 +82,15 @@ fn follow(
         }
         if let Some(status) = ended {
             ensure!(status.success(), "the emulator ended with {status}");
-            return Ok(verdict(&lines));
+            return Ok(Ran { verdict: verdict(&lines), cpu, wall: begun.elapsed() });
         }
-        if Instant::now() > deadline {
-            return Ok(Verdict::Failed(format!("still running after {} s: killed", limit.as_secs())));
+        let wall = begun.elapsed();
+        if cpu > limit || wall > 4 * limit {
+            let why = format!(
+                "killed: it may take {} s of a processor, and by the clock four times that",
+                limit.as_secs()
+            );
+            return Ok(Ran { verdict: Verdict::Failed(why), cpu, wall });
         }
         std::thread::sleep(Duration::from_millis(20));
     }
@@ -120,6 +133,27 @@ fn start(machine: &Machine, initrd: &Path, steps: &Path, serial: &Path) -> Resul
     let log = File::create(machine.folder.join("emulator.log")).context("create the emulator's log")?;
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
     command.spawn().with_context(|| format!("start {program} (apt-get install {package})"))
+}
+
+/// Ticks a second in /proc, on all of our architectures.
+const USER_HZ: f64 = 100.0;
+
+/// What a process has used, in user space and in the kernel; nothing when there is no such process.
+fn cpu_time(pid: u32) -> Duration {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // Behind the name, which may hold anything: state is the first word, and these are the 12th and 13th.
+    let words = text.rsplit(')').next().unwrap_or_default().split_whitespace();
+    let ticks: u64 = words.skip(11).take(2).filter_map(|word| word.parse::<u64>().ok()).sum();
+    Duration::from_secs_f64(ticks as f64 / USER_HZ)
+}
+
+/// Says what is missing before anything is built for it.
+pub fn assert_emulator(arch: Arch) -> Result<()> {
+    let (package, program) = emulator(arch);
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let there = std::env::split_paths(&path).any(|folder| folder.join(program).is_file());
+    ensure!(there, "no {program} on PATH: apt-get install {package}");
+    Ok(())
 }
 
 /// A comma would begin another option.
@@ -191,8 +225,8 @@ mod tests {
         shell.args(["-c", script]).env("STEPS", &steps);
         let (begun, mut heard) = (Instant::now(), 0);
         let child = Guarded(shell.spawn().unwrap());
-        let verdict = follow(child, &steps, limit, &mut |_| heard += 1);
-        (verdict, heard, begun.elapsed())
+        let ran = follow(child, &steps, limit, &mut |_| heard += 1);
+        (ran.map(|ran| ran.verdict), heard, begun.elapsed())
     }
 
     const STEP: &str = r#"echo '{"step":{"name":"a","ok":true,"seconds":1,"detail":""}}' >>$STEPS;"#;
@@ -211,9 +245,24 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_that_hangs_is_killed_and_what_it_said_is_kept() {
-        let (verdict, heard, took) = followed(&format!("{STEP} exec sleep 987"), Duration::from_millis(500));
-        assert_eq!(verdict.unwrap(), Verdict::Failed("still running after 0 s: killed".into()));
-        assert!(heard == 1 && took < LONG, "{heard} lines, {took:?}");
+    fn a_machine_that_hangs_or_spins_is_killed_and_what_it_said_is_kept() {
+        for script in ["exec sleep 987", "while :; do :; done"] {
+            let (verdict, heard, took) = followed(&format!("{STEP} {script}"), Duration::from_millis(500));
+            let Verdict::Failed(why) = verdict.unwrap() else { panic!("{script} has passed") };
+            assert!(
+                why.starts_with("killed: ") && heard == 1 && took < LONG,
+                "{why}: {heard} lines, {took:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_process_that_computes_takes_time_and_one_that_waits_does_not() {
+        let me = std::process::id();
+        let begun = Instant::now();
+        while cpu_time(me) < Duration::from_millis(30) {
+            assert!(begun.elapsed() < LONG);
+        }
+        assert_eq!(cpu_time(u32::MAX), Duration::ZERO);
     }
 }

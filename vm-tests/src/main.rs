@@ -1,16 +1,16 @@
 //! `cargo xtask vm`: scenarios on real kernels, one machine after another.
 
 use std::fs;
-use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use vm::image;
-use vm::machine::{self, Machine};
+use vm::machine::{self, Machine, Ran};
 use vm::packages::Arch;
-use vm::payload::{self, Programs};
+use vm::payload::{self, Programs, Wanted};
 use vm::scenario::{ALL, Scenario};
 use vm::step::{Line, Verdict};
 
@@ -31,8 +31,9 @@ fn command() -> Command {
         .about("Boots real kernels under QEMU and runs scenarios inside\n\nExample: cargo xtask vm spoke --kernel 6.1")
         .arg(Arg::new("name").num_args(0..).help("Scenarios [default: all of them]"))
         .arg(Arg::new("kernel").long("kernel").help("Only this series, such as 6.12"))
-        .arg(Arg::new("arch").long("arch").value_parser(["amd64", "arm64"]).default_value("amd64"))
+        .arg(Arg::new("arch").long("arch").value_parser(["amd64", "arm64", "all"]).default_value("amd64"))
         .arg(Arg::new("filter").long("filter").action(ArgAction::Append).help("For `tests`: only these"))
+        .arg(Arg::new("programs").long("programs").value_name("DIR").help("Programs of that architecture, built before"))
         .arg(flag("quick", "Only what is part of every `cargo xtask test`"))
         .arg(flag("list", "Say what there is, and end"))
 }
@@ -44,107 +45,147 @@ fn run(matches: &ArgMatches) -> Result<bool> {
         let known: Vec<_> = ALL.iter().map(|scenario| scenario.name).collect();
         ensure!(known.contains(&name.as_str()), "no scenario {name}; there are {}", known.join(", "));
     }
-    let chosen =
-        ALL.iter().filter(|scenario| names.is_empty() || names.iter().any(|name| *name == scenario.name));
-    let boots: Vec<(&Scenario, &str)> = chosen
-        .flat_map(|scenario| {
-            let kernels = if quick { scenario.quick } else { scenario.kernels };
-            kernels.iter().map(move |kernel| (scenario, *kernel))
-        })
-        .filter(|(_, kernel)| only.is_none_or(|only| only == kernel))
-        .collect();
     if matches.get_flag("list") {
         for scenario in ALL {
-            println!("{:<12} {:<10} {}", scenario.name, scenario.kernels.join(" "), scenario.about);
+            let kernels = Arch::ALL.into_iter().filter(|arch| !scenario.kernels(*arch, false).is_empty());
+            let kernels =
+                kernels.map(|arch| format!("{} {}", arch.name(), scenario.kernels(arch, false).join(" ")));
+            let kernels = kernels.collect::<Vec<_>>().join(", ");
+            println!("{:<12} {kernels}\n{:13}{}", scenario.name, "", scenario.about);
         }
         return Ok(true);
     }
-    ensure!(!boots.is_empty(), "no scenario fits");
-    let arch = Arch::ALL
-        .into_iter()
-        .find(|arch| Some(arch.name()) == matches.get_one::<String>("arch").map(|n| &**n));
-    let arch = arch.context("no such architecture")?;
-    let programs = payload::build(boots.iter().any(|(scenario, _)| scenario.tests))?;
-    let root = image::root(arch)?;
     let filters: Vec<String> = matches.get_many("filter").into_iter().flatten().cloned().collect();
-    let mut failed = Vec::new();
-    for (scenario, kernel) in &boots {
-        let begun = Instant::now();
-        let title = format!("{} {kernel} {}", scenario.name, arch.name());
-        // A machine that could not be started has failed, and the others still have their turn.
-        let verdict = boot(scenario, kernel, arch, &root, &programs, &filters)
-            .unwrap_or_else(|error| Verdict::Failed(format!("{error:#}")));
-        let seconds = begun.elapsed().as_secs_f64();
-        match verdict {
-            Verdict::Ok => println!("vm: {title}: ok, {seconds:.1} s"),
-            Verdict::Failed(why) => {
-                let folder = machine::folder(&title.replace(' ', "-"));
-                println!("vm: {title}: FAILED: {why}, {seconds:.1} s");
-                println!(
-                    "  the console, {}:\n{}",
-                    folder.join("serial.log").display(),
-                    machine::console(&folder, 40)
-                );
-                failed.push(title);
+    let (mut count, mut failed) = (0, Vec::new());
+    for arch in Arch::ALL {
+        if ![Some(arch.name()), Some("all")].contains(&matches.get_one::<String>("arch").map(|name| &**name))
+        {
+            continue;
+        }
+        let chosen = ALL.iter().filter(|one| names.is_empty() || names.iter().any(|name| *name == one.name));
+        let boots: Vec<(&Scenario, &str)> = chosen
+            .flat_map(|one| one.kernels(arch, quick).iter().map(move |kernel| (one, *kernel)))
+            .filter(|(_, kernel)| only.is_none_or(|only| only == kernel))
+            .collect();
+        if boots.is_empty() {
+            continue;
+        }
+        count += boots.len();
+        // What can't be made fails all of its machines, and the others still have their turn.
+        let wanted = Wanted {
+            tests: boots.iter().any(|(scenario, _)| scenario.tests),
+            release: boots.iter().any(|(scenario, _)| scenario.release),
+        };
+        let made = make(arch, wanted, matches.get_one::<String>("programs"));
+        for (scenario, series) in boots {
+            let boot = Boot { scenario, series, arch, filters: &filters };
+            let done = made.as_ref().map_err(|error| anyhow!("{error:#}"));
+            if !report(&boot, done.and_then(|(programs, root)| boot.run(root, programs))) {
+                failed.push(boot.title());
             }
         }
     }
-    println!("\nvm: {} of {} machines passed", boots.len() - failed.len(), boots.len());
+    ensure!(count > 0, "no scenario fits");
+    println!("\nvm: {} of {count} machines passed", count - failed.len());
     for title in &failed {
         println!("  FAILED {title}");
     }
     Ok(failed.is_empty())
 }
 
-fn boot(
-    scenario: &Scenario,
-    series: &str,
-    arch: Arch,
-    root: &std::path::Path,
-    programs: &Programs,
-    filters: &[String],
-) -> Result<Verdict> {
-    let folder = machine::folder(&format!("{}-{series}-{}", scenario.name, arch.name()));
-    if folder.exists() {
-        fs::remove_dir_all(&folder).with_context(|| format!("remove {}", folder.display()))?;
-    }
-    let kernel = image::kernel(arch, series)?;
-    let scratch = folder.join("programs");
-    let own = folder.join("own.cpio");
-    let programs =
-        Programs { plain: programs.plain.clone(), tests: programs.tests.clone().filter(|_| scenario.tests) };
-    println!("\nvm: {} on {} ({}, {} MiB)", scenario.name, kernel.release, arch.name(), scenario.memory_mib);
-    fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
-    let disk = if scenario.boots > 1 { Some(image::disk(&folder)?) } else { None };
-    let mut verdict = Verdict::Ok;
-    for boot in 1..=scenario.boots {
-        let number = if disk.is_some() { vec![boot.to_string()] } else { vec![] };
-        let words = [&[scenario.name.to_owned()], &*number, filters].concat().join(" ");
-        let mut file = Vec::new();
-        payload::tree(&programs, &scratch, &words)?.write(&mut file)?;
-        fs::File::create(&own)
-            .and_then(|mut out| out.write_all(&file))
-            .with_context(|| format!("write {}", own.display()))?;
-        let machine = Machine {
-            arch,
-            vmlinuz: &kernel.vmlinuz,
-            initrd: vec![root, &kernel.modules, &own],
-            memory_mib: scenario.memory_mib,
-            disk: disk.as_deref(),
-            limit: Duration::from_secs(scenario.limit_s),
-            folder: &folder,
-        };
-        verdict = machine::run(&machine, show)?;
-        if verdict != Verdict::Ok {
-            break;
+/// What all machines of an architecture share.
+fn make(arch: Arch, wanted: Wanted, built: Option<&String>) -> Result<(Programs, PathBuf)> {
+    machine::assert_emulator(arch)?;
+    let programs = match built {
+        Some(folder) => Ok(payload::built(arch, Path::new(folder))),
+        None => payload::build(arch, wanted),
+    };
+    Ok((programs?, image::root(arch)?))
+}
+
+/// Says what came of a machine; whether it passed. One that could not be started has failed.
+fn report(boot: &Boot, ran: Result<Ran>) -> bool {
+    let title = boot.title();
+    let why = match ran {
+        Ok(Ran { verdict: Verdict::Ok, cpu, wall }) => {
+            println!(
+                "vm: {title}: ok, {:.1} s, of a processor {:.1} s",
+                wall.as_secs_f64(),
+                cpu.as_secs_f64()
+            );
+            return true;
         }
+        Ok(Ran { verdict: Verdict::Failed(why), cpu, wall }) => {
+            format!("{why}; {:.1} s, of a processor {:.1} s", wall.as_secs_f64(), cpu.as_secs_f64())
+        }
+        Err(error) => format!("{error:#}"),
+    };
+    println!("vm: {title}: FAILED: {why}");
+    let folder = boot.folder();
+    let console = machine::console(&folder, 40);
+    if !console.is_empty() {
+        println!("  the console, {}:\n{console}", folder.join("serial.log").display());
     }
-    if let Some(disk) = disk {
-        fs::remove_file(&disk).with_context(|| format!("remove {}", disk.display()))?;
+    false
+}
+
+struct Boot<'a> {
+    scenario: &'a Scenario,
+    series: &'a str,
+    arch: Arch,
+    filters: &'a [String],
+}
+
+impl Boot<'_> {
+    fn title(&self) -> String {
+        format!("{} {} {}", self.scenario.name, self.series, self.arch.name())
     }
-    fs::remove_dir_all(&scratch).with_context(|| format!("remove {}", scratch.display()))?;
-    fs::remove_file(&own).with_context(|| format!("remove {}", own.display()))?;
-    Ok(verdict)
+
+    fn folder(&self) -> PathBuf {
+        machine::folder(&self.title().replace(' ', "-"))
+    }
+
+    fn run(&self, root: &Path, programs: &Programs) -> Result<Ran> {
+        let Boot { scenario, series, arch, filters } = *self;
+        let folder = self.folder();
+        if folder.exists() {
+            fs::remove_dir_all(&folder).with_context(|| format!("remove {}", folder.display()))?;
+        }
+        let kernel = image::kernel(arch, series)?;
+        let (scratch, own) = (folder.join("programs"), folder.join("own.cpio"));
+        let memory_mib = scenario.memory_mib(arch);
+        println!("\nvm: {} on {} ({}, {memory_mib} MiB)", scenario.name, kernel.release, arch.name());
+        fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
+        let disk = if scenario.disk { Some(image::disk(&folder)?) } else { None };
+        let mut whole = Ran { verdict: Verdict::Ok, cpu: Duration::ZERO, wall: Duration::ZERO };
+        for boot in 1..=scenario.boots {
+            let number = if scenario.boots > 1 { vec![boot.to_string()] } else { vec![] };
+            let words = [&[scenario.name.to_owned()], &*number, filters].concat().join(" ");
+            let mut file = Vec::new();
+            payload::tree(programs, scenario, &scratch, &words)?.write(&mut file)?;
+            fs::write(&own, file).with_context(|| format!("write {} (no space?)", own.display()))?;
+            let machine = Machine {
+                arch,
+                vmlinuz: &kernel.vmlinuz,
+                initrd: vec![root, &kernel.modules, &own],
+                memory_mib,
+                disk: disk.as_deref(),
+                limit: Duration::from_secs(scenario.limit_s),
+                folder: &folder,
+            };
+            let ran = machine::run(&machine, show)?;
+            whole = Ran { verdict: ran.verdict, cpu: whole.cpu + ran.cpu, wall: whole.wall + ran.wall };
+            if whole.verdict != Verdict::Ok {
+                break;
+            }
+        }
+        if let Some(disk) = disk {
+            fs::remove_file(&disk).with_context(|| format!("remove {}", disk.display()))?;
+        }
+        fs::remove_dir_all(&scratch).with_context(|| format!("remove {}", scratch.display()))?;
+        fs::remove_file(&own).with_context(|| format!("remove {}", own.display()))?;
+        Ok(whole)
+    }
 }
 
 fn show(line: &Line) {

@@ -15,6 +15,8 @@ pub enum Arch {
 
 impl Arch {
     pub const ALL: [Arch; 2] = [Arch::Amd64, Arch::Arm64];
+    /// This machine's.
+    pub const HOST: Arch = if cfg!(target_arch = "aarch64") { Arch::Arm64 } else { Arch::Amd64 };
 
     pub fn name(self) -> &'static str {
         match self {
@@ -135,14 +137,10 @@ pub fn unpack(package: &Path, folder: &Path) -> Result<()> {
 fn apt_get(arch: Arch) -> Command {
     let mut command = Command::new("apt-get");
     command.args(["-o", "Acquire::Retries=3", "-o", "APT::Sandbox::User=root"]);
-    if arch.name() != host() {
+    if arch != Arch::HOST {
         command.args(["-o", &format!("APT::Architecture={}", arch.name())]);
     }
     command
-}
-
-fn host() -> &'static str {
-    if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" }
 }
 
 /// Runs a command to its end; its output, or its last words.

@@ -1,19 +1,46 @@
-//! What is run, on which kernels.
+//! What is run, on which machines.
 
-/// One scenario is one boot for each of its kernels.
+use crate::packages::Arch;
+
+/// One scenario is one machine for each of its kernels and architectures.
 #[derive(Debug)]
 pub struct Scenario {
     pub name: &'static str,
     pub about: &'static str,
+    /// Debian's series, for amd64.
     pub kernels: &'static [&'static str],
-    /// Those of the kernels that are part of every `cargo xtask test`.
+    /// Those of them that are part of every `cargo xtask test`.
     pub quick: &'static [&'static str],
+    /// The series for arm64, which are never quick: their programs are built by another compiler.
+    pub arm64: &'static [&'static str],
+    /// On amd64; arm64 has what the fleet's small machines have.
     pub memory_mib: u32,
+    /// Of the emulator's own time, which other work on this machine does not change; the clock may go four times as far.
     pub limit_s: u64,
-    /// More than one: with a disk that outlives each of them.
     pub boots: u32,
+    /// One that outlives each boot.
+    pub disk: bool,
+    /// Whether it measures the program as users get it.
+    pub release: bool,
     /// Whether it needs the integration tests' program.
     pub tests: bool,
+}
+
+const SMALL_MIB: u32 = 512;
+
+impl Scenario {
+    pub fn kernels(&self, arch: Arch, quick: bool) -> &'static [&'static str] {
+        match (arch, quick) {
+            (Arch::Amd64, false) => self.kernels,
+            (Arch::Amd64, true) => self.quick,
+            (Arch::Arm64, false) => self.arm64,
+            (Arch::Arm64, true) => &[],
+        }
+    }
+
+    pub fn memory_mib(&self, arch: Arch) -> u32 {
+        if arch == Arch::Arm64 { SMALL_MIB } else { self.memory_mib }
+    }
 }
 
 pub const ALL: &[Scenario] = &[
@@ -22,9 +49,12 @@ pub const ALL: &[Scenario] = &[
         about: "The kernel's WireGuard: policy, keepalive, handshakes, scrape, ssh and audit beside nmap",
         kernels: &["6.1", "6.12"],
         quick: &["6.12"],
+        arm64: &["6.1", "6.12"],
         memory_mib: 1024,
         limit_s: 900,
         boots: 1,
+        disk: false,
+        release: false,
         tests: false,
     },
     Scenario {
@@ -32,9 +62,12 @@ pub const ALL: &[Scenario] = &[
         about: "A policy that shuts the hub out goes back: by itself, with all of ours killed, across a power cut",
         kernels: &["6.1", "6.12"],
         quick: &[],
+        arm64: &["6.1", "6.12"],
         memory_mib: 1024,
         limit_s: 900,
         boots: 2,
+        disk: true,
+        release: false,
         tests: false,
     },
     Scenario {
@@ -42,9 +75,12 @@ pub const ALL: &[Scenario] = &[
         about: "Others write rules after ours, delete, flush and restore: containers, NixOS, iptables",
         kernels: &["6.1", "6.12"],
         quick: &[],
+        arm64: &[],
         memory_mib: 1024,
         limit_s: 900,
         boots: 1,
+        disk: false,
+        release: false,
         tests: false,
     },
     Scenario {
@@ -52,9 +88,12 @@ pub const ALL: &[Scenario] = &[
         about: "A long connection and steady traffic across restarts, reloads and upgrades; counted exactly",
         kernels: &["6.1", "6.12"],
         quick: &[],
+        arm64: &[],
         memory_mib: 1536,
         limit_s: 1800,
         boots: 1,
+        disk: false,
+        release: false,
         tests: true,
     },
     Scenario {
@@ -62,9 +101,25 @@ pub const ALL: &[Scenario] = &[
         about: "Without cgroup2, BTF or nf_tables: says so, does the rest, exit code 2",
         kernels: &["6.1", "6.12"],
         quick: &[],
+        arm64: &["6.1", "6.12"],
         memory_mib: 1024,
         limit_s: 900,
         boots: 1,
+        disk: false,
+        release: false,
+        tests: false,
+    },
+    Scenario {
+        name: "small",
+        about: "MemoryMax=32M on 512 MB: minutes of a busy host, with memory, time and BPF memory in figures",
+        kernels: &["6.12"],
+        quick: &[],
+        arm64: &["6.1", "6.12"],
+        memory_mib: SMALL_MIB,
+        limit_s: 1800,
+        boots: 1,
+        disk: true,
+        release: true,
         tests: false,
     },
     Scenario {
@@ -72,9 +127,12 @@ pub const ALL: &[Scenario] = &[
         about: "Cases of the audit's matrix that most build machines' kernels can't do: VLANs, flow tables",
         kernels: &["6.1", "6.12"],
         quick: &[],
+        arm64: &[],
         memory_mib: 1536,
         limit_s: 1800,
         boots: 1,
+        disk: false,
+        release: false,
         tests: true,
     },
     Scenario {
@@ -82,9 +140,12 @@ pub const ALL: &[Scenario] = &[
         about: "The integration tests, on that kernel",
         kernels: &["6.1", "6.12"],
         quick: &[],
+        arm64: &[],
         memory_mib: 1536,
         limit_s: 7200,
         boots: 1,
+        disk: false,
+        release: false,
         tests: true,
     },
 ];
@@ -92,6 +153,11 @@ pub const ALL: &[Scenario] = &[
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn whoever_boots_twice_has_a_disk() {
+        assert!(ALL.iter().all(|scenario| scenario.boots == 1 || scenario.disk));
+    }
 
     #[test]
     fn every_test_run_boots_something_and_all_of_them_more() {

@@ -148,6 +148,10 @@ fn program(name: &str, arguments: &[&String]) -> Result<()> {
 /// Becomes the harness, which builds what it needs itself.
 fn vm(arguments: &[&String]) -> Result<()> {
     setup::setup()?;
+    let other = ["arm64", "all", "--arch=arm64", "--arch=all"];
+    if arguments.iter().any(|word| other.contains(&word.as_str())) {
+        setup::dist(&[dist::Arch::Aarch64], false)?;
+    }
     Err(cargo().args(VM).args(arguments).exec()).context("start the harness of the machines")
 }
 
@@ -171,7 +175,8 @@ fn passes(all: bool, steps: &mut Steps) -> Result<()> {
     if all {
         steps.cargo("build, release", &["build", "--release", "--package", "spokeguard"])?;
         steps.integration("integration tests, release", "release")?;
-        steps.cargo("real kernels", VM)?;
+        steps.step("setup for arm64", || setup::dist(&[dist::Arch::Aarch64], false))?;
+        steps.cargo("real kernels", &[VM, &["--arch", "all"]].concat())?;
         steps.step("what goes to users, built twice", || dist::dist(&dist::ARCHES, true))?;
     }
     Ok(())

@@ -49,6 +49,7 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("script", "bsdutils"),
     // Real kernels: their packages are unpacked, never installed.
     ("qemu-system-x86_64", "qemu-system-x86"),
+    ("qemu-system-aarch64", "qemu-system-arm"),
     ("depmod", "kmod"),
     ("xz", "xz-utils"),
     ("strip", "binutils"),

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use anyhow::{Context, Result, bail, ensure};
 use lab::{Answer, Daemon, HUB_MESH, Lab, Listening, Mesh, SPOKE_MESH, SPOKE_PUBLIC, Shape, Signal, Sshd};
 
-use crate::{LONG, SOON, Steps, patiently};
+use crate::{LONG, SOON, Steps, patiently, run_to_end};
 
 /// What outlives the machine.
 const DISK: &str = "/mnt";
@@ -18,13 +18,10 @@ const WINDOW: &str = "20s";
 
 /// The first boot ends with the power.
 pub fn run(steps: &mut Steps, boot: &str) -> Result<()> {
-    let disk = || {
-        let done =
-            Command::new("mount").args(["-t", "ext4", "/dev/vda", DISK]).output().context("start mount")?;
-        ensure!(done.status.success(), "mount the disk: {}", String::from_utf8_lossy(&done.stderr).trim());
+    steps.make("a disk", || {
+        run_to_end(Command::new("mount").args(["-t", "ext4", "/dev/vda", DISK]))?;
         Ok(((), crate::release()?))
-    };
-    steps.make("a disk", disk)?;
+    })?;
     match boot {
         "1" => before(steps),
         "2" => after(steps),

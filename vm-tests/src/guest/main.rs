@@ -4,16 +4,17 @@ mod docker_like;
 mod features;
 mod integration;
 mod lock_out;
+mod small;
 mod spoke;
 
 use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use rustix::system::RebootCommand;
 use serde_json::Value;
 use vm::step::Line;
@@ -44,6 +45,7 @@ fn run(words: &[String]) -> Result<()> {
         "lock-out" => lock_out::run(&mut steps, rest.first().map_or("", String::as_str)),
         "docker-like" => docker_like::run(&mut steps),
         "upgrade" => integration::run(&mut steps, &["exact::".to_owned()]),
+        "small" => small::run(&mut steps),
         "cases" => integration::cases(&mut steps),
         "tests" => integration::run(&mut steps, rest),
         other => bail!("no scenario {other}"),
@@ -116,6 +118,12 @@ fn patiently<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> Result<T> {
         }
         seen
     })
+}
+
+fn run_to_end(command: &mut Command) -> Result<()> {
+    let output = command.output().with_context(|| format!("start {command:?}"))?;
+    ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr).trim());
+    Ok(())
 }
 
 /// The kernel that runs here, in its own words.
