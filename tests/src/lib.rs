@@ -52,6 +52,7 @@ pub use reaper::reap;
 pub use rustix::process::Signal;
 pub use second::{SECOND_MESH, Second};
 pub use service::{Listening, Prometheus, Sshd};
+#[cfg(feature = "product")]
 pub use simulated::{Simulated, serve_simulated, simulated_address};
 pub use spokes::Spoke;
 pub use tailscaled::Tailscaled;

@@ -20,11 +20,8 @@ const GROUPS: &str = "/sys/fs/cgroup";
 const DISK: &str = "/mnt";
 
 pub fn run(steps: &mut Steps) -> Result<()> {
-    let lab = steps.make("a lab of the kernel's WireGuard", || {
-        let lab = Lab::build(Shape { mesh: Mesh::WireGuard, container: false })?;
-        Ok((lab, format!("{}; {}", crate::release()?, memory()?)))
-    })?;
     // Pages of a program that came with the root belong to nobody; those of one on a disk count as the service's.
+    // Before the lab, whose nodes have mounts of their own.
     steps.step("the program lies on a disk", || {
         run_to_end(Command::new("mount").args(["-t", "ext4", "/dev/vda", DISK]))?;
         let (program, copy) = (lab::spokeguard()?, Path::new(DISK).join("spokeguard"));
@@ -34,6 +31,10 @@ pub fn run(steps: &mut Steps) -> Result<()> {
         fs::write("/proc/sys/vm/drop_caches", "3").context("forget what was read")?;
         Ok(format!("{} KiB", bytes >> 10))
     })?;
+    let lab = steps.make("a lab of the kernel's WireGuard", || {
+        let lab = Lab::build(Shape { mesh: Mesh::WireGuard, container: false })?;
+        Ok((lab, format!("{}; {}", crate::release()?, memory()?)))
+    })?;
     let _web = lab.spoke.web()?;
     let _database = lab.spoke.listen("postgres", &["tcp/[::]:5432"])?;
     fs::write(format!("{GROUPS}/cgroup.subtree_control"), "+memory").context("hand memory on to groups")?;
@@ -42,8 +43,11 @@ pub fn run(steps: &mut Steps) -> Result<()> {
     fs::create_dir_all(&folder)?;
     fs::write(folder.join("policy.toml"), lab.policy())?;
     let daemon = steps.make("the daemon starts with MemoryMax=32M", || {
+        // Outside of the lab's own group, where the bind guard would be otherwise.
+        let guarded = format!("SPOKEGUARD_CGROUP={GROUPS}");
         let wrapper = group.wrapper();
-        let wrapper: Vec<&str> = wrapper.iter().map(String::as_str).collect();
+        let wrapper = wrapper.iter().map(String::as_str);
+        let wrapper: Vec<&str> = ["env", &guarded].into_iter().chain(wrapper).collect();
         let daemon = lab.spoke.daemon_under(&wrapper, &folder, &[]).with_context(|| took(&group))?;
         let detail = format!("ready after {:.1} s; {}", daemon.started_in.as_secs_f64(), took(&group));
         Ok((daemon, detail))
@@ -99,7 +103,10 @@ fn round(lab: &Lab, number: u32) -> Result<()> {
     lab.spoke.nft(&format!(
         "table inet busy
          delete table inet busy
-         table inet busy {{ chain a {{ type filter hook input priority 10; tcp dport {port} counter accept; }} }}"
+         table inet busy {{
+           chain a {{ type filter hook input priority 10; tcp dport {port} counter accept
+           }}
+         }}"
     ))?;
     open_and_shut(lab)?;
     let answer = lab.internet.connect(SocketAddr::new(SPOKE_PUBLIC, port), SOON);
