@@ -118,6 +118,10 @@ rec {
         default = null;
         description = "The hub.";
       };
+      mesh.tags = option (types.nullOr texts) null "Tags that this node must have (Tailscale).";
+      mesh.tailscale_ssh = option (types.nullOr types.bool) null (
+        "Whether tailscaled may serve ssh itself (Tailscale); by default it may not."
+      );
       mesh.service = tables "mesh.service" "What is reachable through the mesh only.";
 
       public.tcp = option (types.listOf port) [ ] "TCP ports that anyone may reach; nothing else.";

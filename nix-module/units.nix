@@ -132,6 +132,10 @@ in
       reloadTriggers = [ policy ];
       stopIfChanged = false;
       unitConfig.StartLimitIntervalSec = 0;
+      unitConfig.ConditionPathExists = [
+        "|/etc/spokeguard/policy.toml"
+        "|/var/lib/spokeguard/confirmed.toml"
+      ];
       serviceConfig = sandbox // {
         Type = "notify";
         NotifyAccess = "main";
@@ -177,9 +181,11 @@ in
           "~@resources"
         ];
         SystemCallErrorNumber = "EPERM";
-        LoadCredential =
-          lib.optional (cfg.kumaUrlFile != null) "kuma-url:${cfg.kumaUrlFile}"
-          ++ lib.optional (cfg.ntfyUrlFile != null) "ntfy-url:${cfg.ntfyUrlFile}";
+        # Without a file of their own: from /etc/credstore, where they are there.
+        LoadCredential = [
+          (if cfg.kumaUrlFile != null then "kuma-url:${cfg.kumaUrlFile}" else "kuma-url")
+          (if cfg.ntfyUrlFile != null then "ntfy-url:${cfg.ntfyUrlFile}" else "ntfy-url")
+        ];
       };
     };
 

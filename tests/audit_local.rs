@@ -134,7 +134,9 @@ fn older_means_say_the_same() {
             if case.source.is_some() { &[SPOKE_PUBLIC] } else { &[SPOKE_PUBLIC, SPOKE_PUBLIC_V6] };
         // The two families and protocols differ in the words of the rules only.
         let ports = vec![1..=6500, 7777..=9200];
-        let request = Request { source: case.source, ports, ..request(&lab, addresses, &Proto::ALL) };
+        // One thread, so that there is a first of all.
+        let request =
+            Request { source: case.source, ports, threads: 1, ..request(&lab, addresses, &Proto::ALL) };
         let (new, old) = (swept(&lab, &request), older(&request));
         for (new, old) in new.iter().zip(&old) {
             assert_eq!((new.address, new.proto), (old.address, old.proto));

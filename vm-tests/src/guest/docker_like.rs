@@ -138,7 +138,7 @@ pub fn run(steps: &mut Steps) -> Result<()> {
                 lab.spoke.sh(
                     "printf '%s\\n' '*filter' ':INPUT ACCEPT [0:0]' ':FORWARD ACCEPT [0:0]' ':OUTPUT ACCEPT [0:0]' \
                        ':ufw-user-input - [0:0]' '-A INPUT -j ufw-user-input' \
-                       '-A ufw-user-input -p tcp --dport 5432 -j ACCEPT' COMMIT | iptables-restore",
+                       '-A ufw-user-input -p tcp --dport 5432 -j ACCEPT' COMMIT | iptables-nft-restore",
                 )?;
             }
             only_the_web()
