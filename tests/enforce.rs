@@ -977,6 +977,12 @@ fn an_apply_that_fails_halfway_is_rolled_back_with_the_one_before_it() {
     })
     .unwrap();
 
+    // What a canary left that was killed changes nothing for anybody, and is taken away by the next daemon.
+    guard.write(&lab.policy());
+    guard.says(0, &["apply", "--confirm-within", "60s"]);
+    lab.spoke.nft("add chain inet spokeguard canary-00000001").unwrap();
+    guard.says(0, &["confirm"]);
+
     // What never went in, or is gone by now, is not confirmed: what was confirmed before is back at once.
     let table = || lab.spoke.ok(&["nft", "-s", "list", "table", "inet", "spokeguard"]).unwrap();
     let state = |name: &str| std::fs::read_to_string(guard.dir.join("state").join(name)).unwrap();

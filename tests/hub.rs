@@ -520,7 +520,13 @@ fn a_hub_hears_of_a_dead_spoke_and_of_an_open_port() {
     .unwrap_or_else(|error| panic!("{error:#}\n{}", prometheus.running.log()));
     let quiet = prometheus.query(&lab.hub, "spokeguard_exposed_info").unwrap();
     assert_eq!(quiet, [], "nothing is open yet");
-    assert!(!received.alerts().iter().any(|(_, topic, ..)| topic != "spokeguard-sev2"), "all is quiet");
+    // This lab's five minutes are ten seconds, and a busy machine's start can take longer.
+    wait_until(LONG, "all is quiet", || {
+        let firing = "ALERTS{alertstate=\"firing\", severity=\"sev1\"}";
+        prometheus.query(&lab.hub, firing).ok()?.is_empty().then_some(())
+    })
+    .unwrap();
+    let well = jiff::Timestamp::now();
 
     // A port is opened on one spoke, and another one dies.
     let opened = Instant::now();
@@ -557,6 +563,9 @@ fn a_hub_hears_of_a_dead_spoke_and_of_an_open_port() {
     received.first("the port is closed", |_, over, alert| over && about(alert, "SpokeguardExposed", "paris"));
     received.first("the node is back", |_, over, alert| over && about(alert, "SpokeguardNodeDown", "tokyo"));
     for (_, topic, _, alert) in received.alerts() {
+        if alert["startsAt"].as_str().unwrap().parse::<jiff::Timestamp>().unwrap() < well {
+            continue;
+        }
         let name = alert["labels"]["alertname"].as_str().unwrap();
         let node = &alert["labels"]["node"];
         assert!(topic != "spokeguard-sev1" || node == "tokyo", "{name} of {node}");

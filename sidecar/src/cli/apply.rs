@@ -254,18 +254,21 @@ pub fn confirm(global: &Global) -> anyhow::Result<u8> {
 
 /// Nobody can have tried rules that are not in force: such a trial is ended instead. `false`: there is none.
 fn confirm_trial(ledger: &Ledger, today: jiff::civil::Date) -> anyhow::Result<bool> {
-    let lock = ledger.lock()?;
     let began = clock::Uptime::start();
-    let missing = loop {
+    let (lock, missing) = loop {
+        let lock = ledger.lock()?;
         match ledger
             .look(&lock, today)
             .context("not confirmed: look whether the rules on trial are in force")?
         {
             Some(Ok(in_force)) => return ledger.confirm(&lock, &in_force, today),
-            Some(Err(missing)) if began.elapsed() > REPAIR => break missing,
-            Some(Err(_)) => std::thread::park_timeout(Duration::from_millis(50)),
+            Some(Err(missing)) if began.elapsed() > REPAIR => break (lock, missing),
+            Some(Err(_)) => {}
             None => return ledger.settle(&lock, today).map(|()| false),
         }
+        // Who repairs needs the lock.
+        drop(lock);
+        std::thread::park_timeout(Duration::from_millis(50));
     };
     let first = missing.first().map_or_else(String::new, ToString::to_string);
     let more = missing.len().saturating_sub(1);

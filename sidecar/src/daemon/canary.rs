@@ -15,7 +15,7 @@ use tokio::time::Instant;
 
 use crate::audit::View;
 use crate::cli::{INTERNAL_CANARY, Places};
-use crate::desired::Desired;
+use crate::desired::{CANARY_CHAIN, Desired};
 use crate::diff::canary::{Canary, Outcome, counters, firewall, guard};
 use crate::diff::{Assessment, Code, Finding};
 use crate::observed::Snapshot;
@@ -147,7 +147,7 @@ impl Canaries {
             let mut tail = [0; 4];
             // Nobody is harmed where it is no random number.
             let _ = rustix::rand::getrandom(&mut tail, rustix::rand::GetRandomFlags::empty());
-            let chain = format!("canary-{:08x}", u32::from_ne_bytes(tail));
+            let chain = format!("{CANARY_CHAIN}{:08x}", u32::from_ne_bytes(tail));
             let begun = Disturbance::begin(&chain);
             let pid = begun.as_ref().ok().and_then(Disturbance::pid);
             self.disturbed = Some(Disturbed { chain, pid });

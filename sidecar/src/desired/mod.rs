@@ -12,7 +12,7 @@ use std::net::IpAddr;
 
 use crate::policy::Exception;
 use crate::policy::Policy;
-use crate::ruleset::{Table, glass};
+use crate::ruleset::{Chain, Table, glass};
 use crate::terms::{Port, Proto, Scope, Stamp};
 
 pub use admin::{NoAdminPath, admin_path};
@@ -22,6 +22,14 @@ pub use table::DropReason;
 pub const TABLE: &str = "spokeguard";
 /// Before every firewall at `filter` (0) that composes with us, after conntrack and DNAT.
 pub const PRIORITY: i32 = -10;
+/// How the chains begin that a canary puts into our table, to see that they are taken out again.
+pub const CANARY_CHAIN: &str = "canary-";
+
+/// Whether this is what a canary left that was stopped in the middle: a chain that nothing enters and that
+/// holds nothing.
+pub fn is_left_by_canary(chain: &Chain) -> bool {
+    chain.name.starts_with(CANARY_CHAIN) && chain.base.is_none() && chain.rules.is_empty()
+}
 /// `meta priority` of the probes of our own audits, as nft writes it, and of no packet that
 /// a device received: only who has it is not counted among what is dropped.
 pub const PROBE_PRIORITY: &str = "7370:6f6b";
