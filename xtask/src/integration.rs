@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, ensure};
 
 /// With more failures than these it is the code and not the machine.
-const ASKED_AGAIN: usize = 5;
+const ASKED_AGAIN: usize = 3;
 
 /// Runs them all; `command` starts `cargo test ... --test all`. A few that fail get one more try by themselves,
 /// since nmap, sshd and timers depend on what else the machine does. Gives those that only passed then: they are

@@ -5,7 +5,7 @@
 //! `-T` without a connection says nothing of `Match` blocks.
 
 use std::ffi::{OsStr, OsString};
-use std::io::Read;
+use std::io::{self, Read};
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -104,9 +104,25 @@ fn running(actor: &Actor) -> anyhow::Result<Invocation> {
         "{actor} has another root folder (a container): its settings can't be read from here"
     );
     trusted(&program)?;
-    let line =
-        std::fs::read(folder.join("cmdline")).with_context(|| format!("read the options of {actor}"))?;
+    let line = settled(|| std::fs::read(folder.join("cmdline")))
+        .with_context(|| format!("read the options of {actor}"))?;
     Ok(Invocation { program, options: options(&line) })
+}
+
+/// What is read twice the same: while it starts, sshd writes its title over its options, and a look in
+/// between sees parts of both.
+fn settled(read: impl Fn() -> io::Result<Vec<u8>>) -> io::Result<Vec<u8>> {
+    const LOOKS: u32 = 20;
+    let mut seen = read()?;
+    for _ in 0..LOOKS {
+        std::thread::sleep(Duration::from_millis(1));
+        let again = read()?;
+        if again == seen {
+            break;
+        }
+        seen = again;
+    }
+    Ok(seen)
 }
 
 /// The sshd that a service manager would start.
@@ -488,6 +504,17 @@ mod tests {
         let error =
             format!("{:#}", read(&found, Port::new(2022).expect("a port")).expect_err("a broken file"));
         assert!(error.contains("/usr/sbin/sshd -T") && error.contains("Bad configuration option"), "{error}");
+    }
+
+    #[test]
+    fn options_are_those_that_stay() {
+        let looks = std::cell::RefCell::new(vec!["sshd: new", "sshd: new", "torn", "old"]);
+        let next = || {
+            let mut looks = looks.borrow_mut();
+            Ok(if looks.len() > 1 { looks.pop() } else { looks.last().copied() }.unwrap().as_bytes().to_vec())
+        };
+        assert_eq!(settled(next).unwrap(), b"sshd: new");
+        assert!(settled(|| Err(io::ErrorKind::NotFound.into())).is_err());
     }
 
     #[test]
