@@ -48,6 +48,8 @@ const CANARY_EVERY: Duration = Duration::from_millis(8);
 /// A port that stays away so often in a row is limited or gone, and tells nothing any more.
 const CANARY_MISSES_MAX: u32 = 12;
 const CANARIES_MAX: usize = 64;
+/// How many open ports of a host a scan may expect to miss on a path that loses packets.
+const MISSED_MAX: f64 = 0.0001;
 /// Refused by our own host this often in a row: it will not get better.
 const REFUSED_MAX: u32 = 200;
 
@@ -186,10 +188,11 @@ impl Run<'_> {
             return pass < least;
         }
         let asked = self.answered as f64 + f64::from(self.path.canaries);
-        let loss = ((lost + 1.0) / (asked + 1.0)).clamp(0.02, 0.9);
+        // Few were counted: the path may well be worse than it looked.
+        let loss = ((lost + lost.sqrt() + 1.0) / (asked + 1.0)).clamp(0.02, 0.9);
         // How many would be missed still, if as many answer as did so far.
         let missed = (self.answered.max(10) as f64) * loss.powi(i32::try_from(pass).unwrap_or(i32::MAX));
-        missed > 0.001
+        missed > MISSED_MAX
     }
 
     fn send_all(&mut self, ports: &[u16]) -> anyhow::Result<()> {
