@@ -54,37 +54,41 @@ Examples:
 
 Exit codes: 0 as the policy says, 1 it differs, 2 could not tell or not act.";
 
+/// Over what all commands take, so that a command's own options stand together.
+const EVERYWHERE: &str = "Options of every command";
+
 #[derive(Args, Clone)]
 pub struct Global {
     /// The policy file
     #[arg(
         long,
         global = true,
+        help_heading = EVERYWHERE,
         value_name = "FILE",
         env = "SPOKEGUARD_POLICY",
         default_value = "/etc/spokeguard/policy.toml"
     )]
     pub policy: PathBuf,
     /// How to print the result
-    #[arg(long, global = true, value_enum, default_value_t = Format::Text)]
+    #[arg(long, global = true, help_heading = EVERYWHERE, value_enum, default_value_t = Format::Text)]
     pub format: Format,
     /// Print nothing but errors; the exit code tells
-    #[arg(long, short, global = true)]
+    #[arg(long, short, global = true, help_heading = EVERYWHERE)]
     pub quiet: bool,
     /// No colours (also: NO_COLOR set to anything)
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = EVERYWHERE)]
     pub no_color: bool,
     /// Where drift history is kept [default: /var/lib/spokeguard]
-    #[arg(long, global = true, value_name = "DIR")]
+    #[arg(long, global = true, help_heading = EVERYWHERE, value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
     /// Where the socket and the lock live [default: /run/spokeguard]
-    #[arg(long, global = true, value_name = "DIR")]
+    #[arg(long, global = true, help_heading = EVERYWHERE, value_name = "DIR")]
     pub run_dir: Option<PathBuf>,
     /// Where eBPF maps and links are pinned [default: /sys/fs/bpf/spokeguard]
-    #[arg(long, global = true, value_name = "DIR")]
+    #[arg(long, global = true, help_heading = EVERYWHERE, value_name = "DIR")]
     pub pin_dir: Option<PathBuf>,
     /// The control group whose processes the bind guard watches [default: the root, all of them]
-    #[arg(long, global = true, value_name = "DIR", env = "SPOKEGUARD_CGROUP", hide = true)]
+    #[arg(long, global = true, help_heading = EVERYWHERE, value_name = "DIR", env = "SPOKEGUARD_CGROUP", hide = true)]
     pub cgroup: Option<PathBuf>,
 }
 
