@@ -189,6 +189,8 @@ const MANGLE: &[&str] = &[
     "iifname wg0 meta mark set 0x17",
     "ip saddr 192.0.2.0/24 ct mark set 9",
     "meta mark set tcp dport map { 22 : 7, 80 : 1 }",
+    "meta mark set tcp dport map { 22 : 7, 80 : 1 } drop",
+    "counter name tcp dport map { 22 : \"hits\", 443 : \"hits\" } drop",
     "update @seen { ip saddr }",
 ];
 

@@ -428,11 +428,11 @@ fn rule(body: &Value, family: TableFamily, parts: Option<&[xt::Part]>) -> Rule {
                 for json in list {
                     match json.get("xt").and_then(|_| parts.next()) {
                         Some(part) => statements.extend(xt::statements(part, family)),
-                        None => statements.push(statement(json)),
+                        None => with_lookup(json, &mut statements),
                     }
                 }
             }
-            None => statements.extend(list.iter().map(statement)),
+            None => list.iter().for_each(|json| with_lookup(json, &mut statements)),
         },
         None | Some(Value::Null) => {}
         Some(other) => statements.push(Statement::Unknown(other.to_string())),
@@ -448,6 +448,43 @@ fn rule(body: &Value, family: TableFamily, parts: Option<&[xt::Part]>) -> Rule {
     }
 }
 
+/// A rule ends where a map has nothing for the packet, also one that only counts or marks; and `dnat ip to MAP` is for
+/// IPv4 alone, as one to an address is by that.
+fn with_lookup(json: &Value, out: &mut Vec<Statement>) {
+    let read = statement(json);
+    let acts = matches!(
+        read,
+        Statement::Dnat(_)
+            | Statement::Redirect { .. }
+            | Statement::Neutral(_)
+            | Statement::Counter(_)
+            | Statement::CounterRef(_)
+    );
+    if acts && looks_up(json) {
+        if let (Statement::Dnat(_), Some(nat)) = (&read, json.get("dnat"))
+            && let Some(only @ ("ip" | "ip6")) = nat.get("family").and_then(Value::as_str)
+        {
+            out.push(Statement::Match(of_family(if only == "ip" { "ipv4" } else { "ipv6" })));
+        }
+        out.push(Statement::Maybe(json.to_string()));
+    }
+    out.push(read);
+}
+
+fn looks_up(json: &Value) -> bool {
+    match json {
+        Value::Object(object) => {
+            object.get("map").is_some_and(|map| map.get("key").is_some()) || object.values().any(looks_up)
+        }
+        Value::Array(list) => list.iter().any(looks_up),
+        _ => false,
+    }
+}
+
+fn of_family(nfproto: &str) -> Match {
+    Match { left: Term::Meta("nfproto".into()), op: Op::Eq, right: Operand::Text(nfproto.into()) }
+}
+
 /// `reject with icmp` is for IPv4 alone, and `icmpv6` for IPv6. Where a table sees both, nft adds a match for
 /// that and does not list it.
 fn family_rejected(rule: &Value, family: TableFamily) -> Option<Match> {
@@ -461,7 +498,7 @@ fn family_rejected(rule: &Value, family: TableFamily) -> Option<Match> {
         "icmpv6" => "ipv6",
         _ => return None,
     };
-    Some(Match { left: Term::Meta("nfproto".into()), op: Op::Eq, right: Operand::Text(only.into()) })
+    Some(of_family(only))
 }
 
 /// One statement of a rule, or the verdict of a map.
@@ -717,8 +754,14 @@ mod tests {
             rejects && o["rule"]["family"] == "inet" && !o.to_string().contains("icmpx")
         };
         let implied = listed.iter().filter(of_one_family).count();
+        // What looks something up may end its rule; a `dnat ip to` of those is for IPv4.
+        let expressions = listed.iter().filter_map(|o| o["rule"]["expr"].as_array()).flatten();
+        let lookups = expressions.filter(|e| looks_up(e) && matches!(statement(e), Statement::Neutral(_)));
+        let lookups =
+            lookups.count() + 2 * json.matches(r#"{"dnat": {"family": "ip", "addr": {"map""#).count();
+        assert_eq!(lookups, 6);
         // The table with unreadable flags has one chain, which got a rule of our own.
-        assert_eq!(rules.map(|r| r.statements.len()).sum::<usize>(), statements + 2 + implied);
+        assert_eq!(rules.map(|r| r.statements.len()).sum::<usize>(), statements + 2 + implied + lookups);
         assert_eq!(implied, 2, "rejects that bring a match of their own");
         assert!(statements > 200, "{statements}");
     }

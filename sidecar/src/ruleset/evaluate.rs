@@ -1837,6 +1837,44 @@ mod tests {
         assert!(matches!(judged(&status.replace("dnat", "snat")), Verdict::Unknown(_)));
     }
 
+    /// nft 1.0.6 of `dnat ip to tcp dport map {...}`, `counter name tcp dport map {...} drop` and the like.
+    #[test]
+    fn a_rule_ends_where_its_map_has_nothing() {
+        let map = |value: &str| {
+            format!(
+                r#"{{"map":{{"key":{{"payload":{{"protocol":"tcp","field":"dport"}}}},"data":{{"set":[[8080,{value}]]}}}}}}"#
+            )
+        };
+        let judged = |base: &str, expr: &str, packet_: &str| {
+            let json = format!(
+                r#"{{"nftables":[{{"table":{{"family":"inet","name":"t"}}}},
+                {{"chain":{{"family":"inet","table":"t","name":"c",{base},"policy":"accept"}}}},
+                {{"rule":{{"family":"inet","table":"t","chain":"c","handle":5,"expr":[{expr}]}}}},
+                {{"rule":{{"family":"inet","table":"t","chain":"c","handle":6,"expr":[{{"drop":null}}]}}}}]}}"#
+            );
+            let ruleset = decode::ruleset(json.as_bytes()).expect("JSON");
+            judge(&ruleset, &packet(packet_), &here).verdict
+        };
+        let nat = r#""type":"nat","hook":"prerouting","prio":-100"#;
+        let dnat = format!(r#"{{"dnat":{{"family":"ip","addr":{}}}}}"#, map("\"172.17.0.2\""));
+        // Dropped by the rule behind it, unless the map has it.
+        assert!(matches!(judged(nat, &dnat, "tcp/53 from 203.0.113.9"), Verdict::Unknown(_)));
+        // No rule for this family at all.
+        assert_eq!(judged(nat, &dnat, "tcp/8080 from 2001:db8:9::9"), Verdict::Drop);
+
+        let filter = r#""type":"filter","hook":"input","prio":0"#;
+        for before in [
+            format!(r#"{{"counter":{}}}"#, map("\"hits\"")),
+            format!(r#"{{"mangle":{{"key":{{"meta":{{"key":"mark"}}}},"value":{}}}}}"#, map("7")),
+        ] {
+            let expr = format!(r#"{before},{{"accept":null}}"#);
+            assert!(
+                matches!(judged(filter, &expr, "tcp/53 from 203.0.113.9"), Verdict::Unknown(_)),
+                "{expr}"
+            );
+        }
+    }
+
     /// As nft lists `ip daddr != 198.51.100.7 reject with tcp reset` and, in a table that sees both families,
     /// `meta nfproto ipv4 reject`: without the protocol or family that they are for.
     #[test]
@@ -1941,9 +1979,9 @@ mod tests {
             udp 1-65535 ipv4 any -> 1.1.1.1
             tcp 80-80 ipv4 any -> 1.1.1.1:8080
             tcp 80-90 both any -> 1.1.1.1-1.1.1.9:8080-8090
-            tcp 80-80 both any -> somewhere that nft does not print
-            tcp 1-65535 both any -> somewhere that nft does not print
-            udp 1-65535 both any -> somewhere that nft does not print
+            tcp 80-80 ipv4 any -> somewhere that nft does not print
+            tcp 1-65535 ipv4 any -> somewhere that nft does not print
+            udp 1-65535 ipv4 any -> somewhere that nft does not print
             udp 53-53 both any -> this host:5353
             tcp 53-53 both any -> this host
             tcp 8-8 ipv6 any -> [fd00::1]:80
