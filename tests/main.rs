@@ -1,5 +1,6 @@
 //! Every integration test, in one program: linking it once is most of what building tests costs.
 
+mod actors;
 mod ansible;
 mod audit_faults;
 mod audit_local;
@@ -20,6 +21,7 @@ mod fleet;
 mod fleet_view;
 mod glass;
 mod guard;
+mod hanging;
 mod heartbeat;
 mod hub;
 mod iptables;

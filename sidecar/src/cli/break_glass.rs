@@ -16,7 +16,7 @@ use crate::observed::{Link, Listener};
 use crate::policy::Mode;
 use crate::ruleset::glass::{self, Opening};
 use crate::ruleset::{Packet, Ruleset, TableFamily, Verdict, judge, published};
-use crate::source::owners::Owners;
+use crate::source::owners::{self, Owners};
 use crate::source::{links, listeners, nft};
 use crate::sys::clock;
 use crate::terms::{Family, Port, Proto, Scope, Stamp};
@@ -259,19 +259,8 @@ fn told(openings: &[Opening], now: Stamp) -> Vec<serde_json::Value> {
 /// Who asks: whoever called sudo, else whoever logged in, else root.
 fn owner() -> String {
     let sudo = std::env::var("SUDO_USER").ok().filter(|name| !name.is_empty());
-    sudo.or_else(login).map_or_else(|| "root".to_owned(), |name| glass::word(&name))
-}
-
-fn login() -> Option<String> {
-    let uid = std::fs::read_to_string("/proc/self/loginuid").ok()?;
-    let uid: u32 = uid.trim().parse().ok().filter(|uid| *uid != u32::MAX)?;
-    let users = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
-    let named = users.lines().find_map(|line| {
-        let mut fields = line.split(':');
-        let name = fields.next()?;
-        (fields.nth(1)?.parse() == Ok(uid)).then(|| name.to_owned())
-    });
-    named.or_else(|| Some(format!("uid-{uid}")))
+    sudo.or_else(|| owners::user_of(std::process::id()))
+        .map_or_else(|| "root".to_owned(), |name| glass::word(&name))
 }
 
 /// What decides whether an opening is of use.

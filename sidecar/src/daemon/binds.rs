@@ -24,7 +24,7 @@ use crate::terms::{Actor, Proto};
 /// Whoever takes the guard off again and again is answered this often.
 const RELOAD: Duration = Duration::from_secs(5);
 /// Refused processes whose unit is remembered.
-const UNITS_MAX: usize = 256;
+const TRIED_MAX: usize = 256;
 
 #[derive(Default)]
 pub(super) struct Keeper {
@@ -43,8 +43,8 @@ pub(super) struct Keeper {
     proven: bool,
     /// Why binds are not refused as they should be.
     pub gap: Option<String>,
-    /// A process that is refused often ends at once: its unit is asked when it is announced.
-    units: BTreeMap<(u32, String), String>,
+    /// A process that is refused often ends at once: its unit and login are asked when it is announced.
+    tried: BTreeMap<(u32, String), Actor>,
 }
 
 impl Keeper {
@@ -171,21 +171,21 @@ impl Keeper {
 
     /// Who was refused, while it may still be asked.
     pub fn remember(&mut self, actors: Vec<Actor>) {
-        for Actor { pid, process, unit } in actors {
-            if self.units.len() >= UNITS_MAX {
-                self.units.clear();
+        for actor in actors.into_iter().filter(|actor| actor.unit.is_some() || actor.user.is_some()) {
+            if self.tried.len() >= TRIED_MAX {
+                self.tried.clear();
             }
-            if let Some(unit) = unit {
-                self.units.insert((pid, process), unit);
-            }
+            self.tried.insert((actor.pid, actor.process.clone()), actor);
         }
     }
 
-    /// Fills in the units of those that have ended meanwhile.
+    /// Fills in the units and login users of those that have ended meanwhile.
     pub fn name(&self, findings: &mut [Finding]) {
         for finding in findings.iter_mut().filter(|finding| finding.code == Code::BindRefused) {
-            if let Some(actor) = finding.by.as_mut().filter(|actor| actor.unit.is_none()) {
-                actor.unit = self.units.get(&(actor.pid, actor.process.clone())).cloned();
+            let Some(actor) = &mut finding.by else { continue };
+            if let Some(known) = self.tried.get(&(actor.pid, actor.process.clone())) {
+                actor.unit = actor.unit.take().or_else(|| known.unit.clone());
+                actor.user = actor.user.take().or_else(|| known.user.clone());
             }
         }
     }

@@ -192,7 +192,9 @@ fn bounded(mut event: Event) -> Event {
     event.found = printable(&event.found, TEXT_MAX);
     if let Some(by) = &mut event.by {
         by.process = printable(&by.process, TEXT_MAX);
-        by.unit = by.unit.as_deref().map(|unit| printable(unit, TEXT_MAX));
+        for word in [&mut by.unit, &mut by.user].into_iter().flatten() {
+            *word = printable(word, TEXT_MAX);
+        }
     }
     event
 }
@@ -268,7 +270,7 @@ mod tests {
             code: Some(Code::ListenerExposed),
             subject: "tcp/0.0.0.0:5432".into(),
             found: found.into(),
-            by: Some(Actor { pid: 812, process: "postgres".into(), unit: None }),
+            by: Some(Actor { pid: 812, process: "postgres".into(), unit: None, user: None }),
             took_ms: Some(3),
             cycle,
         }

@@ -94,7 +94,7 @@ mod tests {
             code,
             subject: "tcp/0.0.0.0:5432".into(),
             found: "anyone gets in\nPRIORITY=0".into(),
-            by: Some(Actor { pid: 812, process: "postgres".into(), unit: None }),
+            by: Some(Actor { pid: 812, process: "postgres".into(), unit: None, user: None }),
             took_ms: None,
             cycle: 9,
         }

@@ -64,18 +64,23 @@ impl Suspects {
 
 impl Suspect {
     /// A script runs nft again and again: the same name is the same suspect, as last seen.
-    /// Which unit a process was in can't be read once it has ended.
+    /// Which unit a process was in, and who logged in, can't be read once it has ended.
     fn add(&mut self, actor: &Actor) {
         let Suspect::One(known) = self else {
             *self = if *self == Suspect::Nobody { Suspect::One(actor.clone()) } else { Suspect::Several };
             return;
         };
-        let units_differ = known.unit.is_some() && actor.unit.is_some() && known.unit != actor.unit;
-        if known.process != actor.process || units_differ {
+        let differ =
+            |one: &Option<String>, other: &Option<String>| one.is_some() && other.is_some() && one != other;
+        if known.process != actor.process
+            || differ(&known.unit, &actor.unit)
+            || differ(&known.user, &actor.user)
+        {
             *self = Suspect::Several;
         } else {
             let unit = actor.unit.clone().or(known.unit.take());
-            *known = Actor { unit, ..actor.clone() };
+            let user = actor.user.clone().or(known.user.take());
+            *known = Actor { unit, user, ..actor.clone() };
         }
     }
 
@@ -92,7 +97,7 @@ mod tests {
     use super::*;
 
     fn actor(process: &str, pid: u32) -> Actor {
-        Actor { pid, process: process.into(), unit: None }
+        Actor { pid, process: process.into(), unit: None, user: None }
     }
 
     #[test]

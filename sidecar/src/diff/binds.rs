@@ -91,7 +91,7 @@ mod tests {
             address: ip(address),
             port: port(number),
             audited: false,
-            by: Actor { pid: 812, process: "db".into(), unit: None },
+            by: Actor { pid: 812, process: "db".into(), unit: None, user: None },
             uid: 0,
             count: 2,
             first: Stamp::from_unix(NOW - seconds_ago - 60),

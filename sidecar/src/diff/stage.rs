@@ -329,7 +329,12 @@ pub(crate) fn listener(text: &str) -> Listener {
         device: option("dev="),
         inode: 1,
         uid: option("uid=").unwrap_or(0),
-        owner: (words[2] != "-").then(|| Actor { pid: 812, process: words[2].into(), unit: None }),
+        owner: (words[2] != "-").then(|| Actor {
+            pid: 812,
+            process: words[2].into(),
+            unit: None,
+            user: None,
+        }),
     }
 }
 

@@ -147,7 +147,7 @@ pub(crate) mod tests {
     use crate::terms::{Actor, Stamp};
 
     pub fn finding(code: Code, severity: Severity, subject: &str) -> Finding {
-        let by = Actor { pid: 812, process: "postgres".into(), unit: None };
+        let by = Actor { pid: 812, process: "postgres".into(), unit: None, user: None };
         let finding = Finding::new(code, severity, subject, "nobody", "anyone gets in", "Close it.");
         Finding { by: Some(by), ..finding }
     }

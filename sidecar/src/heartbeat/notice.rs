@@ -172,7 +172,7 @@ pub(super) mod tests {
             severity: Severity::Critical,
             subject: subject.into(),
             found: "anyone gets in".into(),
-            by: Some(Actor { pid: 812, process: "postgres".into(), unit: None }),
+            by: Some(Actor { pid: 812, process: "postgres".into(), unit: None, user: None }),
             unspoken: 0,
         }
     }

@@ -66,7 +66,7 @@ mod tests {
     use crate::terms::Actor;
 
     fn finding(code: Code, severity: Severity, subject: &str, process: Option<&str>) -> Finding {
-        let by = process.map(|process| Actor { pid: 812, process: process.into(), unit: None });
+        let by = process.map(|process| Actor { pid: 812, process: process.into(), unit: None, user: None });
         Finding::new(code, severity, subject, "closed", "open", "Close it.").held_by(by.as_ref())
     }
 

@@ -226,7 +226,7 @@ mod tests {
 
         let (desired, snapshot) = off().set();
         let mut findings = assess(&desired, &snapshot, now()).findings;
-        findings[0].by = Some(Actor { pid: 4211, process: "nft".into(), unit: None });
+        findings[0].by = Some(Actor { pid: 4211, process: "nft".into(), unit: None, user: None });
         let untouched = findings.iter().find(|f| f.code == Code::MeshLeak).cloned();
         tell_of_withheld(&mut findings, &plan, &budget, AT);
         assert_eq!(

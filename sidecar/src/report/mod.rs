@@ -365,7 +365,12 @@ mod tests {
         for finding in &mut report.findings {
             finding.subject = evil.into();
             finding.found = evil.repeat(50);
-            finding.by = Some(crate::terms::Actor { pid: 1, process: evil.into(), unit: Some(evil.into()) });
+            finding.by = Some(crate::terms::Actor {
+                pid: 1,
+                process: evil.into(),
+                unit: Some(evil.into()),
+                user: None,
+            });
         }
         let text = report.to_text(80, false);
         assert!(!text.contains(['\x1b', '\r', '\u{202e}']));

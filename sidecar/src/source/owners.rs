@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::ffi::CStr;
 use std::hash::{BuildHasherDefault, Hasher};
+use std::io::Read as _;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -165,8 +166,8 @@ impl Holder {
 impl Process {
     fn read(folder: &OwnedFd, pid: u32) -> Option<Self> {
         let (started, comm) = stat(folder)?;
-        let unit = unit_in(folder);
-        let actor = Actor { pid, process: printable(&String::from_utf8_lossy(&comm), COMM), unit };
+        let process = printable(&String::from_utf8_lossy(&comm), COMM);
+        let actor = Actor { pid, process, unit: unit_in(folder), user: user_in(folder) };
         Some(Self { started, comm, actor })
     }
 
@@ -188,20 +189,26 @@ impl Process {
     }
 }
 
-/// A process that the kernel named, with the unit it runs in as long as it still does.
+/// A process that the kernel named, with its unit and login user as long as it still runs.
 pub fn actor(pid: u32, comm: &str) -> Actor {
-    Actor { unit: unit_of(pid), ..stranger(pid, comm) }
+    let folder = folder_of(pid);
+    let (unit, user) = (folder.as_ref().and_then(unit_in), folder.as_ref().and_then(user_in));
+    Actor { unit, user, ..stranger(pid, comm) }
 }
 
-/// The same without looking for its unit, which costs some 100 us.
+/// The same without looking for either, which costs some 100 us.
 pub fn stranger(pid: u32, comm: &str) -> Actor {
-    Actor { pid, process: printable(comm, COMM), unit: None }
+    Actor { pid, process: printable(comm, COMM), unit: None, user: None }
 }
 
-/// The systemd unit of a process by its control group.
-pub fn unit_of(pid: u32) -> Option<String> {
+/// Whose login a process came from, by name.
+pub fn user_of(pid: u32) -> Option<String> {
+    user_in(&folder_of(pid)?)
+}
+
+fn folder_of(pid: u32) -> Option<OwnedFd> {
     let proc = open(CWD, c"/proc").ok()?;
-    unit_in(&open(proc, number(pid, &mut [0; 11])).ok()?)
+    open(proc, number(pid, &mut [0; 11])).ok()
 }
 
 /// The systemd unit of a control group by its path below the root.
@@ -296,6 +303,34 @@ fn unit_in(folder: &OwnedFd) -> Option<String> {
     decode_unit(&String::from_utf8_lossy(read_start(folder, c"cgroup", &mut buffer)?))
 }
 
+fn user_in(folder: &OwnedFd) -> Option<String> {
+    let mut buffer = [0; 16];
+    let uid = decode_login(read_start(folder, c"loginuid", &mut buffer)?)?;
+    let mut users = Vec::new();
+    if let Ok(file) = std::fs::File::open("/etc/passwd") {
+        let _ = file.take(PASSWD_MAX).read_to_end(&mut users);
+    }
+    let named = named(&String::from_utf8_lossy(&users), uid);
+    Some(named.unwrap_or_else(|| format!("uid-{uid}")))
+}
+
+/// The number in /proc/PID/loginuid; `None`: nobody logged in.
+pub(super) fn decode_login(text: &[u8]) -> Option<u32> {
+    std::str::from_utf8(text).ok()?.trim().parse().ok().filter(|uid| *uid != u32::MAX)
+}
+
+/// The name of a user in the text of /etc/passwd.
+fn named(users: &str, uid: u32) -> Option<String> {
+    users.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next().filter(|name| !name.is_empty())?;
+        (fields.nth(1)?.parse() == Ok(uid)).then(|| printable(name, 64))
+    })
+}
+
+/// Users beyond that are called by their number.
+const PASSWD_MAX: u64 = 1 << 20;
+
 /// As much of a small file of /proc as fits.
 fn read_start<'a>(folder: &OwnedFd, name: &CStr, buffer: &'a mut [u8]) -> Option<&'a [u8]> {
     let file = openat(folder, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?;
@@ -384,6 +419,18 @@ mod tests {
 
     fn inode(socket: &impl AsFd) -> u64 {
         rustix::fs::fstat(socket).expect("a socket").st_ino
+    }
+
+    #[test]
+    fn login_users_are_called_as_the_machine_calls_them() {
+        let users = "root:x:0:0:root:/root:/bin/sh\n:x:7::\nhalf\nal\u{1b}[1mice:x:1000:1000::/:/bin/sh\n";
+        assert_eq!(named(users, 0).as_deref(), Some("root"));
+        assert_eq!([7, 8].map(|uid| named(users, uid)), [None, None]);
+        assert!(named(users, 1000).is_some_and(|name| name.ends_with("ice") && !name.contains('\u{1b}')));
+        assert_eq!(decode_login(b"1000"), Some(1000));
+        for nobody in [&b"4294967295"[..], b"", b"-1", b"x\n"] {
+            assert_eq!(decode_login(nobody), None);
+        }
     }
 
     #[test]

@@ -444,7 +444,7 @@ mod tests {
             device: None,
             inode: 1,
             uid: 0,
-            owner: (pid > 0).then(|| Actor { pid, process: process.into(), unit: None }),
+            owner: (pid > 0).then(|| Actor { pid, process: process.into(), unit: None, user: None }),
         }
     }
 
@@ -522,7 +522,7 @@ mod tests {
         let mut other = listener("sshd", std::process::id(), 22);
         let error = format!("{:#}", read(&[other.clone()], other.port).expect_err("not an sshd"));
         assert!(error.contains("not OpenSSH's sshd"), "{error}");
-        other.owner = Some(Actor { pid: u32::MAX, process: "sshd".into(), unit: None });
+        other.owner = Some(Actor { pid: u32::MAX, process: "sshd".into(), unit: None, user: None });
         assert!(read(&[other.clone()], other.port).is_err(), "a process that is gone was asked");
     }
 }

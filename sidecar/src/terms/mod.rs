@@ -267,6 +267,10 @@ pub struct Actor {
     pub process: String,
     /// The systemd unit by its control group, or `null` outside one.
     pub unit: Option<String>,
+    /// Who logged in and began what led to it (audit's login user), by name or as `uid-1000`; left out where nobody
+    /// did, as for services.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
 }
 
 impl fmt::Display for Actor {
@@ -274,6 +278,9 @@ impl fmt::Display for Actor {
         write!(f, "{} (pid {}", self.process, self.pid)?;
         if let Some(unit) = &self.unit {
             write!(f, ", {unit}")?;
+        }
+        if let Some(user) = &self.user {
+            write!(f, ", login {user}")?;
         }
         f.write_str(")")
     }

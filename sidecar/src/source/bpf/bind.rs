@@ -435,15 +435,15 @@ pub(in crate::source) fn decode_wake(bytes: &[u8]) -> Option<(Attempt, u32, u64)
     Some((Attempt::decode(&key)?, pid, cgroup))
 }
 
-/// The process with its unit: its own while it lives (its number may be another's by now),
+/// The process with its unit and login user: its own while it lives (its number may be another's by now),
 /// else that of the control group that it was in, if that still stands.
 fn who(pid: u32, process: &str, cgroup: u64) -> Actor {
     let comm = fs::read(format!("/proc/{pid}/comm")).unwrap_or_default();
     let comm = String::from_utf8_lossy(comm.strip_suffix(b"\n").unwrap_or(&comm)).into_owned();
     let lives = printable(&comm, 16) == process;
-    let unit = if lives { owners::unit_of(pid) } else { None };
-    let unit = unit.or_else(|| owners::unit_in_cgroup(&cgroup_path(cgroup)?));
-    Actor { pid, process: process.to_owned(), unit }
+    let known = if lives { owners::actor(pid, process) } else { owners::stranger(pid, process) };
+    let unit = known.unit.or_else(|| owners::unit_in_cgroup(&cgroup_path(cgroup)?));
+    Actor { unit, ..known }
 }
 
 /// Where the control group of this inode is, below the root. Looks at a bounded number.
