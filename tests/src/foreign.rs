@@ -3,17 +3,19 @@
 //! memory without bound.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use spokeguard::apply::{replay, sealed, trial::Trial};
 use spokeguard::daemon::{eventlog, front, http, socket};
 use spokeguard::desired::Desired;
+use spokeguard::fleet::{self, exposition::Exposition, history};
 use spokeguard::report::History;
 use spokeguard::ruleset::{self, Evaluator, Packet, compare, decode, encode, render};
 use spokeguard::source::recorded::DECODERS;
 pub use spokeguard::source::recorded::Decode;
 use spokeguard::terms::{Port, Proto};
-use spokeguard::{policy, sys};
+use spokeguard::{policy, sys, tailnet};
 
 const MORE: &[(&str, Decode)] = &[
     ("policy", policy),
@@ -30,6 +32,14 @@ const MORE: &[(&str, Decode)] = &[
     }),
     ("first-seen", |bytes| serde_json::from_slice::<History>(bytes).is_ok()),
     ("status", |bytes| serde_json::from_slice::<socket::Status>(bytes).is_ok()),
+    ("exposition", |bytes| {
+        Exposition::parse(&String::from_utf8_lossy(bytes)).is_ok_and(|e| e.one("verdict").is_some())
+    }),
+    ("inventory", inventory),
+    ("prometheus", prometheus),
+    ("tailnet", |bytes| told(tailnet::read(&String::from_utf8_lossy(bytes), "acl.hujson"))),
+    ("tailnet-filter", |bytes| tailnet::Filter::from_json(&String::from_utf8_lossy(bytes)).is_ok()),
+    ("tailnet-status", |bytes| tailnet::Status::from_json(&String::from_utf8_lossy(bytes)).is_ok()),
 ];
 
 pub fn decoders() -> impl Iterator<Item = (&'static str, Decode)> {
@@ -58,6 +68,21 @@ fn policy(bytes: &[u8]) -> bool {
         encode::transaction(table, None);
     }
     true
+}
+
+/// `true`: not refused; what is refused says why.
+fn told<T>(read: Result<T, policy::Mistakes>) -> bool {
+    read.map_err(|mistakes| assert!(!mistakes.to_string().is_empty())).is_ok()
+}
+
+fn inventory(bytes: &[u8]) -> bool {
+    let today = spokeguard::cli::today(sys::clock::now());
+    told(fleet::parse(&String::from_utf8_lossy(bytes), "fleet.toml", today, fleet::Keys::MayBeMissing))
+}
+
+fn prometheus(bytes: &[u8]) -> bool {
+    let instances = BTreeMap::from([("10.84.0.16:9984".to_string(), "edge-1".to_string())]);
+    history::series(&String::from_utf8_lossy(bytes), &instances).is_ok_and(|series| !series.is_empty())
 }
 
 /// What nft lists is judged, printed and compared whatever it is.

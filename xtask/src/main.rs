@@ -26,6 +26,9 @@ const PROGRAMS: &[(&str, &str)] = &[
 /// The machines' harness: cargo's words that run it.
 const VM: &[&str] = &["run", "--quiet", "--package", "spokeguard-vm-tests", "--bin", "vm", "--"];
 
+/// What each decoder gets under `test --all`; by hand it is longer.
+const FUZZ_S: u64 = 10;
+
 fn main() -> ExitCode {
     match run(&commands().get_matches()) {
         Ok(()) => ExitCode::SUCCESS,
@@ -60,7 +63,7 @@ fn commands() -> clap::Command {
         .help("How long for each");
     commands = commands.subcommand(
         clap::Command::new("fuzz")
-            .about("Put random bytes to the decoders (nightly, cargo-fuzz)")
+            .about("Put random bytes to the decoders, by libFuzzer")
             .args([decoder, seconds]),
     );
     let arch = Arg::new("arch")
@@ -175,6 +178,7 @@ fn passes(all: bool, steps: &mut Steps) -> Result<()> {
     if all {
         steps.cargo("build, release", &["build", "--release", "--package", "spokeguard"])?;
         steps.integration("integration tests, release", "release")?;
+        steps.step("fuzzers", || fuzz::run(None, FUZZ_S))?;
         steps.step("setup for arm64", || setup::dist(&[dist::Arch::Aarch64], false))?;
         steps.cargo("real kernels", &[VM, &["--arch", "all"]].concat())?;
         steps.step("what goes to users, built twice", || dist::dist(&dist::ARCHES, true))?;

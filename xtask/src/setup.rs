@@ -53,6 +53,8 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("depmod", "kmod"),
     ("xz", "xz-utils"),
     ("strip", "binutils"),
+    // libFuzzer is C++.
+    ("c++", "g++"),
 ];
 
 /// A Rust compiler that comes with the source of its library, for the eBPF target.
@@ -167,7 +169,7 @@ fn pip_install(packages: &[&str]) -> Result<()> {
     timed(&packages.join(", "), &mut pip)
 }
 
-fn target() -> PathBuf {
+pub fn target() -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| crate::root().join("target"), PathBuf::from)
 }
 

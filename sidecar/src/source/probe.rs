@@ -17,7 +17,7 @@ mod frame;
 pub mod keeper;
 mod lock;
 mod programs;
-mod route;
+pub(super) mod route;
 pub(super) mod tables;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};

@@ -131,15 +131,17 @@ fn set_message(interface: &str, peer: PublicKey, seconds: u16) -> WireguardMessa
 fn family(link: &mut Netlink, name: &str) -> Result<u16, NetlinkError> {
     let name = GenlCtrlAttrs::FamilyName(name.to_owned());
     let request = GenlCtrl { cmd: GenlCtrlCmd::GetFamily, nlas: vec![name] };
-    let found = link.request(GENL_ID_CTRL, &genl(&request), |payload, out| {
-        for attribute in attributes(payload.get(GENL_HEADER..).unwrap_or(&[])) {
-            if let (CTRL_ATTR_FAMILY_ID, value) = attribute? {
-                out.push(u16_at(value, 0).ok_or(NetlinkError::Truncated("a family number"))?);
-            }
-        }
-        Ok(())
-    })?;
+    let found = link.request(GENL_ID_CTRL, &genl(&request), decode_family)?;
     found.first().copied().ok_or(NetlinkError::Malformed("a family without a number"))
+}
+
+pub(super) fn decode_family(payload: &[u8], out: &mut Vec<u16>) -> Result<(), NetlinkError> {
+    for attribute in attributes(payload.get(GENL_HEADER..).unwrap_or(&[])) {
+        if let (CTRL_ATTR_FAMILY_ID, value) = attribute? {
+            out.push(u16_at(value, 0).ok_or(NetlinkError::Truncated("a family number"))?);
+        }
+    }
+    Ok(())
 }
 
 fn genl<M: GenlFamily + Emitable>(message: &M) -> Vec<u8> {

@@ -16,6 +16,7 @@ use spokeguard::source::netlink::Netlink;
 const ROUTE: isize = 0;
 const SOCK_DIAG: isize = 4;
 const NETFILTER: isize = 12;
+const GENERIC: isize = 16;
 const DONE: u16 = 3;
 const SEQUENCE: u32 = 7;
 
@@ -50,6 +51,9 @@ fn main() -> Result<()> {
     for (name, protocol, kind, request) in [
         ("links", ROUTE, 18, vec![0; 16]),
         ("addresses", ROUTE, 22, vec![0; 8]),
+        ("device", ROUTE, 18, vec![0; 16]),
+        ("neighbours", ROUTE, 30, vec![0; 12]),
+        ("route", ROUTE, 26, vec![0; 12]),
         ("tc", ROUTE, 38, tc),
         ("listeners-tcp", SOCK_DIAG, 20, sockets(10, 6, listening)),
         ("listeners-udp", SOCK_DIAG, 20, sockets(10, 17, closed)),
@@ -57,6 +61,8 @@ fn main() -> Result<()> {
         ("connections", SOCK_DIAG, 20, sockets(2, 6, flowing)),
         ("conntrack", NETFILTER, 1 << 8 | 1, vec![0; 4]),
         ("counters", NETFILTER, 10 << 8 | 19, vec![1, 0, 0, 0]),
+        // Every family that there is.
+        ("wireguard-family", GENERIC, 16, vec![3, 1, 0, 0]),
     ] {
         let reply = lab.spoke.inside(|| dump(protocol, kind, &request))?;
         write(name, &whole(kind, &reply))?;
@@ -67,6 +73,8 @@ fn main() -> Result<()> {
     write("nft-listing", lab.spoke.ok(&["nft", "-j", "list", "ruleset"])?.as_bytes())?;
 
     write("policy", policy.as_bytes())?;
+    let scrape = lab.hub.http_get(SocketAddr::new(SPOKE_MESH, 9984), "/metrics", &[])?;
+    write("exposition", scrape.body.as_bytes())?;
     write("sealed", &std::fs::read(daemon.state_dir.join("sealed.nft")).context("the sealed rules")?)?;
     let log = std::fs::read_to_string(daemon.state_dir.join("events.jsonl")).context("the event log")?;
     write("event-log", log.lines().next().context("an event")?.as_bytes())?;

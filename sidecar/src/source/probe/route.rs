@@ -84,19 +84,7 @@ impl Routes {
         let header = LinkHeader { index, ..LinkHeader::default() };
         let mut request = vec![0; header.buffer_len()];
         header.emit(&mut request);
-        let found = self.0.request(RTM_GETLINK, &request, |payload, out| {
-            let header = LinkHeader::parse(payload).map_err(|_| NetlinkError::Truncated("an interface"))?;
-            let mut mac = [0; 6];
-            for attribute in attributes(payload.get(header.buffer_len()..).unwrap_or(&[])) {
-                if let (IFLA_ADDRESS, value) = attribute?
-                    && let Ok(address) = value.try_into()
-                {
-                    mac = address;
-                }
-            }
-            out.push(Device { up: header.flags.contains(LinkFlags::Up), mac });
-            Ok(())
-        });
+        let found = self.0.request(RTM_GETLINK, &request, decode_device);
         let found = found.with_context(|| format!("read interface {index}"))?;
         found.first().copied().with_context(|| format!("no interface {index}"))
     }
@@ -140,19 +128,7 @@ impl Routes {
     ) -> anyhow::Result<()> {
         // struct ndmsg: family, padding, device, state, flags, type.
         let request = [family, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
-        let found = self.0.dump(RTM_GETNEIGH, &request, |payload, out| {
-            let (mut address, mut mac) = (None, None);
-            for attribute in attributes(payload.get(12..).unwrap_or(&[])) {
-                match attribute? {
-                    (NDA_DST, value) => address = ip(value),
-                    (NDA_LLADDR, value) => mac = value.try_into().ok(),
-                    _ => {}
-                }
-            }
-            out.extend(u32_at(payload, 4).map(|index| (index, address, mac)));
-            Ok(())
-        });
-        let found = found.context("read neighbours")?;
+        let found = self.0.dump(RTM_GETNEIGH, &request, decode_neighbour).context("read neighbours")?;
         found.into_iter().for_each(|(index, address, mac)| each(index, address, mac));
         Ok(())
     }
@@ -178,22 +154,7 @@ impl Routes {
             request.extend_from_slice(&kind.to_ne_bytes());
             request.extend_from_slice(&octets);
         }
-        const UNICAST: u8 = 1;
-        let found = self.0.request(RTM_GETROUTE, &request, |payload, out| {
-            let (mut index, mut gateway) = (None, None);
-            for attribute in attributes(payload.get(12..).unwrap_or(&[])) {
-                match attribute? {
-                    (RTA_OIF, value) => index = u32_at(value, 0),
-                    (RTA_GATEWAY, value) => gateway = ip(value),
-                    _ => {}
-                }
-            }
-            if payload.get(7) == Some(&UNICAST) {
-                out.extend(index.map(|index| (index, gateway)));
-            }
-            Ok(())
-        });
-        match found {
+        match self.0.request(RTM_GETROUTE, &request, decode_route) {
             Ok(found) => Ok(found.first().copied()),
             Err(error) => match error.refusal() {
                 Some(libc::ENETUNREACH | libc::EHOSTUNREACH | libc::EACCES | libc::EINVAL | libc::ESRCH) => {
@@ -251,6 +212,59 @@ impl Routes {
         }
         Ok(Origin { base: source, spread: false })
     }
+}
+
+pub(in crate::source) fn decode_device(payload: &[u8], out: &mut Vec<Device>) -> Result<(), NetlinkError> {
+    let header = LinkHeader::parse(payload).map_err(|_| NetlinkError::Truncated("an interface"))?;
+    let mut mac = [0; 6];
+    for attribute in attributes(payload.get(header.buffer_len()..).unwrap_or(&[])) {
+        if let (IFLA_ADDRESS, value) = attribute?
+            && let Ok(address) = value.try_into()
+        {
+            mac = address;
+        }
+    }
+    out.push(Device { up: header.flags.contains(LinkFlags::Up), mac });
+    Ok(())
+}
+
+/// The device, the address and the link-layer address.
+type Neighbour = (u32, Option<IpAddr>, Option<[u8; 6]>);
+
+pub(in crate::source) fn decode_neighbour(
+    payload: &[u8],
+    out: &mut Vec<Neighbour>,
+) -> Result<(), NetlinkError> {
+    let (mut address, mut mac) = (None, None);
+    for attribute in attributes(payload.get(12..).unwrap_or(&[])) {
+        match attribute? {
+            (NDA_DST, value) => address = ip(value),
+            (NDA_LLADDR, value) => mac = value.try_into().ok(),
+            _ => {}
+        }
+    }
+    out.extend(u32_at(payload, 4).map(|index| (index, address, mac)));
+    Ok(())
+}
+
+/// The device and the gateway.
+pub(in crate::source) fn decode_route(
+    payload: &[u8],
+    out: &mut Vec<(u32, Option<IpAddr>)>,
+) -> Result<(), NetlinkError> {
+    const UNICAST: u8 = 1;
+    let (mut index, mut gateway) = (None, None);
+    for attribute in attributes(payload.get(12..).unwrap_or(&[])) {
+        match attribute? {
+            (RTA_OIF, value) => index = u32_at(value, 0),
+            (RTA_GATEWAY, value) => gateway = ip(value),
+            _ => {}
+        }
+    }
+    if payload.get(7) == Some(&UNICAST) {
+        out.extend(index.map(|index| (index, gateway)));
+    }
+    Ok(())
 }
 
 fn ip(octets: &[u8]) -> Option<IpAddr> {
