@@ -124,7 +124,9 @@ pub(in crate::source) fn decode(mut rest: &[u8], out: &mut Vec<RouteNetlinkMessa
         match message.payload {
             NetlinkPayload::Done(_) => return Ok(true),
             NetlinkPayload::Error(error) if error.code.is_some() => {
-                return Err(error.to_io()).context("dump of traffic control");
+                // Not by `to_io`, which panics at the lowest number there is.
+                let refusal = std::io::Error::from_raw_os_error(error.raw_code().saturating_abs());
+                return Err(refusal).context("dump of traffic control");
             }
             NetlinkPayload::InnerMessage(message) => out.push(message),
             _ => {}
