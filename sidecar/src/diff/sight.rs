@@ -231,9 +231,13 @@ impl<'a> Sight<'a> {
             None => judgement,
             Some((Fate::Delivered { address, port }, _) | (Fate::Forwarded { address, port }, _)) => {
                 let here = (address, port) == (destination, dispute.probe.port);
-                let by = || judgement.by.clone().unwrap_or_else(nowhere);
-                let rewritten = || Rewritten { address: Some(address), port: Some(port), by: by() };
-                let rewritten = (!here).then(|| judgement.rewritten.clone().unwrap_or_else(rewritten));
+                // Where it came to is the probe's word; by which rule, that of the rules.
+                let by = || judgement.rewritten.clone().map(|r| r.by).or(judgement.by.clone());
+                let rewritten = (!here).then(|| Rewritten {
+                    address: Some(address),
+                    port: Some(port),
+                    by: by().unwrap_or_else(nowhere),
+                });
                 Judgement { verdict: Verdict::Accept, by: None, rewritten }
             }
             Some((Fate::Answered, _)) => Judgement { verdict: Verdict::Accept, by: None, ..judgement },

@@ -432,9 +432,22 @@ impl<'a> Index<'a> {
 }
 
 impl<'a> Walk<'a> {
+    /// Where all ways lead; of several, what they have in common, so that a rule which may have sent it elsewhere is
+    /// not forgotten.
+    fn landing(&self) -> Option<Rewritten> {
+        let first = self.rewritten.iter().flatten().next()?;
+        let unchanged = (Some(self.packet.destination), Some(self.packet.port));
+        let ends =
+            || self.rewritten.iter().map(|new| new.as_ref().map_or(unchanged, |r| (r.address, r.port)));
+        Some(Rewritten {
+            address: first.address.filter(|_| ends().all(|(address, _)| address == first.address)),
+            port: first.port.filter(|_| ends().all(|(_, port)| port == first.port)),
+            by: first.by.clone(),
+        })
+    }
+
     fn judgement(self) -> Judgement {
-        let same = self.rewritten.windows(2).all(|w| w[0] == w[1]);
-        let rewritten = if same { self.rewritten.into_iter().next().flatten() } else { None };
+        let rewritten = self.landing();
         let doubt = || self.doubt.clone().unwrap_or_else(|| "a rule that can't be evaluated".into());
         let ends = (self.accepted, self.drop.is_some(), self.reject.is_some());
         let (verdict, by) = match ends {
@@ -1728,7 +1741,7 @@ mod tests {
             expect![[r#"
                 tcp/9 from 203.0.113.9: Drop by raw/PREROUTING/2
                 tcp/22 from 203.0.113.9: Unknown("iptables' `-m conntrack`") by filter/ufw-before-input/12
-                tcp/8080 from 203.0.113.9: Unknown("iptables' `-m addrtype`") by filter/ufw-before-input/12
+                tcp/8080 from 203.0.113.9: Unknown("iptables' `-m addrtype`") by filter/ufw-before-input/12 to None:None
                 tcp/22 from 2001:db8:9::9: Accept
             "#]],
         );
@@ -1861,6 +1874,16 @@ mod tests {
         assert!(matches!(judged(nat, &dnat, "tcp/53 from 203.0.113.9"), Verdict::Unknown(_)));
         // No rule for this family at all.
         assert_eq!(judged(nat, &dnat, "tcp/8080 from 2001:db8:9::9"), Verdict::Drop);
+        // Let in either way, and nobody knows where.
+        let json = format!(
+            r#"{{"nftables":[{{"table":{{"family":"inet","name":"t"}}}},
+            {{"chain":{{"family":"inet","table":"t","name":"c",{nat},"policy":"accept"}}}},
+            {{"rule":{{"family":"inet","table":"t","chain":"c","handle":5,"expr":[{dnat}]}}}}]}}"#
+        );
+        let ruleset = decode::ruleset(json.as_bytes()).expect("JSON");
+        let judgement = judge(&ruleset, &packet("tcp/8080 from 203.0.113.9"), &here);
+        let to = judgement.rewritten.expect("it may be rewritten");
+        assert_eq!((judgement.verdict, to.address, to.by.handle), (Verdict::Accept, None, Some(5)));
 
         let filter = r#""type":"filter","hook":"input","prio":0"#;
         for before in [

@@ -281,7 +281,7 @@ pub struct Judgement {
     pub verdict: Verdict,
     /// The rule or chain policy that decided (for `Accept`: nothing did, so `None`).
     pub by: Option<Place>,
-    /// Where the packet goes if a DNAT or redirect rewrote it before.
+    /// Where the packet goes if a DNAT or redirect rewrote it before, or may have.
     pub rewritten: Option<Rewritten>,
 }
 
@@ -308,7 +308,7 @@ pub struct Place {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rewritten {
-    /// `None` for redirect, which goes to this host itself.
+    /// `None` for redirect, which goes to this host itself, and where rules leave it open.
     pub address: Option<IpAddr>,
     pub port: Option<Port>,
     pub by: Place,
