@@ -78,6 +78,9 @@ const TICK: Duration = Duration::from_secs(10);
 const FULL_LOOK: Duration = Duration::from_secs(600);
 /// A wake waits this long for more of its kind.
 const SETTLE: Duration = Duration::from_millis(20);
+/// How long the answer to a commit waits for nft. One that hangs must not keep us from the next commit, which may take
+/// the table away: that needs no nft to be seen and put right.
+const AT_ONCE: Duration = Duration::from_secs(5);
 /// How long being ready waits for the first proof of our controls.
 const PROOF: Duration = Duration::from_secs(5);
 /// Announced commits that are taken together, and of how many of them it is asked which unit it was.
@@ -612,7 +615,7 @@ impl Daemon {
         let (code, found) = if !exists {
             (Code::FirewallMissing, "the table was gone".to_owned())
         } else {
-            let listed = nft::list_table().map(|found| compare::changes(table, found.as_ref()));
+            let listed = nft::list_table_within(AT_ONCE).map(|found| compare::changes(table, found.as_ref()));
             self.rest_until =
                 self.rest_until.max(self.pace.pay(self.uptime.elapsed() - begun, Instant::now()));
             // No change: our own commit, or one that left the table as it should be. An

@@ -35,8 +35,8 @@ pub enum NftError {
     Permission { operation: String },
     #[error("{operation}: this kernel has no nf_tables, or may not load it")]
     Unsupported { operation: String },
-    #[error("{operation}: no answer within {} s", DEADLINE.as_secs())]
-    TimedOut { operation: String },
+    #[error("{operation}: no answer within {} s", limit.as_secs())]
+    TimedOut { operation: String, limit: Duration },
     #[error("{operation}: no such table, chain or rule: {text}")]
     NotFound { operation: String, text: String },
     #[error("{operation} failed: {text}")]
@@ -68,26 +68,31 @@ fn list_nftables() -> anyhow::Result<Ruleset> {
     while let (Some(_), Ok(before)) = (tries.next(), generation()) {
         let Ok(parts) = nft_xt::read() else { break };
         let some = !parts.is_empty();
-        let ruleset = list(&args, parts)?;
+        let ruleset = list(&args, parts, DEADLINE)?;
         if !some || generation().is_ok_and(|after| after == before) {
             return Ok(ruleset);
         }
     }
-    list(&args, Parts::default())
+    list(&args, Parts::default(), DEADLINE)
 }
 
 /// Our own table; `None` if there is none.
 pub fn list_table() -> anyhow::Result<Option<Table>> {
-    list_own(&["-j", "list", "table", "inet", TABLE])
+    list_table_within(DEADLINE)
 }
 
-/// The same with its named sets and nothing else in it.
+/// The same for whoever can't wait.
+pub fn list_table_within(limit: Duration) -> anyhow::Result<Option<Table>> {
+    list_own(&["-j", "list", "table", "inet", TABLE], limit)
+}
+
+/// Our own table with its named sets and nothing else in it.
 pub fn list_sets() -> anyhow::Result<Option<Table>> {
-    list_own(&["-j", "list", "sets", "table", "inet", TABLE])
+    list_own(&["-j", "list", "sets", "table", "inet", TABLE], DEADLINE)
 }
 
-fn list_own(args: &[&str]) -> anyhow::Result<Option<Table>> {
-    match list(args, Parts::default()) {
+fn list_own(args: &[&str], limit: Duration) -> anyhow::Result<Option<Table>> {
+    match list(args, Parts::default(), limit) {
         Ok(ruleset) => {
             Ok(ruleset.tables.into_iter().find(|t| t.family == TableFamily::Inet && t.name == TABLE))
         }
@@ -179,8 +184,8 @@ pub fn committed(pid: u32) -> bool {
     COMMITTERS.lock().unwrap_or_else(PoisonError::into_inner).contains(&pid)
 }
 
-fn list(args: &[&str], parts: Parts) -> anyhow::Result<Ruleset> {
-    decoded(Running::start(&program()?, args, Stdio::null(), Stdio::piped(), DEADLINE)?, parts)
+fn list(args: &[&str], parts: Parts, limit: Duration) -> anyhow::Result<Ruleset> {
+    decoded(Running::start(&program()?, args, Stdio::null(), Stdio::piped(), limit)?, parts)
 }
 
 fn decoded(mut nft: Running, parts: Parts) -> anyhow::Result<Ruleset> {
@@ -225,6 +230,7 @@ struct Running {
     stdout: Option<ChildStdout>,
     stderr: Option<ChildStderr>,
     complaints: Vec<u8>,
+    limit: Duration,
     deadline: Instant,
     timed_out: bool,
     /// We have killed it ourselves.
@@ -239,7 +245,7 @@ impl Running {
         args: &[&str],
         stdin: Stdio,
         stdout: Stdio,
-        deadline: Duration,
+        limit: Duration,
     ) -> Result<Self, NftError> {
         let operation = format!("nft {}", args.join(" "));
         let failed = |source: io::Error| NftError::Run { operation: operation.clone(), source };
@@ -274,7 +280,8 @@ impl Running {
             stdout,
             stderr,
             complaints: Vec::new(),
-            deadline: Instant::now() + deadline,
+            limit,
+            deadline: Instant::now() + limit,
             timed_out: false,
             stopped: false,
         })
@@ -293,7 +300,7 @@ impl Running {
         let status = self.child.wait().map_err(|source| failed(&self.operation, source))?;
         let operation = self.operation.clone();
         if self.timed_out {
-            return Err(NftError::TimedOut { operation });
+            return Err(NftError::TimedOut { operation, limit: self.limit });
         }
         if status.success() {
             return Ok(());
