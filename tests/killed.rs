@@ -24,7 +24,7 @@ const RUN_FILES: [&str; 5] = ["settled", "rollback", "audit.lock", "spokeguard.l
 
 /// A chain that nothing leads to, by which a daemon tries its repairs. One that was killed leaves it to
 /// the next.
-fn without_canary(table: &str) -> String {
+pub fn without_canary(table: &str) -> String {
     let Some(begin) = table.find("\n\tchain canary-") else { return table.to_owned() };
     let end = table[begin..].find("\n\t}\n").map_or(table.len(), |at| begin + at + "\n\t}\n".len());
     assert!(!table[begin..end].contains("hook"), "{table}");

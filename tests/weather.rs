@@ -253,7 +253,9 @@ fn burst(lab: &Lab, innocent: &str, thousands: u32, opens: bool) -> lab::Listeni
         let adds: String = (0..500 * thousands).map(add).collect();
         let file = lab.file(&format!("commits-{half}"), &adds).unwrap();
         let script = format!("{innocent} -i < {} > /dev/null", file.display());
-        let outcome = spoke.run_within(6 * LONG, &["sh", "-ec", &script]).unwrap();
+        // Each waits until every processor has seen the one before: milliseconds, or tens on a busy machine.
+        let limit = LONG + thousands * Duration::from_secs(30);
+        let outcome = spoke.run_within(limit, &["sh", "-ec", &script]).unwrap();
         assert_eq!(outcome.code, Some(0), "{}", outcome.all());
     };
     std::thread::scope(|scope| {

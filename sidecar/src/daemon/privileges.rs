@@ -251,3 +251,27 @@ fn names(set: CapSet, gaps: &mut Vec<String>) -> Vec<String> {
 fn name(capability: Capability) -> String {
     capability.to_string()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_can_be_raised_again_is_named_and_what_is_gone_is_not() {
+        // Capabilities belong to threads, and end with them.
+        let thread = std::thread::spawn(|| {
+            let had = caps::read(None, CapSet::Permitted).expect("capabilities");
+            let Some(one) = had.iter().copied().next() else {
+                return println!("skipped: this process has no capability to lose");
+            };
+            let lost = CapsHashSet::from([one]);
+            let lower = |set| caps::drop(None, set, one).expect("a capability less");
+            lower(CapSet::Effective);
+            assert_eq!(regained(&lost), [format!("{} came back after it was dropped", name(one))]);
+            lower(CapSet::Effective);
+            lower(CapSet::Permitted);
+            assert_eq!(regained(&lost), [""; 0]);
+        });
+        thread.join().expect("a thread");
+    }
+}
