@@ -80,8 +80,8 @@ fn all(last: &Path) {
     for (name, decode) in decoders() {
         let mine = seeds.remove(name).unwrap_or_default();
         assert!(!mine.is_empty(), "{name} has no seed");
-        // One that no decoder understands would leave all behind its first lines untried. What libFuzzer found and
-        // called so is there for what it did, and may be refused.
+        // One that no decoder understands would leave all behind its first lines untried. What libFuzzer
+        // found and called so is there for what it did, and may be refused.
         let found = |file: &Path| {
             let name = file.file_name().unwrap_or_default().to_string_lossy();
             ["crash-", "oom-", "timeout-"].iter().any(|kind| name.starts_with(kind))

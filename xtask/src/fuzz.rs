@@ -1,8 +1,8 @@
 //! The fuzzers: every decoder of foreign bytes under libFuzzer, as many at once as there are cores.
 //!
-//! The decoders are safe Rust, so that what can be found is panics, endless loops and memory without bound; no
-//! sanitizer is asked for, and the compiler that builds everything else will do. Only our own packages are built anew,
-//! with libFuzzer's instruments.
+//! The decoders are safe Rust, so that what can be found is panics, endless loops and memory without bound;
+//! no sanitizer is asked for, and the compiler that builds everything else will do. Only our own packages
+//! are built anew, with libFuzzer's instruments.
 
 use std::collections::VecDeque;
 use std::fs;
@@ -51,8 +51,8 @@ pub fn run(decoder: Option<&str>, seconds: u64) -> Result<()> {
     let failed = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
     ensure!(
         failed.is_empty(),
-        "what {} fails on is in {FOLDER}/artifacts/; once that is mended, the file belongs into {FOLDER}/seeds/DECODER/, \
-         where the tests find it",
+        "what {} fails on is in {FOLDER}/artifacts/; once that is mended, the file belongs into \
+         {FOLDER}/seeds/DECODER/, where the tests find it",
         failed.join(", ")
     );
     Ok(())

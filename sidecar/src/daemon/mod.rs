@@ -78,8 +78,8 @@ const TICK: Duration = Duration::from_secs(10);
 const FULL_LOOK: Duration = Duration::from_secs(600);
 /// A wake waits this long for more of its kind.
 const SETTLE: Duration = Duration::from_millis(20);
-/// How long the answer to a commit waits for nft. One that hangs must not keep us from the next commit, which may take
-/// the table away: that needs no nft to be seen and put right.
+/// How long the answer to a commit waits for nft. One that hangs must not keep us from the next commit,
+/// which may take the table away: that needs no nft to be seen and put right.
 const AT_ONCE: Duration = Duration::from_secs(5);
 /// How long being ready waits for the first proof of our controls.
 const PROOF: Duration = Duration::from_secs(5);

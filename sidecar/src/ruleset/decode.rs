@@ -448,8 +448,8 @@ fn rule(body: &Value, family: TableFamily, parts: Option<&[xt::Part]>) -> Rule {
     }
 }
 
-/// A rule ends where a map has nothing for the packet, also one that only counts or marks; and `dnat ip to MAP` is for
-/// IPv4 alone, as one to an address is by that.
+/// A rule ends where a map has nothing for the packet, also one that only counts or marks; and `dnat ip to
+/// MAP` is for IPv4 alone, as one to an address is by that.
 fn with_lookup(json: &Value, out: &mut Vec<Statement>) {
     let read = statement(json);
     let acts = matches!(

@@ -432,8 +432,8 @@ impl<'a> Index<'a> {
 }
 
 impl<'a> Walk<'a> {
-    /// Where all ways lead; of several, what they have in common, so that a rule which may have sent it elsewhere is
-    /// not forgotten.
+    /// Where all ways lead; of several, what they have in common, so that a rule which may have sent it
+    /// elsewhere is not forgotten.
     fn landing(&self) -> Option<Rewritten> {
         let first = self.rewritten.iter().flatten().next()?;
         let unchanged = (Some(self.packet.destination), Some(self.packet.port));

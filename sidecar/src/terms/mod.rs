@@ -267,8 +267,8 @@ pub struct Actor {
     pub process: String,
     /// The systemd unit by its control group, or `null` outside one.
     pub unit: Option<String>,
-    /// Who logged in and began what led to it (audit's login user), by name or as `uid-1000`; left out where nobody
-    /// did, as for services.
+    /// Who logged in and began what led to it (audit's login user), by name or as `uid-1000`; left out
+    /// where nobody did, as for services.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
 }
