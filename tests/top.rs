@@ -6,7 +6,9 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use lab::{Answer, Daemon, Lab, Need, Node, SPOKE_PUBLIC, SPOKE_PUBLIC_V6, lacking, spokeguard, wait_until};
+use lab::{
+    Answer, Daemon, Lab, Need, Node, OUTSIDER, SPOKE_PUBLIC, SPOKE_PUBLIC_V6, lacking, spokeguard, wait_until,
+};
 use serde_json::Value;
 
 use crate::daemon::{LONG, plain_policy};
@@ -86,16 +88,27 @@ fn top_shows_who_is_refused_and_gives_the_terminal_back() {
     }
     assert_eq!(knock(SPOKE_PUBLIC_V6, 22), Answer::Silent);
     assert_eq!(knock(SPOKE_PUBLIC, 80), Answer::Open);
+    // By UDP as well; and an answer to what this host asked is none.
+    lab.internet.flood_udp(SocketAddr::new(SPOKE_PUBLIC, 161), 3).unwrap();
+    lab.internet.flood_udp(SocketAddr::new(SPOKE_PUBLIC_V6, 161), 2).unwrap();
+    let _resolver = lab.internet.listen_udp(OUTSIDER, 5353).unwrap();
+    for _ in 0..9 {
+        let answer = lab.spoke.ask_udp(SocketAddr::new(OUTSIDER, 5353), LONG).unwrap();
+        assert!(answer.is_some(), "the one who is asked answers");
+    }
     let view = terminal.await_screen("the stranger", |screen| {
         row(screen, "198.51.100.99").is_some() && row(screen, "2001:db8:1::99").is_some()
     });
-    let refused = row(&view, " 3389 ").unwrap_or_else(|| panic!("{view}"));
-    assert_eq!(refused.split_whitespace().nth(2), Some("3"), "{view}");
-    assert!(row(&view, "   22 ssh").is_some(), "{view}");
-    let listed = row(&view, "   80 ");
+    for (port, tries) in [(" 3389/tcp ms-wbt-s", "3"), ("  161/udp snmp ", "5"), ("   22/tcp ssh ", "1")] {
+        let refused = row(&view, port).unwrap_or_else(|| panic!("{port}: {view}"));
+        assert_eq!(refused.split_whitespace().nth(2), Some(tries), "{view}");
+    }
+    let refused = view.lines().filter(|line| line.contains("/udp ") && !line.starts_with("  ")).count();
+    assert_eq!(refused, 0, "no port that answers came to: {view}");
+    let listed = row(&view, "   80/");
     assert!(listed.is_none(), "the public port is not refused: {listed:?}\n{view}");
     let stranger = view.split("198.51.100.99").nth(1).unwrap();
-    assert_eq!(stranger.split_whitespace().next(), Some("4"), "refused or not, it is a stranger\n{view}");
+    assert_eq!(stranger.split_whitespace().next(), Some("7"), "refused or not, it is a stranger\n{view}");
     assert!(view.contains("DROPPED packets: ") && view.contains("public-tcp "), "{view}");
     assert!(view.lines().count() <= 24 && view.lines().all(|line| line.chars().count() <= 80), "{view}");
 
@@ -160,7 +173,10 @@ fn top_shows_who_is_refused_and_gives_the_terminal_back() {
     assert_eq!((&json["version"], &json["node"]), (&1.into(), &"singapore".into()), "{json}");
     let refused = json["refused"].as_array().unwrap();
     assert!(
-        refused.len() == 1 && refused[0]["port"] == 5900 && refused[0]["tries"].as_u64() >= Some(1),
+        refused.len() == 1
+            && refused[0]["port"] == 5900
+            && refused[0]["proto"] == "tcp"
+            && refused[0]["tries"].as_u64() >= Some(1),
         "{json}"
     );
     let stranger = &json["strangers"][0];
@@ -173,6 +189,21 @@ fn top_shows_who_is_refused_and_gives_the_terminal_back() {
     let public = json["scopes"].as_array().unwrap().iter().find(|scope| scope["name"] == "public").unwrap();
     assert!(public["in"]["packets"].as_f64().unwrap() > 0.0, "{json}");
     assert!(json["drift"][0]["text"].as_str().unwrap().contains("by nft"), "{json}");
+
+    // Datagrams of a flood are counted, or told as too many, and answers are not among them.
+    let json = std::thread::scope(|scope| {
+        let view = scope.spawn(|| top(&lab, &daemon, &["--every", "2s"]));
+        wait_until(LONG, "the view is taken", || {
+            lab.internet.flood_udp(SocketAddr::new(SPOKE_PUBLIC, 1900), 2000).unwrap();
+            lab.spoke.ask_udp(SocketAddr::new(OUTSIDER, 5353), LONG).unwrap();
+            view.is_finished().then_some(())
+        })
+        .unwrap();
+        view.join().unwrap()
+    });
+    let refused = json["refused"].as_array().unwrap();
+    assert!(refused.len() == 1 && refused[0]["port"] == 1900 && refused[0]["proto"] == "udp", "{json}");
+    assert!(refused[0]["tries"].as_u64() > Some(100), "{json}");
 
     // A flood from addresses that nobody has: bounded, and nobody is called busy for it.
     let stop = AtomicBool::new(false);

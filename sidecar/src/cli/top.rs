@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::io::{self, IsTerminal as _, Write as _};
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,10 +25,12 @@ use crate::daemon::socket::{self, Status};
 use crate::desired::Desired;
 use crate::desired::guard::{Boot, GuardRules, Side, Syn};
 use crate::observed::{Link, Reading};
-use crate::source::knocks::{Knock, Knocks};
+use crate::source::flows::Tracker;
+use crate::source::knocks::{For, Knock, Knocks};
 use crate::source::{bpf, links, nft_counters};
 use crate::sys::clock;
-use crate::top::{self, Drift, Frame, Sample, Told, Watch};
+use crate::terms::Proto;
+use crate::top::{self, Datagram, Drift, Frame, Judge, Sample, Told, Watch};
 
 /// How long the terminal may wait for a key, and packets for us.
 const TICK: Duration = Duration::from_millis(100);
@@ -180,8 +183,11 @@ struct View {
     /// The rules by which knocks are judged: those of the policy with what break-glass holds open.
     fingerprint: String,
     status: Status,
+    judge: Judge,
     links: Vec<Link>,
-    ears: BTreeMap<u32, Knocks>,
+    /// By the index of the interface: for connections and for datagrams.
+    ears: BTreeMap<u32, [Knocks; 2]>,
+    tracker: Option<Tracker>,
     watch: Watch,
     /// What could not be read at the last look.
     gaps: BTreeMap<&'static str, String>,
@@ -197,8 +203,10 @@ impl View {
         let mut view = Self {
             fingerprint: crate::policy::fingerprint(&desired.policy),
             watch: Watch::new(clock::now()),
+            judge: Judge::new(&desired),
             links: Vec::new(),
             ears: BTreeMap::new(),
+            tracker: None,
             gaps: BTreeMap::new(),
             places,
             file,
@@ -212,22 +220,52 @@ impl View {
     /// Whoever knocked since the last call.
     fn listen(&mut self) {
         let now = Boot(clock::since_boot_ns());
-        let Self { ears, links, watch, desired, gaps, .. } = self;
-        let here = |knock: &Knock| {
-            links.iter().flat_map(|link| &link.addresses).any(|net| net.addr() == knock.destination)
-        };
-        for ear in ears.values() {
-            let heard = ear.read(KNOCKS_MAX, |knock| {
-                // What is only passed on is no attempt on this host.
+        let Self { ears, links, watch, desired, judge, tracker, gaps, .. } = self;
+        let is_local =
+            |address: IpAddr| links.iter().flat_map(|link| &link.addresses).any(|net| net.addr() == address);
+        for (index, [connections, datagrams]) in ears.iter() {
+            // What is only passed on is no attempt on this host.
+            let here = |knock: &Knock| is_local(knock.destination);
+            let mut arrived: Vec<Datagram> = Vec::new();
+            let heard = connections.read(KNOCKS_MAX, |knock| {
                 if here(&knock) {
-                    let Knock { source, destination, port } = knock;
+                    let Knock { source, destination, port, .. } = knock;
                     watch.knock(desired, &Syn { source, destination, port, onward: None }, now);
                 }
+            });
+            let heard = heard.and_then(|()| {
+                datagrams.read(KNOCKS_MAX, |knock| {
+                    if here(&knock) {
+                        let Knock { source, source_port, destination, port, .. } = knock;
+                        arrived.push(Datagram {
+                            from: SocketAddr::new(source, source_port),
+                            to: SocketAddr::new(destination, port),
+                        });
+                    }
+                })
             });
             if let Err(error) = heard {
                 gaps.insert("strangers", format!("strangers can't be seen: {error}"));
             }
-            watch.missed(ear.missed().unwrap_or(0));
+            let interface = links.iter().find(|link| link.index == *index).map_or("", |link| &link.name);
+            let known = |datagram: &Datagram| {
+                let tracker = match tracker {
+                    Some(tracker) => tracker,
+                    None => tracker.insert(Tracker::open()?),
+                };
+                tracker.knows(Proto::Udp, datagram.from, datagram.to)
+            };
+            let count = |datagram: &Datagram| watch.refused_datagram(datagram);
+            match judge.refused(interface, &arrived, &is_local, known, count) {
+                Ok(unjudged) => watch.missed(unjudged),
+                Err(error) => {
+                    let text = format!("attempts by UDP can't be told from answers: {error:#}");
+                    gaps.insert("datagrams", text);
+                }
+            }
+            for ear in [connections, datagrams] {
+                watch.missed(ear.missed().unwrap_or(0));
+            }
         }
     }
 
@@ -288,7 +326,10 @@ impl View {
         match policy::load_policy(&self.file, clock::now()) {
             Ok((_, desired)) => {
                 self.fingerprint = crate::policy::fingerprint(&desired.policy);
+                self.judge = Judge::new(&desired);
                 self.desired = desired;
+                // What is welcome is in their filters.
+                self.ears.clear();
             }
             Err(_) => self.fingerprint.clear(),
         }
@@ -314,8 +355,12 @@ impl View {
         self.ears.retain(|index, _| public.contains(index));
         for index in public {
             if let Entry::Vacant(place) = self.ears.entry(index) {
-                match Knocks::listen(index) {
-                    Ok(ear) => drop(place.insert(ear)),
+                let connections = Knocks::listen(index, For::Connections);
+                let both = connections.and_then(|connections| {
+                    Ok([connections, Knocks::listen(index, For::Datagrams(&self.judge.welcome))?])
+                });
+                match both {
+                    Ok(both) => drop(place.insert(both)),
                     Err(error) => {
                         self.gaps.insert("strangers", format!("strangers can't be seen: {error:#}"));
                     }

@@ -10,6 +10,7 @@ use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, SocketId, Stat
 
 use super::netlink::{Netlink, NetlinkError, array_at, attributes, hint};
 use crate::terms::{Family, Proto};
+use crate::top::Known;
 
 /// A flow as conntrack has it. It was begun by `from`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -84,6 +85,35 @@ pub fn tracked(mut keep: impl FnMut(&Flow) -> bool) -> anyhow::Result<Vec<Flow>>
         Err(error) => {
             let hint = hint(&error);
             Err(anyhow::Error::new(error).context(format!("read conntrack's table{hint}")))
+        }
+    }
+}
+
+/// Asks conntrack for single flows, each in some microseconds.
+pub struct Tracker(Netlink);
+
+impl Tracker {
+    pub fn open() -> anyhow::Result<Self> {
+        Ok(Self(Netlink::open(NETFILTER).context("ask conntrack")?))
+    }
+
+    /// Of flows in no zone.
+    pub fn knows(&mut self, proto: Proto, from: SocketAddr, to: SocketAddr) -> anyhow::Result<Known> {
+        let original = |payload: &[u8], out: &mut Vec<Option<Flow>>| {
+            out.push(flow(payload)?);
+            Ok(())
+        };
+        match self.0.request(CT_GET, &about(proto, from, to), original) {
+            Ok(found) => Ok(match found.into_iter().flatten().next() {
+                Some(flow) if (flow.from, flow.to) == (from, to) => Known::Begun,
+                Some(_) => Known::Answer,
+                None => Known::No,
+            }),
+            Err(error) if matches!(error.refusal(), Some(libc::ENOENT | libc::EOPNOTSUPP)) => Ok(Known::No),
+            Err(error) => {
+                let hint = hint(&error);
+                Err(anyhow::Error::new(error).context(format!("ask conntrack{hint}")))
+            }
         }
     }
 }
@@ -233,6 +263,13 @@ fn tuple(value: &[u8]) -> Result<Option<Tuple>, NetlinkError> {
 
 /// The message that deletes the flow with this original side; with an id, no later one.
 pub(super) fn forgetting(proto: Proto, from: SocketAddr, to: SocketAddr, id: Option<[u8; 4]>) -> Vec<u8> {
+    let mut request = about(proto, from, to);
+    request.extend(id.iter().flat_map(|id| attribute(CTA_ID, id)));
+    request
+}
+
+/// A message about the flow that has a packet from here to there.
+fn about(proto: Proto, from: SocketAddr, to: SocketAddr) -> Vec<u8> {
     let (family, [source, destination]) = match from.ip() {
         IpAddr::V4(_) => (libc::AF_INET as u8, [CTA_IP[0], CTA_IP[1]]),
         IpAddr::V6(_) => (libc::AF_INET6 as u8, [CTA_IP[2], CTA_IP[3]]),
@@ -251,7 +288,6 @@ pub(super) fn forgetting(proto: Proto, from: SocketAddr, to: SocketAddr, id: Opt
     let tuple = [attribute(CTA_TUPLE_IP | NESTED, &ip), attribute(CTA_TUPLE_PROTO | NESTED, &proto)].concat();
     let mut request = vec![family, 0, 0, 0];
     request.extend(attribute(CTA_TUPLE_ORIG | NESTED, &tuple));
-    request.extend(id.iter().flat_map(|id| attribute(CTA_ID, id)));
     request
 }
 

@@ -2,6 +2,7 @@
 //! refused, what drifted and who did it. Samples and knocks in, a [`Frame`] out; how it
 //! looks is `page`. Every table has a bound, whatever comes.
 
+mod datagrams;
 mod page;
 mod tally;
 #[cfg(test)]
@@ -20,6 +21,7 @@ use crate::policy::Mode;
 use crate::report::Verdict;
 use crate::terms::{Family, Proto, Scope, Stamp};
 
+pub use datagrams::{Datagram, Judge, Known, Welcome};
 pub use page::{page, to_text};
 pub use tally::Tally;
 
@@ -60,11 +62,13 @@ pub struct Frame {
     pub services: Vec<Flow>,
     /// By reason, in packets; those that ever counted any.
     pub dropped: Vec<Dropped>,
-    /// TCP ports that strangers asked for and may not reach, the busiest first.
+    /// Ports that strangers asked for and may not reach, the busiest first.
     pub refused: Vec<RefusedPort>,
-    /// Who opens TCP connections from public interfaces, the busiest first.
+    /// Who opens TCP connections from public interfaces, or sends datagrams that are refused;
+    /// the busiest first.
     pub strangers: Vec<Stranger>,
-    /// New connections that came too fast to be looked at; drop counters have them all.
+    /// New connections and datagrams (answers among them) that came too fast to be looked at;
+    /// drop counters have all that was refused.
     pub missed: u64,
     /// The newest first.
     pub drift: Vec<Drift>,
@@ -96,8 +100,10 @@ pub struct Dropped {
 
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct RefusedPort {
+    pub proto: Proto,
     pub port: u16,
     pub name: Option<String>,
+    /// First packets of connections, or datagrams.
     pub tries: u64,
     pub per_second: f64,
 }
@@ -136,7 +142,7 @@ pub struct Watch {
     before: Option<Sample>,
     last: Option<Sample>,
     strangers: Tally<IpAddr, Visits>,
-    ports: Tally<u16, ()>,
+    ports: Tally<(Proto, u16), ()>,
     missed: u64,
 }
 
@@ -163,14 +169,23 @@ impl Watch {
     /// where there are any.
     pub fn knock(&mut self, desired: &Desired, syn: &Syn, now: Boot) {
         let refused = desired.guard.as_ref().is_some_and(|guard| guard.judge(syn, now).is_some());
-        let visits = self.strangers.add(syn.source);
+        self.visit(syn.source, Proto::Tcp, syn.port, refused);
+    }
+
+    /// A datagram that arrives on a public interface and is refused.
+    pub fn refused_datagram(&mut self, datagram: &Datagram) {
+        self.visit(datagram.from.ip(), Proto::Udp, datagram.to.port(), true);
+    }
+
+    fn visit(&mut self, source: IpAddr, proto: Proto, port: u16, refused: bool) {
+        let visits = self.strangers.add(source);
         visits.refused += u64::from(refused);
-        visits.last_port = syn.port;
+        visits.last_port = port;
         if visits.ports.len() < PORTS_MAX {
-            visits.ports.insert(syn.port);
+            visits.ports.insert(port);
         }
         if refused {
-            self.ports.add(syn.port);
+            self.ports.add((proto, port));
         }
     }
 
@@ -237,15 +252,17 @@ impl Watch {
         });
         let mut dropped: Vec<Dropped> = dropped.collect();
         dropped.sort_by_key(|dropped| std::cmp::Reverse(dropped.packets));
-        let refused = self.ports.busiest(ROWS_MAX).into_iter().map(|(port, count, ())| RefusedPort {
-            port: *port,
-            name: crate::terms::Port::new(*port).and_then(|port| {
-                let own = desired.name_of(Proto::Tcp, port);
-                own.or_else(|| crate::audit::service_name(Proto::Tcp, port)).map(ToOwned::to_owned)
-            }),
-            tries: count.times,
-            per_second: count.per_second,
-        });
+        let refused =
+            self.ports.busiest(ROWS_MAX).into_iter().map(|((proto, port), count, ())| RefusedPort {
+                proto: *proto,
+                port: *port,
+                name: crate::terms::Port::new(*port).and_then(|port| {
+                    let own = desired.name_of(*proto, port);
+                    own.or_else(|| crate::audit::service_name(*proto, port)).map(ToOwned::to_owned)
+                }),
+                tries: count.times,
+                per_second: count.per_second,
+            });
         let strangers =
             self.strangers.busiest(ROWS_MAX).into_iter().map(|(address, count, visits)| Stranger {
                 address: *address,

@@ -10,10 +10,10 @@ use crate::report::Verdict;
 use crate::terms::{Stamp, printable};
 
 const RATES: usize = 48;
-const PORTS: usize = 32;
+const PORTS: usize = 34;
 const GAP: usize = 2;
 
-/// At most `height` lines of at most `width` columns, or 32 where there are fewer.
+/// At most `height` lines of at most `width` columns, or 34 where there are fewer.
 pub fn page(frame: &Frame, width: usize, height: usize) -> Vec<Line<'static>> {
     let width = width.max(PORTS);
     let wide = width >= 72;
@@ -119,14 +119,14 @@ fn dropped(frame: &Frame, width: usize) -> Line<'static> {
 }
 
 fn refused(frame: &Frame, rows: usize) -> Vec<Line<'static>> {
-    let mut out =
-        vec![Line::styled(format!("{:<18}{:>7}{:>7}", "REFUSED TCP PORT", "tries", "/s"), heading())];
+    let mut out = vec![Line::styled(format!("{:<20}{:>7}{:>7}", "REFUSED PORT", "tries", "/s"), heading())];
     if frame.refused.is_empty() {
         out.push(Line::raw(fit("none yet", PORTS)));
     }
     out.extend(frame.refused.iter().take(rows).map(|port| {
         let name = port.name.as_deref().map(|name| printable(name, 40)).unwrap_or_default();
-        let label = fit(&format!("{:>5} {name}", port.port), 18);
+        let name = if name.chars().count() > 9 { cut(&name, 8) + "\u{2026}" } else { name };
+        let label = fit(&format!("{:>5}/{} {name}", port.port, port.proto), 20);
         Line::raw(format!("{label}{:>7}{:>7}", short(port.tries as f64), short(port.per_second)))
     }));
     out

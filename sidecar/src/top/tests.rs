@@ -53,6 +53,10 @@ fn watch() -> Watch {
         );
         watch.knock(&desired, &syn([203, 0, 113, n].into(), 3389), Boot(0));
     }
+    for _ in 0..30 {
+        let (from, to) = (([192, 0, 2, 9], 4000).into(), ([198, 51, 100, 1], 161).into());
+        watch.refused_datagram(&Datagram { from, to });
+    }
     watch.sample(sample(12, 3100, 4_801_000));
     watch
 }
@@ -77,13 +81,13 @@ fn a_screen_of_eighty_by_twenty_four() {
           other udp                                0           0           0           0
 
         DROPPED packets: ssh 3.1k (1.5k/s)
-        REFUSED TCP PORT    tries     /s  BUSIEST STRANGERS         tries     /s   ports
-           22 ssh              40     20  192.0.2.7                    80     40       2
-           23 telnet           40     20  2001:db8:11…4:5555:6666      40     20    :443
-         3389 ms…t-server      40     20  203.0.113.0                   1    0.5   :3389
-                                          203.0.113.1                   1    0.5   :3389
-                                          203.0.113.2                   1    0.5   :3389
-                                          203.0.113.3                   1    0.5   :3389
+        REFUSED PORT          tries     /s  BUSIEST STRANGERS       tries     /s   ports
+           22/tcp ssh            40     20  192.0.2.7                  80     40       2
+           23/tcp telnet         40     20  2001:db8:1…:5555:6666      40     20    :443
+         3389/tcp ms-wbt-s…      40     20  192.0.2.9                  30     15    :161
+          161/udp snmp           30     15  203.0.113.0                 1    0.5   :3389
+                                            203.0.113.1                 1    0.5   :3389
+                                            203.0.113.2                 1    0.5   :3389
 
         RECENT DRIFT
         11:06:43 repaired by nft (pid 812): firewall-changed table inet spokeguard
@@ -94,8 +98,10 @@ fn a_screen_of_eighty_by_twenty_four() {
 #[test]
 fn who_may_come_in_is_a_stranger_and_not_refused() {
     let frame = watch().frame(&desired(), told(), at(12), vec![]);
-    let refused: Vec<(u16, u64)> = frame.refused.iter().map(|port| (port.port, port.tries)).collect();
-    assert_eq!(refused, [(22, 40), (23, 40), (3389, 40)]);
+    let refused: Vec<(Proto, u16, u64)> =
+        frame.refused.iter().map(|port| (port.proto, port.port, port.tries)).collect();
+    let tcp = |port| (Proto::Tcp, port, 40);
+    assert_eq!(refused, [tcp(22), tcp(23), tcp(3389), (Proto::Udp, 161, 30)]);
     let first = &frame.strangers[0];
     assert_eq!((first.address, first.tries, first.refused, first.ports), ([192, 0, 2, 7].into(), 80, 80, 2));
     assert_eq!(frame.strangers[1].refused, 0, "443 is public: {:?}", frame.strangers[1]);
@@ -147,7 +153,7 @@ proptest! {
         prop_assert!(lines.len() <= height);
         for line in lines {
             let length = line.to_string().chars().count();
-            prop_assert!(length <= width.max(32), "{length}: {line:?}");
+            prop_assert!(length <= width.max(34), "{length}: {line:?}");
         }
     }
 }
