@@ -632,4 +632,71 @@ fn notices_tell_each_finding_once_and_after_an_outage_late_and_in_order() {
         );
     }
     assert_secret(&lab, &daemon);
+    over_restarts(&lab, daemon, ntfy, listening);
+}
+
+/// What waits when the daemon is killed is told by the next one, late and in order; so is that something is over of
+/// which only the one before knew that it had been told.
+fn over_restarts(lab: &Lab, mut daemon: Daemon, ntfy: Stub, mut listening: Vec<lab::Listening>) {
+    let (address, folder) = (ntfy.address, daemon.policy.parent().unwrap().to_owned());
+    let file = daemon.state_dir.join("notices.json");
+    let kept = || fs::read_to_string(&file).unwrap_or_default();
+    let waiting = |text: &str| text.split("\"wrong\"").next().unwrap_or_default().to_owned();
+    let await_kept = |what: &str, is: &dyn Fn(&str) -> bool| {
+        wait_until(LONG, what, || is(&kept()).then_some(()))
+            .unwrap_or_else(|error| panic!("{error:#}\n{}", kept()))
+    };
+    await_kept("none of them waits", &|text| !waiting(text).contains("tcp/"));
+    drop(ntfy);
+    for port in ["5004", "5005"] {
+        listening.push(lab.spoke.listen("late", &[&format!("tcp/0.0.0.0:{port}")]).unwrap());
+        await_kept("it is on the disk", &|text| waiting(text).contains(port));
+    }
+    let mode = fs::metadata(&file).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600, "{mode:o}");
+    assert_secret(lab, &daemon);
+    daemon.running.signal(Signal::KILL).unwrap();
+    daemon.running.wait(LONG).unwrap();
+    drop(listening.remove(0));
+    let mut daemon = lab.spoke.daemon_in(&folder, &[]).unwrap();
+    await_kept("what is over waits behind them", &|text| waiting(text).contains("\"recovered\""));
+    daemon.running.stop().unwrap();
+
+    // The hub is back already, so that nothing waits any longer than that.
+    let ntfy = Stub::start(&lab.hub, address, Manner::Ntfy);
+    let daemon = lab.spoke.daemon_in(&folder, &[]).unwrap();
+    ntfy.wait(0, "the last of them", &daemon, |asked| asked.body.contains("recovered"));
+    let told: Vec<(String, String)> = ntfy
+        .all()
+        .iter()
+        .filter_map(|asked| serde_json::from_str::<Value>(&asked.body).ok())
+        .map(|json| ["title", "message"].map(|key| json[key].as_str().unwrap_or_default().to_owned()))
+        .filter(|[_, message]| message.starts_with("tcp/"))
+        .map(|[title, message]| (title, message))
+        .collect();
+    let begins = ["tcp/0.0.0.0:5004 ", "tcp/0.0.0.0:5005 ", "tcp/0.0.0.0:5001 "];
+    assert_eq!(told.len(), begins.len(), "{told:#?}");
+    for ((title, message), begin) in told.iter().zip(begins) {
+        assert!(title.starts_with("[late ") && message.starts_with(begin), "{told:#?}");
+    }
+    await_kept("none of them waits", &|text| !waiting(text).contains("tcp/"));
+
+    // A file that makes no sense is set aside and said to be; what happens from then on is told.
+    let mut daemon = daemon;
+    daemon.running.stop().unwrap();
+    fs::write(&file, "{\"version\":1,\"waiting\":[{\u{1b}").unwrap();
+    let daemon = lab.spoke.daemon_in(&folder, &[]).unwrap();
+    let aside = file.with_file_name("notices.json.unreadable");
+    assert!(fs::read_to_string(&aside).unwrap().ends_with("[{\u{1b}"));
+    let log = daemon.running.log();
+    let line = log
+        .lines()
+        .find(|line| line.contains("notices that waited are lost"))
+        .unwrap_or_else(|| panic!("{log}"));
+    assert!(line.contains("set aside as ") && !line.contains('\u{1b}'), "{line}");
+    let from = ntfy.count();
+    listening.push(lab.spoke.listen("late", &["tcp/0.0.0.0:5006"]).unwrap());
+    let told = ntfy.wait(from, "one that is not late", &daemon, |asked| asked.body.contains(":5006 "));
+    assert!(!told.body.contains("[late "), "{told:?}");
+    assert_secret(lab, &daemon);
 }

@@ -10,6 +10,7 @@ use spokeguard::apply::{replay, sealed, trial::Trial};
 use spokeguard::daemon::{eventlog, front, http, socket};
 use spokeguard::desired::Desired;
 use spokeguard::fleet::{self, exposition::Exposition, history};
+use spokeguard::heartbeat::Kept;
 use spokeguard::report::History;
 use spokeguard::ruleset::{self, Evaluator, Packet, compare, decode, encode, render};
 use spokeguard::source::recorded::DECODERS;
@@ -31,6 +32,7 @@ const MORE: &[(&str, Decode)] = &[
         serde_json::from_slice::<eventlog::Event>(bytes).is_ok_and(|e| !e.to_line().is_empty())
     }),
     ("first-seen", |bytes| serde_json::from_slice::<History>(bytes).is_ok()),
+    ("notices", |bytes| Kept::from_json(bytes).is_ok()),
     ("status", |bytes| serde_json::from_slice::<socket::Status>(bytes).is_ok()),
     ("exposition", |bytes| {
         Exposition::parse(&String::from_utf8_lossy(bytes)).is_ok_and(|e| e.one("verdict").is_some())

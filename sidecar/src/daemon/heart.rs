@@ -3,10 +3,11 @@
 //! A beat follows from a completed cycle: a daemon whose cycles don't end falls silent. Nothing
 //! here is waited for by what enforces. Measuring is done by a thread, since files may
 //! lie on a share that hangs; speaking to the hub by a process of its own ([`super::sender`]).
-//! What is to be told and can't be waits in an [`Outbox`].
+//! What is to be told and can't be waits in an [`Outbox`], and on the disk ([`Keeping`]).
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 
 use super::eventlog::EventKind;
+use super::keeping::Keeping;
 use super::sender::{Answer, Errand, PATIENCE};
 use crate::cli::INTERNAL_SEND;
 use crate::desired::Desired;
@@ -22,7 +24,7 @@ use crate::diff::Finding;
 use crate::heartbeat::host::CpuTimes;
 use crate::heartbeat::kuma::Monitor;
 use crate::heartbeat::ntfy::Topic;
-use crate::heartbeat::{Notice, NoticeKind, Notices, Outbox, Payload, Reply, Tally, Target};
+use crate::heartbeat::{Kept, Notice, NoticeKind, Notices, Outbox, Payload, Reply, Tally, Target};
 use crate::observed::Snapshot;
 use crate::policy::Heartbeat;
 use crate::report::Report;
@@ -70,6 +72,7 @@ pub(super) struct Heart {
     posting: Option<(Asked, usize)>,
     notices: Notices,
     outbox: Outbox,
+    keeping: Keeping,
     sent: BTreeMap<(Target, crate::heartbeat::Outcome), u64>,
     accepted: Option<Instant>,
     troubles: BTreeMap<&'static str, Trouble>,
@@ -89,13 +92,14 @@ enum Pulse {
     Beaten(anyhow::Result<Answer>),
     Posted(anyhow::Result<Answer>),
     Certified(anyhow::Result<Answer>),
+    Kept(std::io::Result<()>),
     Outbox,
     Ripe,
 }
 
 impl Heart {
     /// To be made while raw sockets may still be. Tells nothing before [`Self::begin`].
-    pub fn new(desired: &Desired) -> Self {
+    pub fn new(desired: &Desired, state: &Path) -> Self {
         let now = Instant::now();
         let mut heart = Self {
             policy: Heartbeat::default(),
@@ -118,12 +122,39 @@ impl Heart {
             posting: None,
             notices: Notices::default(),
             outbox: Outbox::default(),
+            keeping: Keeping::new(state),
             sent: BTreeMap::new(),
             accepted: None,
             troubles: BTreeMap::new(),
         };
         heart.follow(desired);
+        heart.restore();
         heart
+    }
+
+    /// What an earlier process could not tell any more is told late. Only the wall clock has gone on
+    /// meanwhile, and it may have been set: how late is no more than a hint.
+    fn restore(&mut self) {
+        if self.policy.ntfy_url_file.is_none() {
+            return self.keeping.forget();
+        }
+        let Kept { waiting, wrong, .. } = self.keeping.read().unwrap_or_else(|error| {
+            log::warn!("notices that waited are lost: {error}");
+            Kept::default()
+        });
+        if !waiting.is_empty() {
+            log::info!("{} notices waited over the restart", waiting.len());
+        }
+        let (now, date) = (self.now(), clock::now());
+        for notice in waiting {
+            let waited = Duration::from_secs(date.seconds_since(notice.at));
+            self.outbox.restore(notice, waited, now);
+        }
+        wrong.into_iter().for_each(|wrong| self.notices.restore(wrong, now));
+    }
+
+    fn keep(&mut self) {
+        self.keeping.keep(Kept::of(&self.outbox, &self.notices));
     }
 
     /// Does as another policy says from now on.
@@ -191,6 +222,7 @@ impl Heart {
         if let Some(notice) = self.notices.note(notice, now) {
             self.outbox.push(notice, now);
         }
+        self.keep();
     }
 
     pub fn tally(&self) -> Tally {
@@ -214,6 +246,7 @@ impl Heart {
         loop {
             let pulse = self.pulse().await;
             self.act(pulse);
+            self.keep();
         }
     }
 
@@ -232,6 +265,7 @@ impl Heart {
             answer = ended(self.beating.as_mut()) => Pulse::Beaten(answer),
             answer = ended(self.posting.as_mut().map(|(asked, _)| asked)) => Pulse::Posted(answer),
             answer = ended(self.asking.as_mut()) => Pulse::Certified(answer),
+            kept = self.keeping.done() => Pulse::Kept(kept),
             () = until(post) => Pulse::Outbox,
             () = until(ripe) => Pulse::Ripe,
         }
@@ -279,6 +313,10 @@ impl Heart {
             Pulse::Certified(answer) => {
                 self.asking = None;
                 self.ends = answer.ok().and_then(|answer| answer.ends);
+            }
+            Pulse::Kept(kept) => {
+                let error = self.keeping.ended(kept).err();
+                self.trouble("notices", error, "disk");
             }
             Pulse::Outbox => self.post(),
             Pulse::Ripe => {
@@ -482,7 +520,8 @@ mod tests {
         };
         let (desired, snapshot) = Stage::spoke().policy(telling).set();
         let report = Report::new(&desired, &snapshot, assess(&desired, &snapshot, now()), now());
-        (Heart::new(&desired), report, snapshot)
+        // No directory can be made there, by root neither.
+        (Heart::new(&desired, Path::new("/dev/null/state")), report, snapshot)
     }
 
     /// What it does next, if it does anything soon.

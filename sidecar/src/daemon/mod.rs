@@ -55,6 +55,7 @@ mod glass;
 mod guarding;
 mod heart;
 mod journal;
+mod keeping;
 mod pace;
 mod pinned;
 mod reload;
@@ -212,7 +213,7 @@ impl Daemon {
             seen: Seen::default(),
             front: Front::new(hub_of(&desired)),
             privileges: Privileges::default(),
-            heart: Heart::new(&desired),
+            heart: Heart::new(&desired, &places.state),
             desired: Arc::new(desired),
             standing: Standing::new(&places, policy_hash.clone()),
             policy_hash,

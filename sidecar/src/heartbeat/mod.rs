@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 pub mod app;
 pub mod certificate;
 pub mod host;
+pub mod kept;
 pub mod kuma;
 pub mod notice;
 pub mod ntfy;
@@ -18,6 +19,7 @@ pub mod payload;
 pub mod status_file;
 mod url;
 
+pub use kept::Kept;
 pub use notice::{Notice, NoticeKind, Notices};
 pub use outbox::Outbox;
 pub use payload::Payload;

@@ -5,6 +5,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use crate::diff::{Code, Severity};
 use crate::terms::{Actor, Stamp};
 
@@ -14,7 +16,8 @@ const SPOKEN_MAX: u32 = 2;
 /// Findings that are followed. The one that spoke longest ago makes room.
 const FOLLOWED_MAX: usize = 512;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum NoticeKind {
     Appeared,
     Repaired,
@@ -33,7 +36,7 @@ impl NoticeKind {
     }
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Notice {
     pub at: Stamp,
     pub kind: NoticeKind,
@@ -58,6 +61,14 @@ impl Notice {
             (NoticeKind::Recovered, _) => 2,
         }
     }
+}
+
+/// A finding that was last told as wrong, and how urgently.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Wrong {
+    pub code: Code,
+    pub subject: String,
+    pub priority: u8,
 }
 
 /// Follows what each finding has told.
@@ -131,6 +142,32 @@ impl Notices {
         out
     }
 
+    /// Those that [`Self::ripe`] will tell if nothing changes, the oldest first.
+    pub fn held(&self) -> impl Iterator<Item = &Notice> {
+        let mut held: Vec<&Notice> = self.followed.values().filter_map(|f| f.waits.as_ref()).collect();
+        held.sort_by_key(|notice| notice.at);
+        held.into_iter()
+    }
+
+    pub fn wrong(&self) -> impl Iterator<Item = Wrong> {
+        let told = |kind| matches!(kind, NoticeKind::Appeared | NoticeKind::RepairFailed);
+        let wrong = self.followed.iter().filter(move |(_, followed)| told(followed.told));
+        wrong.map(|((code, subject), followed)| Wrong {
+            code: *code,
+            subject: subject.clone(),
+            priority: followed.priority,
+        })
+    }
+
+    /// What an earlier process had told.
+    pub fn restore(&mut self, wrong: Wrong, now: Duration) {
+        self.make_room();
+        let Wrong { code, subject, priority } = wrong;
+        let told = NoticeKind::Appeared;
+        let followed = Followed { since: now, spoken: 1, priority, told, waits: None, unspoken: 0 };
+        self.followed.insert((code, subject), followed);
+    }
+
     /// When [`Self::ripe`] has something to do.
     pub fn due(&self) -> Option<Duration> {
         let held = self.followed.values().filter(|followed| followed.waits.is_some());
@@ -148,14 +185,8 @@ impl Notices {
 
 impl Followed {
     fn new(notice: &Notice, now: Duration) -> Self {
-        Self {
-            since: now,
-            spoken: 1,
-            priority: notice.priority(),
-            told: notice.kind,
-            waits: None,
-            unspoken: 0,
-        }
+        let (priority, told) = (notice.priority(), notice.kind);
+        Self { since: now, spoken: 1, priority, told, waits: None, unspoken: 0 }
     }
 }
 

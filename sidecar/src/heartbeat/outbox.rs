@@ -21,7 +21,7 @@ const PATIENCE_MAX: Duration = Duration::from_secs(600);
 /// All times are by one clock that nobody sets.
 #[derive(Clone, Debug)]
 pub struct Outbox {
-    queue: VecDeque<(Notice, Duration)>,
+    queue: VecDeque<Waiting>,
     dropped: u64,
     /// So many of the first are on their way.
     sending: usize,
@@ -29,6 +29,25 @@ pub struct Outbox {
     filled: Duration,
     rest_until: Duration,
     pause: Duration,
+}
+
+#[derive(Clone, Debug)]
+struct Waiting {
+    notice: Notice,
+    since: Duration,
+    /// How long it had waited before this process, if it is older.
+    before: Option<Duration>,
+}
+
+impl Waiting {
+    /// If it waited longer than `late`, or over a restart.
+    fn late(&self, now: Duration, late: Duration) -> Option<Duration> {
+        let waited = now.saturating_sub(self.since);
+        match self.before {
+            Some(before) => Some(before.saturating_add(waited)),
+            None => Some(waited).filter(|waited| *waited > late),
+        }
+    }
 }
 
 impl Default for Outbox {
@@ -47,12 +66,26 @@ impl Default for Outbox {
 
 impl Outbox {
     pub fn push(&mut self, notice: Notice, now: Duration) {
+        self.add(Waiting { notice, since: now, before: None });
+    }
+
+    /// One that an earlier process left, which is late whenever it goes.
+    pub fn restore(&mut self, notice: Notice, waited: Duration, now: Duration) {
+        self.add(Waiting { notice, since: now, before: Some(waited) });
+    }
+
+    fn add(&mut self, waiting: Waiting) {
         if self.queue.len() >= QUEUE_MAX {
             // Those on their way are as good as gone already.
             self.queue.remove(self.sending);
             self.dropped += 1;
         }
-        self.queue.push_back((notice, now));
+        self.queue.push_back(waiting);
+    }
+
+    /// In their order, those on their way included.
+    pub fn all(&self) -> impl Iterator<Item = &Notice> {
+        self.queue.iter().map(|waiting| &waiting.notice)
     }
 
     pub fn waiting(&self) -> usize {
@@ -69,7 +102,7 @@ impl Outbox {
         (self.sending == 0 && !self.queue.is_empty()).then(|| self.rest_until.max(token))
     }
 
-    /// The next ones, and how late each is, if it waited longer than `late`. Until [`Self::told`]
+    /// The next ones, and how late each is, if it waited longer than `late` or over a restart. Until [`Self::told`]
     /// they are on their way.
     pub fn take(&mut self, now: Duration, late: Duration) -> Vec<(Notice, Option<Duration>)> {
         let gained = now.saturating_sub(self.filled).as_secs() / REFILL.as_secs();
@@ -82,8 +115,8 @@ impl Outbox {
         }
         self.sending = self.queue.len().min(BATCH_MAX).min(self.tokens as usize);
         self.tokens -= self.sending as u32;
-        let late = |at: &Duration| Some(now.saturating_sub(*at)).filter(|waited| *waited > late);
-        self.queue.iter().take(self.sending).map(|(notice, at)| (notice.clone(), late(at))).collect()
+        let first = self.queue.iter().take(self.sending);
+        first.map(|waiting| (waiting.notice.clone(), waiting.late(now, late))).collect()
     }
 
     /// What became of those on their way, in order; what has no reply was not tried.
