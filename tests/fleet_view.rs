@@ -18,6 +18,7 @@ use spokeguard::policy::fingerprint;
 use spokeguard::terms::PublicKey;
 
 use crate::daemon::LONG;
+use crate::top::{SANE, Terminal};
 
 /// How a stub behaves to whoever connects.
 #[derive(Clone)]
@@ -246,8 +247,8 @@ fn fleet_view_of_good_and_of_bad_nodes() {
 }
 
 fn status(lab: &Lab, fleet: &Fleet) {
-    // The audit at the daemon's start, and what comes of it, take a moment.
-    wait_until(LONG, "the spoke is fine", || {
+    // The audit at the daemon's start, and what comes of it, take a moment; one that fails is tried again after a minute.
+    wait_until(LONG * 6, "the spoke is fine", || {
         let (json, code) = fleet.json(lab, &["status", "singapore"]);
         let spoke = node(&json, "singapore");
         (code == Some(0) && spoke["state"] == "fine" && spoke["vitals"]["audit_age"].is_u64()).then_some(())
@@ -280,6 +281,8 @@ fn status(lab: &Lab, fleet: &Fleet) {
     assert!(spoke["tunnel_handshake_seconds"].as_u64().is_some_and(|age| age < 180), "by the hub's own end");
     assert!(spoke["clock_ahead_seconds"].as_i64().is_some_and(|skew| skew.abs() < 5), "{spoke:#}");
 
+    let document = fleet.run(lab, &["status", "poison", "--format", "json"]);
+    assert!(document.stdout.contains("own") && !document.all().contains(['\x1b', '\x07']), "{document:?}");
     let text = fleet.run(lab, &["status", "--label", "stub=yes", "--role", "spoke"]);
     assert!(!text.all().contains(['\x1b', '\x07', '\0']), "{:?}", text.all());
     assert!(text.stdout.lines().all(|line| line.chars().count() <= 80), "{}", text.stdout);
@@ -350,6 +353,18 @@ fn health(lab: &Lab, fleet: &Fleet, authority: &Path) {
         .collect();
     let (json, code) = checked(&[&["stuck"], &skipped[..]].concat());
     assert_eq!((code, outcome(&json, "stuck", "ssh").as_str()), (Some(0), "none"), "{json:#}");
+
+    // A banner moves no cursor, as text and in a document.
+    let sshd = lab.hub.inside(|| Ok(TcpListener::bind((stub_address(7), 22))?)).unwrap();
+    std::thread::spawn(move || {
+        for client in sshd.incoming() {
+            let _ = client.and_then(|mut client| client.write_all(b"HTTP/1.1 \x1b[2J\x1b]0;own\x07\r\n"));
+        }
+    });
+    for format in ["text", "json"] {
+        let told = fleet.run(lab, &["healthcheck", "liar", "--format", format]);
+        assert!(told.stdout.contains("\u{fffd}[2J") && !told.all().contains(['\x1b', '\x07']), "{told:?}");
+    }
 
     // sshd that a stranger reaches.
     let _ssh = lab.internet.listen("sshd", &[&format!("tcp/{OUTSIDER}:22")]).unwrap();
@@ -538,4 +553,87 @@ fn fleet_report_takes_its_timelines_from_prometheus() {
     })
     .unwrap_or_else(|error| panic!("{error:#}\n{}\n{}", prometheus.running.log(), ask().stdout));
     assert!(page.contains("from Prometheus of vault"), "{page}");
+}
+
+#[test]
+fn fleet_status_watches_in_a_terminal_and_gives_it_back() {
+    if lacking(&[Need::Lab, Need::Tmux, Need::Spokeguard]) {
+        return;
+    }
+    let lab = Lab::plain();
+    let fleet = Fleet::new(&lab);
+    let poison = "spokeguard_findings{code=\"\x1b]2;own\x07\x1b[2J\",severity=\"high\"} 1\n";
+    let said = |name: &str, more: &str| Arc::new(Mutex::new(metrics(name, &fleet.policy(name).1, more)));
+    let liar = said("liar", "");
+    for (number, stub) in [(5, Stub::Says(said("poison", poison))), (7, Stub::Says(liar.clone()))] {
+        lab.hub.sh(&format!("ip addr add {}/32 dev lo", stub_address(number))).unwrap();
+        serve(&lab.hub, number, stub);
+    }
+    let terminal = Terminal::open(&lab, &lab.hub, "sh");
+    let program = lab::spokeguard().unwrap().display().to_string();
+    let inventory = fleet.inventory.display().to_string();
+    let command = format!("{program} fleet -i {inventory} status poison liar --watch=1");
+    terminal.type_line("PS1='ready> '; clear; echo kept before");
+    terminal.await_screen("a shell", |screen| screen.contains("\nready>"));
+    terminal.type_line(&format!("clear; echo kept before; {command}; echo CODE=$?; {SANE}"));
+    let row = |screen: &str, name: &str, state: &str| {
+        screen.lines().any(|line| line.starts_with(name) && line.contains(state))
+    };
+    let fine = |screen: &str| row(screen, "poison ", " drifting ") && row(screen, "liar ", " fine ");
+    let first = terminal.await_screen("a first look", fine);
+    assert!(first.contains("(q ends)") && !first.contains("kept before"), "a screen of its own:\n{first}");
+    assert!(first.contains("[2J"), "what it is called is told as text:\n{first}");
+    assert_ne!(terminal.tmux(&["display-message", "-p", "#{pane_title}"]).trim(), "own");
+    assert!(terminal.tmux(&["capture-pane", "-p", "-e"]).contains("31mdrifting"), "in colour");
+    let stamp = |screen: &str| screen.lines().next().unwrap_or_default().to_owned();
+    terminal.await_screen("another look", |screen| fine(screen) && stamp(screen) != stamp(&first));
+
+    // One changes its mind, dies between two looks, and comes back.
+    *liar.lock().unwrap() = metrics("liar", "0000", "");
+    terminal.await_screen("another policy", |screen| row(screen, "liar ", " drifting "));
+    lab.hub.sh(&format!("ip addr del {}/32 dev lo", stub_address(7))).unwrap();
+    let dead = terminal.await_screen("it is silent", |screen| row(screen, "liar ", " silent "));
+    assert!(dead.contains("last heard ") && row(&dead, "poison ", " drifting "), "{dead}");
+    *liar.lock().unwrap() = metrics("liar", &fleet.policy("liar").1, "");
+    lab.hub.sh(&format!("ip addr add {}/32 dev lo", stub_address(7))).unwrap();
+    let back = terminal.await_screen("it is back", fine);
+    assert!(!back.contains("last heard") && !back.contains("silent"), "nothing of the last look:\n{back}");
+
+    let ended = |what: &str, code: &str| {
+        let after = terminal.await_screen(what, |screen| screen.contains("TERMINAL="));
+        let shell = ["kept before", "TERMINAL=sane", code].iter().all(|text| after.contains(text));
+        assert!(shell && !after.contains("vault, 2 nodes"), "{after}");
+    };
+    terminal.tmux(&["send-keys", "q"]);
+    ended("the shell after q", "CODE=1");
+    // A smaller window is filled and no more; a larger one shows all again; both at once, and not at the next look.
+    let rarely = command.replace("--watch=1", "--watch=600");
+    terminal.type_line(&format!("clear; echo kept before; {rarely}; echo CODE=$?; {SANE}"));
+    terminal.await_screen("a look", fine);
+    terminal.tmux(&["resize-window", "-x", "50", "-y", "6"]);
+    let small = terminal.await_screen("a smaller view", |screen| {
+        screen.lines().count() <= 6
+            && screen.lines().all(|line| line.chars().count() <= 50)
+            && screen.contains(" lines more")
+    });
+    assert!(small.contains("vault, 2 nodes") && small.contains("poison "), "{small}");
+    terminal.tmux(&["resize-window", "-x", "80", "-y", "24"]);
+    let large = terminal.await_screen("all of it", |screen| fine(screen) && !screen.contains(" lines more"));
+    assert!(large.contains("(q ends)"), "{large}");
+    terminal.tmux(&["send-keys", "Escape"]);
+    ended("the shell after Esc", "CODE=1");
+
+    // Ctrl-C, while a node that hangs holds up the look.
+    lab.hub.sh(&format!("ip addr add {}/32 dev lo", stub_address(0))).unwrap();
+    serve(&lab.hub, 0, Stub::Hangs);
+    let all = command.replace("poison liar", "hangs");
+    terminal.type_line(&format!("clear; echo kept before; NO_COLOR=1 {all}; echo CODE=$?; {SANE}"));
+    terminal.await_screen("a look under way", |screen| screen.starts_with("looking"));
+    terminal.tmux(&["send-keys", "C-c"]);
+    ended("the shell after Ctrl-C", "CODE=2");
+    // Elsewhere than on a terminal: one after the other, without colours or movements.
+    let piped = lab.hub.spawn(&["sh", "-c", &command]).unwrap();
+    wait_until(LONG, "two looks", || (piped.log().matches("vault, 2 nodes: ").count() >= 2).then_some(()))
+        .unwrap_or_else(|error| panic!("{error:#}\n{}", piped.log()));
+    assert!(!piped.log().contains('\x1b'), "{}", piped.log());
 }

@@ -14,33 +14,33 @@ use serde_json::Value;
 use crate::daemon::{LONG, plain_policy};
 
 /// A shell in a terminal of its own.
-struct Terminal<'a> {
+pub struct Terminal<'a> {
     node: &'a Node,
     socket: String,
 }
 
 impl<'a> Terminal<'a> {
-    fn open(lab: &Lab, node: &'a Node, shell: &str) -> Self {
+    pub fn open(lab: &Lab, node: &'a Node, shell: &str) -> Self {
         let socket = lab.dir.join("tmux.sock").display().to_string();
         let terminal = Self { node, socket };
         terminal.tmux(&["-f", "/dev/null", "new-session", "-d", "-x", "80", "-y", "24", shell]);
         terminal
     }
 
-    fn tmux(&self, words: &[&str]) -> String {
+    pub fn tmux(&self, words: &[&str]) -> String {
         self.node.ok(&[&["tmux", "-S", &self.socket], words].concat()).unwrap()
     }
 
-    fn screen(&self) -> String {
+    pub fn screen(&self) -> String {
         self.tmux(&["capture-pane", "-p"])
     }
 
-    fn type_line(&self, line: &str) {
+    pub fn type_line(&self, line: &str) {
         self.tmux(&["send-keys", "-l", line]);
         self.tmux(&["send-keys", "Enter"]);
     }
 
-    fn await_screen(&self, what: &str, is: impl Fn(&str) -> bool) -> String {
+    pub fn await_screen(&self, what: &str, is: impl Fn(&str) -> bool) -> String {
         wait_until(LONG, what, || Some(self.screen()).filter(|screen| is(screen)))
             .unwrap_or_else(|error| panic!("{error:#}\n{}", self.screen()))
     }
@@ -54,7 +54,7 @@ fn top(lab: &Lab, daemon: &Daemon, more: &[&str]) -> Value {
 }
 
 /// Tells that the terminal is as a shell wants it.
-const SANE: &str = "stty -a | grep -qw -e -icanon && echo TERMINAL=raw || echo TERMINAL=sane";
+pub const SANE: &str = "stty -a | grep -qw -e -icanon && echo TERMINAL=raw || echo TERMINAL=sane";
 
 #[test]
 fn top_shows_who_is_refused_and_gives_the_terminal_back() {

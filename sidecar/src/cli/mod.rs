@@ -23,6 +23,7 @@ mod plan;
 mod policy;
 mod release;
 mod run;
+mod screen;
 mod status;
 mod top;
 

@@ -3,22 +3,19 @@
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
-use std::io::{self, IsTerminal as _, Write as _};
+use std::io::{self, IsTerminal as _};
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Args;
 use ratatui::Terminal;
 use ratatui::backend::CrosstermBackend;
-use ratatui::crossterm::event::{self, Event as Input, KeyCode, KeyEventKind, KeyModifiers};
-use ratatui::crossterm::{cursor, execute, terminal};
 use ratatui::style::Style;
 use ratatui::widgets::Paragraph;
 
+use super::screen::{Screen, TICK, Wish};
 use super::{Format, Global, Places, policy};
 use crate::daemon::eventlog::{Event, EventKind};
 use crate::daemon::socket::{self, Status};
@@ -32,8 +29,6 @@ use crate::sys::clock;
 use crate::terms::Proto;
 use crate::top::{self, Datagram, Drift, Frame, Judge, Sample, Told, Watch};
 
-/// How long the terminal may wait for a key, and packets for us.
-const TICK: Duration = Duration::from_millis(100);
 /// Packets that are looked at in one tick; the others are counted.
 const KNOCKS_MAX: usize = 4096;
 /// Public interfaces that are listened on.
@@ -76,12 +71,11 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
 }
 
 fn live(view: &mut View, every: Duration, colour: bool) -> anyhow::Result<()> {
-    let stop = stop_on_signals()?;
-    let _screen = Screen::enter()?;
+    let mut screen = Screen::open()?;
     let mut terminal = Terminal::new(CrosstermBackend::new(io::stdout())).context("open the terminal")?;
     let mut due = clock::monotonic();
     let mut draw = true;
-    while !stop.load(Ordering::Relaxed) {
+    loop {
         view.listen();
         if clock::monotonic() >= due {
             view.look();
@@ -104,75 +98,12 @@ fn live(view: &mut View, every: Duration, colour: bool) -> anyhow::Result<()> {
                 })
                 .context("draw")?;
         }
-        let wait = TICK.min(due.saturating_sub(clock::monotonic()));
-        if event::poll(wait).context("wait for a key")? {
-            match event::read().context("read a key")? {
-                Input::Key(key) if key.kind == KeyEventKind::Press => match key.code {
-                    KeyCode::Char('q' | 'Q') | KeyCode::Esc => break,
-                    KeyCode::Char('c') if key.modifiers.contains(KeyModifiers::CONTROL) => break,
-                    _ => {}
-                },
-                Input::Resize(..) => draw = true,
-                _ => {}
-            }
+        match screen.wait(TICK.min(due.saturating_sub(clock::monotonic())))? {
+            Wish::End => return Ok(()),
+            Wish::Redraw => draw = true,
+            Wish::None => {}
         }
     }
-    Ok(())
-}
-
-/// Set by SIGTERM, SIGHUP and a SIGINT that is no key.
-fn stop_on_signals() -> anyhow::Result<Arc<AtomicBool>> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let stop = Arc::new(AtomicBool::new(false));
-    let set = Arc::clone(&stop);
-    // Handlers before anything is done to the terminal.
-    let mut signals = {
-        let _inside = runtime.enter();
-        [SignalKind::terminate(), SignalKind::hangup(), SignalKind::interrupt()]
-            .map(signal)
-            .into_iter()
-            .collect::<io::Result<Vec<_>>>()
-            .context("handle signals")?
-    };
-    std::thread::spawn(move || {
-        runtime.block_on(async {
-            let [terminate, hangup, interrupt] = &mut signals[..] else { return };
-            tokio::select! { _ = terminate.recv() => {}, _ = hangup.recv() => {}, _ = interrupt.recv() => {} }
-        });
-        set.store(true, Ordering::Relaxed);
-    });
-    Ok(stop)
-}
-
-/// The terminal while it is ours. Given back when dropped, and before a panic is told.
-struct Screen;
-
-impl Screen {
-    fn enter() -> anyhow::Result<Self> {
-        let told = std::panic::take_hook();
-        std::panic::set_hook(Box::new(move |panic| {
-            give_back();
-            told(panic);
-        }));
-        terminal::enable_raw_mode().context("set up the terminal")?;
-        let screen = Self;
-        execute!(io::stdout(), terminal::EnterAlternateScreen, cursor::Hide)
-            .context("set up the terminal")?;
-        Ok(screen)
-    }
-}
-
-impl Drop for Screen {
-    fn drop(&mut self) {
-        give_back();
-    }
-}
-
-fn give_back() {
-    let _ = execute!(io::stdout(), terminal::LeaveAlternateScreen, cursor::Show);
-    let _ = terminal::disable_raw_mode();
-    let _ = io::stdout().flush();
 }
 
 /// What is looked at, and what is remembered of it.
@@ -419,41 +350,5 @@ mod tests {
         for bad in ["0s", "1h", "soon", "-1s"] {
             assert!(every(bad).is_err(), "{bad}");
         }
-    }
-
-    /// Run again in a terminal of its own by the integration tests; a panic must not leave
-    /// the terminal in raw mode. Without a terminal there is nothing to give back.
-    #[test]
-    fn a_panic_gives_the_terminal_back() {
-        if std::env::var_os("SPOKEGUARD_TEST_PANIC").is_some() {
-            let _screen = Screen::enter().expect("a terminal");
-            panic!("on purpose");
-        }
-        let program = std::env::current_exe().expect("this program");
-        let inner = format!(
-            "SPOKEGUARD_TEST_PANIC=1 {} --exact cli::top::tests::a_panic_gives_the_terminal_back --nocapture; stty -a",
-            program.display()
-        );
-        let output = std::process::Command::new("script")
-            .args(["-qec", &inner, "/dev/null"])
-            .stdin(std::process::Stdio::null())
-            .output();
-        let Ok(output) = output else {
-            let promised = std::env::var_os("CI").is_some();
-            assert!(!promised, "script (of bsdutils) is needed");
-            return;
-        };
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        let (entered, left) = (text.find("\x1b[?1049h"), text.rfind("\x1b[?1049l"));
-        assert!(entered.is_some() && left > entered, "{text:?}");
-        let told = text.find("on purpose").expect("the panic is told");
-        assert!(
-            text.find("\x1b[?1049l").is_some_and(|left| left < told),
-            "told on the screen that goes: {text:?}"
-        );
-        assert!(
-            text.contains(" icanon") && !text.contains("-icanon") && text.contains("\x1b[?25h"),
-            "{text:?}"
-        );
     }
 }

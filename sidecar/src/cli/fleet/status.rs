@@ -1,15 +1,16 @@
 //! `fleet status`: who is fine, drifting, blind or silent, as the hub hears it.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::io::{IsTerminal, Write as _};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, TryRecvError};
 use std::time::Duration;
 
-use anyhow::ensure;
+use anyhow::{bail, ensure};
 use clap::Args;
 
-use super::{Format, Global, Selection, load_inventory};
+use super::{FAILED, Format, Global, Selection, load_inventory};
+use crate::cli::screen::{Screen, TICK, Wish};
 use crate::fleet::history::Snapshot;
 use crate::fleet::view::{Heard, Look, Overview, Place};
 use crate::fleet::{Inventory, Node, role_name};
@@ -18,12 +19,12 @@ use crate::source::{hub, looks, wireguard};
 use crate::sys::clock;
 use crate::terms::PublicKey;
 
-#[derive(Args)]
+#[derive(Args, Clone)]
 #[command(after_help = EXAMPLES)]
 pub struct Options {
     #[command(flatten)]
     selection: Selection,
-    /// Look again every so many seconds, until Ctrl-C
+    /// Look again every so many seconds, until q or Ctrl-C
     #[arg(
         long,
         value_name = "SECONDS",
@@ -58,43 +59,106 @@ pub fn run(global: &Global, inventory: &Path, options: &Options) -> anyhow::Resu
         return Ok(overview.exit_code());
     };
     ensure!(global.format != Format::Json, "--watch has no end, so it can't be one JSON document");
-    let mut heard: BTreeMap<String, clock::Uptime> = BTreeMap::new();
+    drop(nodes);
+    let Options { selection, history, all, .. } = options.clone();
+    let mut watch = Watch { inventory, selection, history, heard: BTreeMap::new() };
+    let every = Duration::from_secs(seconds);
+    if std::io::stdout().is_terminal() {
+        return live(global, watch, every, all);
+    }
     loop {
-        let looks = looks(&inventory, &nodes, options.history.as_deref())?;
-        let looks = looks.into_iter().map(|mut look| {
-            match &look.heard {
-                Heard::Silent(_) => {
-                    look.last_heard = heard.get(&look.place.name).map(|at| at.elapsed().as_secs());
-                }
-                Heard::Garbled(_) | Heard::Said(_) => {
-                    heard.insert(look.place.name.clone(), clock::Uptime::start());
-                }
-            }
-            look
-        });
-        let overview = Overview::new(&inventory.name, clock::now(), looks.collect());
-        keep(&overview, options.history.as_deref())?;
-        show(global, &overview.to_text(global.width(), global.colour(), options.all), &overview)?;
-        std::thread::sleep(Duration::from_secs(seconds));
+        let overview = watch.look()?;
+        let text = overview.to_text(global.width(), global.colour(), all);
+        global.print(&format!("{}\n{text}\n", overview.at))?;
+        std::thread::sleep(every);
     }
 }
 
-/// One screen, written over the last one; elsewhere than on a terminal one after the other.
-fn show(global: &Global, text: &str, overview: &Overview) -> anyhow::Result<()> {
-    if !std::io::stdout().is_terminal() {
-        return global.print(&format!("{}\n{text}\n", overview.at));
+/// Looks that follow each other: each knows whom those before it heard.
+struct Watch {
+    inventory: Inventory,
+    selection: Selection,
+    history: Option<PathBuf>,
+    heard: BTreeMap<String, clock::Uptime>,
+}
+
+impl Watch {
+    fn look(&mut self) -> anyhow::Result<Overview> {
+        let nodes = self.selection.of(&self.inventory)?;
+        let mut looks = looks(&self.inventory, &nodes, self.history.as_deref())?;
+        for look in &mut looks {
+            let name = &look.place.name;
+            match &look.heard {
+                Heard::Silent(_) => {
+                    let before = self.heard.get(name).map(|at| at.elapsed().as_secs());
+                    look.last_heard = before.or(look.last_heard);
+                }
+                Heard::Garbled(_) | Heard::Said(_) => {
+                    self.heard.insert(name.clone(), clock::Uptime::start());
+                }
+            }
+        }
+        let overview = Overview::new(&self.inventory.name, clock::now(), looks);
+        keep(&overview, self.history.as_deref())?;
+        Ok(overview)
     }
+}
+
+/// A screen that is written over until somebody wants it to end; then the last look counts.
+fn live(global: &Global, mut watch: Watch, every: Duration, all: bool) -> anyhow::Result<u8> {
+    let mut screen = Screen::open()?;
+    let (tell, told) = mpsc::channel();
+    // A look takes as long as its slowest node, and no key is to wait for that.
+    std::thread::spawn(move || {
+        loop {
+            let look = watch.look();
+            let failed = look.is_err();
+            if tell.send(look).is_err() || failed {
+                return;
+            }
+            std::thread::sleep(every);
+        }
+    });
+    let mut last: Option<Overview> = None;
+    let mut draw = true;
+    loop {
+        match told.try_recv() {
+            Ok(overview) => {
+                last = Some(overview?);
+                draw = true;
+            }
+            Err(TryRecvError::Empty) => {}
+            Err(TryRecvError::Disconnected) => bail!("the thread that looks is gone"),
+        }
+        if std::mem::take(&mut draw) {
+            show(global, last.as_ref(), all)?;
+        }
+        match screen.wait(TICK)? {
+            Wish::End => return Ok(last.map_or(FAILED, |overview| overview.exit_code())),
+            Wish::Redraw => draw = true,
+            Wish::None => {}
+        }
+    }
+}
+
+fn show(global: &Global, overview: Option<&Overview>, all: bool) -> anyhow::Result<()> {
     let rows = rustix::termios::tcgetwinsize(std::io::stdout()).map_or(24, |size| usize::from(size.ws_row));
-    let room = rows.saturating_sub(3).max(4);
-    let lines: Vec<&str> = text.lines().collect();
-    let mut screen = format!("\x1b[H{}  (Ctrl-C ends)\x1b[K\n", overview.at);
-    for line in lines.iter().take(room) {
-        let _ = writeln!(screen, "{line}\x1b[K");
+    let mut lines = match overview {
+        None => vec!["looking; q ends".to_owned()],
+        Some(overview) => {
+            let text = overview.to_text(global.width(), global.colour(), all);
+            let head = format!("{}  (q ends)", overview.at);
+            std::iter::once(head).chain(text.lines().map(str::to_owned)).collect()
+        }
+    };
+    if lines.len() > rows {
+        let kept = rows.saturating_sub(1);
+        let left_out = format!("and {} lines more", lines.len() - kept);
+        lines.truncate(kept);
+        lines.push(left_out);
     }
-    if lines.len() > room {
-        let _ = write!(screen, "and {} lines more\x1b[K", lines.len() - room);
-    }
-    screen.push_str("\x1b[J");
+    // Raw: a line's end doesn't go to the next line's begin by itself.
+    let screen = format!("\x1b[H{}\x1b[K\x1b[J", lines.join("\x1b[K\r\n"));
     let mut out = std::io::stdout().lock();
     out.write_all(screen.as_bytes())?;
     Ok(out.flush()?)
