@@ -116,11 +116,40 @@ fn a_tailscale_node_is_held_to_its_policy_and_its_range_is_refused_elsewhere() {
 
     lab.tailscaled.stop();
     lab.tailscaled = Tailscaled::start(&lab.dir, &["100.64.0.16", "fd7a:115c:a1e0::16"]).unwrap();
-    lab.tailscaled.change(|[status, _]| status["Self"]["Tags"] = json!(["tag:server"]));
+    lab.tailscaled.change(|[status, ..]| status["Self"]["Tags"] = json!(["tag:server"]));
     let (about, _, blind) = codes(&lab);
     assert!(about.is_empty() && !blind, "as the policy says: {about:?}");
 
-    lab.tailscaled.change(|[status, prefs]| {
+    // What was compiled for the node: as the policy, wider, and in a form that nobody knows.
+    let rule = |from: &str, ports: (u16, u16)| {
+        let ports = json!({ "First": ports.0, "Last": ports.1 });
+        json!({ "SrcIPs": [from], "DstPorts": [{ "IP": "100.64.0.16/32", "Ports": ports }], "IPProto": [6, 17] })
+    };
+    let mesh = "100.64.0.0-100.127.255.255";
+    let as_policy = json!([
+        { "SrcIPs": [mesh], "IPProto": [6], "DstPorts": [{ "IP": "*", "Ports": { "First": 22, "Last": 22 } }] },
+        { "SrcIPs": [mesh], "IPProto": [6], "DstPorts": [{ "IP": "*", "Ports": { "First": 19999, "Last": 19999 } }] },
+    ]);
+    for (filter, wanted) in [
+        (as_policy, ""),
+        (
+            json!([rule(mesh, (19999, 20001))]),
+            "it lets in tcp 20000-20001 from 100.64.0.0/10 and udp 19999-20001",
+        ),
+        (json!("\u{1b}[2Jrules"), "it can't be compared: "),
+        (json!(null), ""),
+    ] {
+        lab.tailscaled.change(|[.., rules]| *rules = filter.clone());
+        let (about, _, blind) = codes(&lab);
+        let expected: &[&str] =
+            if wanted.is_empty() { &[] } else { &["mesh-filter tailscale packet filter"] };
+        assert!(about == expected && !blind, "{filter}: {about:?}");
+        let json =
+            lab.spoke.spokeguard(&["check", "--no-probe", "--format", "json", "--policy", &policy]).unwrap();
+        assert!(json.stdout.contains(wanted), "{filter}: {}", json.all());
+    }
+
+    lab.tailscaled.change(|[status, prefs, _]| {
         status["BackendState"] = json!("NeedsLogin");
         status["Health"] = json!(["You are logged out."]);
         status["Self"]["KeyExpiry"] = json!("2020-01-01T00:00:00Z");

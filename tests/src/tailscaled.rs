@@ -17,8 +17,8 @@ pub const SOCKET: &str = "tailscaled.sock";
 pub struct Tailscaled {
     path: PathBuf,
     listener: UnixListener,
-    /// Status and preferences.
-    says: Arc<Mutex<[Value; 2]>>,
+    /// Status, preferences, and the compiled filter; `null`: this version has no such path.
+    says: Arc<Mutex<[Value; 3]>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -38,7 +38,7 @@ impl Tailscaled {
             "ControlURL": "https://controlplane.tailscale.com", "RouteAll": false, "CorpDNS": true, "RunSSH": false,
             "WantRunning": true, "LoggedOut": false, "ShieldsUp": false, "AdvertiseTags": null, "NetfilterMode": 2,
         });
-        let says = Arc::new(Mutex::new([status, prefs]));
+        let says = Arc::new(Mutex::new([status, prefs, Value::Null]));
         let (heard, waiting) = (Arc::clone(&says), listener.try_clone()?);
         let thread = std::thread::spawn(move || {
             while let Ok((stream, _)) = waiting.accept() {
@@ -50,8 +50,8 @@ impl Tailscaled {
         Ok(Self { path, listener, says, thread: Some(thread) })
     }
 
-    /// Changes its status (`[0]`) and its preferences (`[1]`).
-    pub fn change(&self, change: impl FnOnce(&mut [Value; 2])) {
+    /// Changes its status (`[0]`), its preferences (`[1]`) and the compiled filter (`[2]`).
+    pub fn change(&self, change: impl FnOnce(&mut [Value; 3])) {
         change(&mut self.says.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
@@ -71,7 +71,7 @@ impl Drop for Tailscaled {
     }
 }
 
-fn answer(mut stream: UnixStream, says: &[Value; 2]) -> std::io::Result<()> {
+fn answer(mut stream: UnixStream, says: &[Value; 3]) -> std::io::Result<()> {
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
     let mut request = Vec::new();
     let mut byte = [0];
@@ -81,10 +81,15 @@ fn answer(mut stream: UnixStream, says: &[Value; 2]) -> std::io::Result<()> {
     let request = String::from_utf8_lossy(&request);
     let host = request.lines().find_map(|line| line.strip_prefix("Host: ")).unwrap_or_default();
     let foreign = !matches!(host, "" | "local-tailscaled.sock") || request.contains("\r\nOrigin:");
+    let post = request.starts_with("POST ");
     let (code, body) = match request.split(' ').nth(1) {
         _ if foreign => ("403 Forbidden", "invalid localapi request\n".to_owned()),
         Some("/localapi/v0/status?peers=false") => ("200 OK", says[0].to_string()),
         Some("/localapi/v0/prefs") => ("200 OK", says[1].to_string()),
+        Some("/localapi/v0/debug-packet-filter-rules") if !says[2].is_null() => match post {
+            true => ("200 OK", says[2].to_string()),
+            false => ("405 Method Not Allowed", "POST required\n".to_owned()),
+        },
         _ => ("404 Not Found", "unknown localapi path\n".to_owned()),
     };
     stream.write_all(format!("HTTP/1.0 {code}\r\nContent-Type: application/json\r\n\r\n{body}").as_bytes())

@@ -42,7 +42,7 @@ struct Entry {
 
 impl Code {
     /// In the order of the catalogue: by severity, then as declared.
-    pub const ALL: [Code; 31] = [
+    pub const ALL: [Code; 32] = [
         Code::FirewallMissing,
         Code::ListenerExposed,
         Code::DnatExposed,
@@ -68,6 +68,7 @@ impl Code {
         Code::MeshKeepalive,
         Code::MeshTags,
         Code::TailscaleSsh,
+        Code::MeshFilter,
         Code::ExceptionExpired,
         Code::FileMode,
         Code::SealedRules,
@@ -370,6 +371,20 @@ impl Code {
                       and sshd's settings don't hold there. Who gets in is up to the tailnet's policy file.",
                 remedy: "Turn it off with `tailscale set --ssh=false`, or say tailscale_ssh = true in [mesh].",
                 example: "  tailscale ssh\n  wanted  off: sshd alone lets people in\n  found   tailscaled serves ssh itself",
+            },
+            Code::MeshFilter => Entry {
+                name: "mesh-filter",
+                severity: Severity::Medium,
+                facets: &[Tailscale],
+                meaning: "The packet filter that Tailscale compiled for this node lets in more than the\n\
+                          policy opens to the mesh, or can't be compared with it (info).",
+                why: "The tailnet's policy file and ours have parted. While our table refuses the\n\
+                      rest, this is worth knowing and no more (info); in audit mode, or without it,\n\
+                      they get in.",
+                remedy: "Narrow the tailnet's policy file, or open the ports in [[mesh.service]];\n\
+                         `spokeguard policy import tailscale` writes a policy from that file.",
+                example: "  tailscale packet filter\n  wanted  no more than the policy opens to the mesh\n  \
+                          found   it lets in tcp 1-21 from 100.64.0.0/10",
             },
             Code::ExceptionExpired => Entry {
                 name: "exception-expired",

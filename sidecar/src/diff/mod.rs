@@ -26,6 +26,7 @@ pub mod glass;
 mod guard;
 mod listeners;
 pub(crate) mod mesh;
+mod mesh_filter;
 mod proof;
 mod sight;
 mod ssh;
@@ -203,6 +204,7 @@ pub enum Code {
     MeshTags,
     MeshKeyExpiry,
     TailscaleSsh,
+    MeshFilter,
     ExceptionExpired,
     ExceptionOpen,
     BreakGlassOpen,

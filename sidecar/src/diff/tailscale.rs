@@ -15,6 +15,7 @@ pub(super) fn compare(sight: &Sight, snapshot: &Snapshot, out: &mut Assessment) 
     if found.state == "Running" {
         addresses(sight, found, out);
         tags(sight, found, out);
+        super::mesh_filter::compare(sight, found, out);
     } else {
         missing(found, out);
     }
@@ -120,11 +121,13 @@ fn ways_in(sight: &Sight, found: &Tailscaled, out: &mut Assessment) {
 
 #[cfg(test)]
 mod tests {
+    use ipnet::IpNet;
+
     use super::*;
     use crate::diff::stage::{NOW, Stage, ip};
-    use crate::observed::{Facet, Reading};
+    use crate::observed::{Facet, FilterRule, MeshFilter, Reading};
     use crate::policy::MeshKind;
-    use crate::terms::Stamp;
+    use crate::terms::{Proto, Stamp};
 
     fn stage(change: impl FnOnce(&mut Tailscaled)) -> Stage {
         let mut found = Tailscaled {
@@ -175,6 +178,58 @@ mod tests {
         for (change, wanted) in cases {
             assert_eq!(stage(change).codes(), [wanted]);
         }
+    }
+
+    /// One rule for each (sources, first and last port), to this node.
+    fn filter(rules: &[(&str, u16, u16)], protos: &[Proto]) -> MeshFilter {
+        let set = |text: &str| text.split(' ').map(|net| net.parse::<IpNet>().expect("a prefix")).collect();
+        let rule = |(from, first, last): &(&str, u16, u16)| FilterRule {
+            from: set(from),
+            to: set("10.84.0.16/32"),
+            protos: protos.to_vec(),
+            ports: (*first, *last),
+        };
+        MeshFilter::Rules(rules.iter().map(rule).collect())
+    }
+
+    #[test]
+    fn a_filter_that_lets_in_more_is_told_and_matters_where_nothing_else_refuses() {
+        let tcp = &[Proto::Tcp][..];
+        let of = |filter: &MeshFilter| {
+            let mut stage = stage(|t| t.filter = filter.clone());
+            stage = stage.policy(|p| p.public.tcp = vec![crate::desired::samples::port(80)]);
+            stage
+        };
+        let found = |filter: &MeshFilter| {
+            let assessment = of(filter).assess();
+            let finding = assessment.findings.into_iter().find(|f| f.code == Code::MeshFilter);
+            finding.map(|finding| (finding.severity, finding.found))
+        };
+        let hub = "10.84.0.1/32";
+        for fine in [
+            filter(&[(hub, 22, 22), ("10.84.0.0/24", 80, 80)], tcp),
+            filter(&[("192.0.2.0/24", 0, 65535)], tcp),
+            filter(&[], tcp),
+            MeshFilter::NotOffered,
+        ] {
+            assert_eq!(found(&fine), None, "{fine:?}");
+        }
+        let wide = filter(&[(hub, 22, 22), ("10.84.0.0/24 192.0.2.0/24", 79, 81)], tcp);
+        let text = "it lets in tcp 79 from 10.84.0.0/24 and tcp 81 from 10.84.0.0/24".to_owned();
+        assert_eq!(found(&wide), Some((Severity::Info, text.clone())));
+        let audit = of(&wide).policy(|p| p.enforce.mode = crate::policy::Mode::Audit).assess();
+        let finding = audit.findings.iter().find(|f| f.code == Code::MeshFilter).expect("one");
+        assert_eq!((finding.severity, &finding.found), (Severity::Medium, &text));
+        let all = found(&filter(&[("0.0.0.0/0", 0, 65535)], &Proto::ALL));
+        let text = "it lets in tcp 1-79 from 10.84.0.0/24, tcp 81-19998 from 10.84.0.0/24, tcp 20000-65535 from \
+                    10.84.0.0/24 and udp 1-65535 from 10.84.0.0/24";
+        assert_eq!(all, Some((Severity::Info, text.into())));
+        let unread = found(&MeshFilter::Unread("it is no JSON".into()));
+        assert_eq!(unread, Some((Severity::Info, "it can't be compared: it is no JSON".into())));
+        // Rules for another node say nothing of this one.
+        let MeshFilter::Rules(mut rules) = wide else { unreachable!() };
+        rules.iter_mut().for_each(|rule| rule.to = ip("10.84.0.99").into());
+        assert_eq!(found(&MeshFilter::Rules(rules)), None);
     }
 
     #[test]

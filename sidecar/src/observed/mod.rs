@@ -9,7 +9,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::ruleset::Ruleset;
-use crate::terms::{Actor, Family, Port, Proto, PublicKey, Stamp};
+use crate::terms::{Actor, Addresses, Family, Port, Proto, PublicKey, Stamp};
 
 mod canary;
 mod probed;
@@ -328,6 +328,27 @@ pub struct Tailscaled {
     pub shields_up: bool,
     /// Its own complaints.
     pub health: Vec<String>,
+    pub filter: MeshFilter,
+}
+
+/// What the control server compiled for this node: whom tailscaled lets in from the mesh.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum MeshFilter {
+    /// This tailscaled doesn't tell.
+    #[default]
+    NotOffered,
+    /// It tells, and not in a form that is known here.
+    Unread(String),
+    Rules(Vec<FilterRule>),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FilterRule {
+    pub from: Addresses,
+    pub to: Addresses,
+    pub protos: Vec<Proto>,
+    /// First and last.
+    pub ports: (u16, u16),
 }
 
 /// What `sshd -T` of the running sshd says.

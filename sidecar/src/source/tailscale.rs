@@ -1,5 +1,6 @@
-//! What tailscaled says of itself, by its local API: HTTP over a unix socket, two requests a
-//! look. Who answers must be root's process; what it says is foreign, bounded and cleaned.
+//! What tailscaled says of itself, by its local API: HTTP over a unix socket, three requests a
+//! look. The third, for the filter compiled for this node, is one that tailscaled makes no
+//! promise about, so that it may refuse or have another form. Who answers must be root's process; what it says is foreign, bounded and cleaned.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::IpAddr;
@@ -11,7 +12,8 @@ use anyhow::{Context as _, bail};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde::Deserialize;
 
-use crate::observed::Tailscaled;
+use crate::observed::{FilterRule, MeshFilter, Tailscaled};
+use crate::tailnet::{Entry, Filter};
 use crate::terms::{Stamp, printable};
 
 const SOCKET: &str = "/run/tailscale/tailscaled.sock";
@@ -22,20 +24,65 @@ const TIMEOUT: Duration = Duration::from_secs(1);
 const ANSWER_BYTES_MAX: u64 = 1 << 20;
 const LIST_MAX: usize = 64;
 const TEXT_MAX: usize = 200;
+/// Rules of the compiled filter, of one source list, port range and address each.
+const RULES_MAX: usize = 4096;
+const STATUS: &str = "GET status?peers=false";
+const PREFS: &str = "GET prefs";
+const FILTER: &str = "POST debug-packet-filter-rules";
 
 pub fn read() -> anyhow::Result<Tailscaled> {
     let path = std::env::var_os(SOCKET_VARIABLE).map_or_else(|| PathBuf::from(SOCKET), PathBuf::from);
     let deadline = Instant::now() + TIMEOUT;
     let ask = |what: &str| {
-        ask(&path, what, deadline)
-            .with_context(|| format!("ask tailscaled for its {what} on {}", path.display()))
+        ask(&path, what, deadline).with_context(|| format!("ask tailscaled to {what} on {}", path.display()))
     };
-    let status = ask("status?peers=false")?;
-    let prefs = ask("prefs")?;
-    decode(&status, &prefs).context("tailscaled's answer")
+    let status = ask(STATUS)?.good()?;
+    let prefs = ask(PREFS)?.good()?;
+    let mut found = decode(&status, &prefs).context("tailscaled's answer")?;
+    found.filter = match ask(FILTER) {
+        Ok(Answer { code: 200, body }) => filter(&body),
+        Ok(_) => MeshFilter::NotOffered,
+        Err(error) => MeshFilter::Unread(printable(&format!("{error:#}"), TEXT_MAX)),
+    };
+    Ok(found)
 }
 
-fn ask(path: &std::path::Path, what: &str, deadline: Instant) -> anyhow::Result<Vec<u8>> {
+/// The rules, or why they are not known.
+fn filter(body: &[u8]) -> MeshFilter {
+    let text = String::from_utf8_lossy(body);
+    let rule = |entry: &Entry| FilterRule {
+        from: entry.from.clone(),
+        to: entry.to.clone(),
+        protos: entry.protos.clone(),
+        ports: entry.ports,
+    };
+    match Filter::from_json(&text) {
+        Ok(filter) if filter.entries().len() > RULES_MAX => {
+            MeshFilter::Unread(format!("it has more than {RULES_MAX} rules"))
+        }
+        Ok(filter) => MeshFilter::Rules(filter.entries().iter().map(rule).collect()),
+        Err(why) => MeshFilter::Unread(printable(&why, TEXT_MAX)),
+    }
+}
+
+struct Answer {
+    code: u16,
+    body: Vec<u8>,
+}
+
+impl Answer {
+    fn good(self) -> anyhow::Result<Vec<u8>> {
+        match self.code {
+            200 => Ok(self.body),
+            code => {
+                bail!("it says {code}: {}", printable(String::from_utf8_lossy(&self.body).trim(), TEXT_MAX))
+            }
+        }
+    }
+}
+
+/// `what`: a method and a path.
+fn ask(path: &std::path::Path, what: &str, deadline: Instant) -> anyhow::Result<Answer> {
     let mut stream = match connect(path) {
         Ok(stream) => stream,
         Err(error) => {
@@ -53,7 +100,10 @@ fn ask(path: &std::path::Path, what: &str, deadline: Instant) -> anyhow::Result<
     }
     stream.set_nonblocking(false)?;
     // HTTP/1.0, so that the answer comes in one piece and ends with the connection.
-    let request = format!("GET /localapi/v0/{what} HTTP/1.0\r\nHost: local-tailscaled.sock\r\n\r\n");
+    let (method, what) = what.split_once(' ').unwrap_or(("GET", what));
+    let length = if method == "GET" { "" } else { "Content-Length: 0\r\n" };
+    let request =
+        format!("{method} /localapi/v0/{what} HTTP/1.0\r\nHost: local-tailscaled.sock\r\n{length}\r\n");
     stream.set_write_timeout(Some(left(deadline)?))?;
     stream.write_all(request.as_bytes())?;
     let mut answer = Vec::new();
@@ -71,7 +121,7 @@ fn ask(path: &std::path::Path, what: &str, deadline: Instant) -> anyhow::Result<
             bail!("it says more than {ANSWER_BYTES_MAX} bytes");
         }
     }
-    body(&answer)
+    parsed(&answer)
 }
 
 /// Without blocking: a queue that is full must not hang us.
@@ -89,29 +139,21 @@ fn left(deadline: Instant) -> anyhow::Result<Duration> {
     }
 }
 
-/// Of an answer with the status 200.
-fn body(answer: &[u8]) -> anyhow::Result<Vec<u8>> {
+/// A whole answer, whatever it says.
+fn parsed(answer: &[u8]) -> anyhow::Result<Answer> {
     let end = answer.windows(4).position(|window| window == b"\r\n\r\n").context("the answer has no head")?;
     let head = String::from_utf8_lossy(&answer[..end]);
     let body = &answer[end + 4..];
-    match head.split(' ').nth(1) {
-        Some("200") => {
-            let length = head.lines().find_map(|line| {
-                let (name, value) = line.split_once(':')?;
-                name.eq_ignore_ascii_case("content-length").then(|| value.trim().parse::<usize>().ok())?
-            });
-            if length.is_some_and(|length| body.len() < length) {
-                bail!("it ended before its answer was complete");
-            }
-            Ok(body.to_vec())
-        }
-        Some(code) => bail!(
-            "it says {}: {}",
-            printable(code, 8),
-            printable(String::from_utf8_lossy(body).trim(), TEXT_MAX)
-        ),
-        None => bail!("the answer is no HTTP"),
+    let code = head.split(' ').nth(1).filter(|_| head.starts_with("HTTP/1."));
+    let code = code.and_then(|code| code.parse().ok()).context("the answer is no HTTP")?;
+    let length = head.lines().find_map(|line| {
+        let (name, value) = line.split_once(':')?;
+        name.eq_ignore_ascii_case("content-length").then(|| value.trim().parse::<usize>().ok())?
+    });
+    if length.is_some_and(|length| body.len() < length) {
+        bail!("it ended before its answer was complete");
     }
+    Ok(Answer { code, body: body.to_vec() })
 }
 
 #[derive(Deserialize)]
@@ -173,6 +215,7 @@ pub(super) fn decode(status: &[u8], prefs: &[u8]) -> anyhow::Result<Tailscaled> 
         ssh: prefs.ssh,
         shields_up: prefs.shields_up,
         health: texts(status.health),
+        filter: MeshFilter::NotOffered,
     })
 }
 
@@ -211,11 +254,29 @@ mod tests {
     #[test]
     fn only_a_whole_answer_that_says_ok_counts() {
         let good = b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\n{}";
+        let body = |answer: &[u8]| parsed(answer).and_then(Answer::good);
         assert_eq!(body(good).expect("sound"), b"{}");
         assert!((0..good.len()).all(|length| body(&good[..length]).is_err()));
         let denied = body(b"HTTP/1.0 403 Forbidden\r\n\r\ninvalid localapi request\n").expect_err("denied");
         assert_eq!(denied.to_string(), "it says 403: invalid localapi request");
         assert!(body(b"SSH-2.0-OpenSSH_9.2\r\n\r\n").is_err());
+    }
+
+    #[test]
+    fn the_compiled_filter_is_read_or_said_to_be_unread() {
+        let rules = br#"[{"SrcIPs":["100.64.0.2","fd7a:115c:a1e0::2","cap:x"],"DstPorts":[{"IP":"100.64.0.16/32",
+            "Bits":null,"Ports":{"First":22,"Last":22}},{"IP":"*","Ports":{"First":0,"Last":65535}}],"IPProto":[6]}]"#;
+        let MeshFilter::Rules(found) = filter(rules) else { panic!("a form that is known") };
+        assert_eq!(found.len(), 2);
+        assert_eq!((found[0].ports, found[0].protos.as_slice()), ((22, 22), &[crate::terms::Proto::Tcp][..]));
+        assert_eq!(found[0].from.to_string(), "100.64.0.2, fd7a:115c:a1e0::2");
+        assert_eq!(filter(b"null\n"), MeshFilter::Rules(Vec::new()), "nobody gets in");
+        let entry = r#"{"SrcIPs":["*"],"DstPorts":[{"IP":"*","Ports":{"First":1,"Last":2}}]}"#;
+        let many = format!("[{}]", vec![entry; RULES_MAX + 1].join(","));
+        for odd in [&b"<html>\x1b[2J"[..], b"[{\"SrcIPs\":7}]", b"", many.as_bytes()] {
+            let MeshFilter::Unread(why) = filter(odd) else { panic!("{odd:?}") };
+            assert!(!why.is_empty() && !why.contains('\x1b'), "{why:?}");
+        }
     }
 
     /// Asks somebody who answers like this.
@@ -225,7 +286,8 @@ mod tests {
         let listener = UnixListener::bind(&path).expect("a socket");
         std::thread::scope(|scope| {
             scope.spawn(|| answer(listener.accept().expect("a client").0));
-            match ask(&path, "status", Instant::now() + Duration::from_millis(300)) {
+            match ask(&path, "GET status", Instant::now() + Duration::from_millis(300)).and_then(Answer::good)
+            {
                 Ok(body) => String::from_utf8_lossy(&body).into_owned(),
                 Err(error) => format!("error: {error:#}"),
             }

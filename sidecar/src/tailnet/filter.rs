@@ -7,19 +7,20 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use super::{Addresses, Mirror, Node, tailnet};
-use crate::terms::Proto;
+use super::{Mirror, Node, tailnet};
+use crate::terms::{Addresses, Proto};
 
 /// For every rule: who may reach which ports of this node.
 #[derive(Clone, Debug, Default)]
 pub struct Filter(Vec<Entry>);
 
-#[derive(Clone, Debug)]
-struct Entry {
-    from: Addresses,
-    to: Addresses,
-    protos: Vec<Proto>,
-    ports: (u16, u16),
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    pub from: Addresses,
+    pub to: Addresses,
+    pub protos: Vec<Proto>,
+    /// First and last.
+    pub ports: (u16, u16),
 }
 
 /// Where the filter and what we let in are not the same.
@@ -73,9 +74,10 @@ impl Filter {
             let found = keys.iter().find_map(|key| value.get(key).filter(|list| list.is_array()).cloned());
             value = found.ok_or("it holds neither PacketFilterRules nor PacketFilter")?;
         }
-        let rules: Vec<RawRule> = serde_json::from_value(value).map_err(|error| error.to_string())?;
+        // Go writes a list without elements as null.
+        let rules: Option<Vec<RawRule>> = serde_json::from_value(value).map_err(|error| error.to_string())?;
         let mut entries = Vec::new();
-        for rule in rules {
+        for rule in rules.unwrap_or_default() {
             let known = |number: &u8| Proto::ALL.into_iter().find(|proto| proto.number() == *number);
             let protos: Vec<Proto> = match rule.protos.filter(|list| !list.is_empty()) {
                 Some(list) => list.iter().filter_map(known).collect(),
@@ -96,6 +98,10 @@ impl Filter {
             }
         }
         Ok(Self(entries))
+    }
+
+    pub fn entries(&self) -> &[Entry] {
+        &self.0
     }
 
     fn from(&self, node: &Node, proto: Proto, port: u16) -> Addresses {

@@ -5,7 +5,6 @@
 //! Values only. The formats are foreign (HuJSON that people write, JSON of tailscaled), so
 //! every input is bounded, and names out of them are cleaned where they are shown.
 
-mod addresses;
 mod filter;
 mod mirror;
 mod names;
@@ -19,8 +18,8 @@ use std::ops::RangeInclusive;
 
 use ipnet::IpNet;
 
-pub use addresses::Addresses;
-pub use filter::{Difference, Filter, compare};
+pub use crate::terms::Addresses;
+pub use filter::{Difference, Entry, Filter, compare};
 pub use mirror::{Guest, Heading, LeftOut, Mirror, Wanted, mirror};
 pub use names::Node;
 pub use read::{BYTES_MAX, read};

@@ -1,11 +1,15 @@
 //! The words everything else is written in: protocols, families, scopes, names of
 //! interfaces, moments, owners, secrets. Values only; knows no other module.
 
+mod addresses;
+
 use std::fmt;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
+
+pub use addresses::Addresses;
 
 /// A TCP or UDP port. Never 0: "any port" is spelled out where it is meant.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

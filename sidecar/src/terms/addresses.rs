@@ -1,11 +1,11 @@
-//! Sets of addresses, by which what an access file lets in is compared exactly.
+//! Sets of addresses, by which what two texts let in is compared exactly.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Subnets, Ipv6Subnets};
 
-use crate::terms::Family;
+use super::Family;
 
 /// Addresses of both families, as ranges that neither touch nor overlap.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -41,6 +41,11 @@ impl Addresses {
     /// What is in `self` and not in `other`.
     pub fn without(&self, other: &Self) -> Self {
         Self { ipv4: less(&self.ipv4, &other.ipv4), ipv6: less(&self.ipv6, &other.ipv6) }
+    }
+
+    /// What is in both.
+    pub fn within(&self, other: &Self) -> Self {
+        self.without(&self.without(other))
     }
 
     pub fn touches(&self, other: &Self) -> bool {
@@ -174,6 +179,7 @@ mod tests {
         assert_eq!(set("10.0.0.0/30").without(&set("10.0.0.1/32")).to_string(), "10.0.0.0, 10.0.0.2/31");
         assert!(set("10.0.0.0/8").without(&set("0.0.0.0/0")).is_empty());
         assert_eq!(set("::/0").without(&set("0.0.0.0/0")), set("::/0"));
+        assert_eq!(set("10.0.0.0/8 ::/0").within(&set("10.1.0.0/16 fd00::/8")), set("10.1.0.0/16 fd00::/8"));
         let all = set("::/0");
         assert_eq!(all.union(&set("fd00::/8")), all);
         assert!(
