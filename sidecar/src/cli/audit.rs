@@ -26,12 +26,8 @@ pub struct Options {
     /// Only these ports: 22,80,8000-8100 [default: all 65,535]
     #[arg(long, short, value_name = "LIST", allow_hyphen_values = true)]
     ports: Option<Ports>,
-    /// TCP only, unless --udp is given as well
-    #[arg(long)]
-    tcp: bool,
-    /// UDP only, unless --tcp is given as well
-    #[arg(long)]
-    udp: bool,
+    #[command(flatten)]
+    protos: Protos,
     /// Only this address of this host
     #[arg(long, value_name = "ADDRESS", conflicts_with = "targets")]
     address: Option<IpAddr>,
@@ -53,6 +49,27 @@ pub struct Options {
     /// Let sockets answer and catch the replies: proof, but applications may notice
     #[arg(long, conflicts_with = "targets")]
     reply: bool,
+}
+
+/// One protocol or both.
+#[derive(Args, Clone, Copy)]
+pub struct Protos {
+    /// TCP only, unless --udp is given as well
+    #[arg(long)]
+    tcp: bool,
+    /// UDP only, unless --tcp is given as well
+    #[arg(long)]
+    udp: bool,
+}
+
+impl Protos {
+    pub fn list(self) -> Vec<Proto> {
+        match (self.tcp, self.udp) {
+            (true, false) => vec![Proto::Tcp],
+            (false, true) => vec![Proto::Udp],
+            _ => Proto::ALL.to_vec(),
+        }
+    }
 }
 
 const EXAMPLES: &str = "\
@@ -199,8 +216,8 @@ impl Sight<'_> {
             let family = self.options.source.map(|s| s.is_ipv4());
             all.filter(|a| family.is_none_or(|v4| a.is_ipv4() == v4)).collect()
         };
-        sweep(mine(false), self.options.protos(), asked.to_vec())?;
-        for proto in self.options.protos() {
+        sweep(mine(false), self.options.protos.list(), asked.to_vec())?;
+        for proto in self.options.protos.list() {
             sweep(mine(true), vec![proto], self.view.likely(proto, &asked))?;
         }
         Ok(())
@@ -211,7 +228,7 @@ impl Sight<'_> {
     fn opinions(&self, aims: &[&Aim]) -> Vec<Sweep> {
         let mut out = Vec::new();
         for aim in aims {
-            for proto in self.options.protos() {
+            for proto in self.options.protos.list() {
                 let source = self.options.source.unwrap_or_else(|| stranger(self.view, aim.address));
                 let asked = self.options.ports();
                 let ports =
@@ -261,7 +278,7 @@ fn remote(global: &Global, options: &Options) -> anyhow::Result<Audit> {
     let likely = expected.iter().flat_map(|d| &d.services).filter(|s| s.is_for_anyone()).map(|s| s.port);
     let request = scan::Request {
         targets,
-        protos: options.protos(),
+        protos: options.protos.list(),
         ports: options.ports().to_vec(),
         rate: options.rate,
         source: options.source,
@@ -290,14 +307,6 @@ fn resolve(word: &str) -> anyhow::Result<Vec<(IpAddr, Option<String>)>> {
 impl Options {
     fn ports(&self) -> Ports {
         self.ports.clone().unwrap_or_else(Ports::all)
-    }
-
-    fn protos(&self) -> Vec<Proto> {
-        match (self.tcp, self.udp) {
-            (true, false) => vec![Proto::Tcp],
-            (false, true) => vec![Proto::Udp],
-            _ => Proto::ALL.to_vec(),
-        }
     }
 }
 

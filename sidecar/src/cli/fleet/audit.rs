@@ -8,7 +8,7 @@ use clap::Args;
 
 use super::{Global, Selection, load_inventory, status, today};
 use crate::audit::{Audit, Ports, Scan, well_known};
-use crate::cli::audit::Line;
+use crate::cli::audit::{Line, Protos};
 use crate::desired::Desired;
 use crate::fleet::side::{Compared, Outside, SideBySide};
 use crate::source::scan;
@@ -24,12 +24,8 @@ pub struct Options {
     /// well-known ones]
     #[arg(long, short, value_name = "LIST", allow_hyphen_values = true)]
     ports: Option<Ports>,
-    /// TCP only, unless --udp is given as well
-    #[arg(long)]
-    tcp: bool,
-    /// UDP only, unless --tcp is given as well
-    #[arg(long)]
-    udp: bool,
+    #[command(flatten)]
+    protos: Protos,
     /// Probes a second at most, for all nodes together
     #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
     rate: u32,
@@ -75,14 +71,6 @@ pub fn run(global: &Global, inventory: &Path, options: &Options) -> anyhow::Resu
 }
 
 impl Options {
-    fn protos(&self) -> Vec<Proto> {
-        match (self.tcp, self.udp) {
-            (true, false) => vec![Proto::Tcp],
-            (false, true) => vec![Proto::Udp],
-            _ => Proto::ALL.to_vec(),
-        }
-    }
-
     fn ports(&self, desired: &[Desired]) -> Vec<Port> {
         if let Some(ports) = &self.ports {
             return ports.to_vec();
@@ -106,7 +94,7 @@ impl Options {
         for some in addresses.chunks(scan::TARGETS_MAX) {
             let request = scan::Request {
                 targets: some.iter().map(|address| (*address, None)).collect(),
-                protos: self.protos(),
+                protos: self.protos.list(),
                 ports: ports.to_vec(),
                 rate: Some(self.rate),
                 source: None,
