@@ -217,7 +217,7 @@ fn told(trend: &Trend) -> String {
 fn spark(trend: &Trend) -> String {
     let rates = trend.inward.iter().chain(&trend.outward).flatten();
     let Some(most) = rates.copied().reduce(f64::max) else {
-        return "<span class=\"dim\">not known</span>".to_owned();
+        return "<span class=\"dim\">traffic not known</span>".to_owned();
     };
     let path = |row: &[Option<f64>]| {
         let mut path = String::new();

@@ -10,8 +10,10 @@ pub const GREEN: &str = "32";
 
 const GAP: usize = 2;
 const INDENT: usize = 4;
-/// A cell longer than this is cut; names of nodes are shorter.
+/// A cell longer than this loses its middle.
 const CELL_MAX: usize = 32;
+/// Names are cut to no less than this, however narrow the terminal.
+const NAME_MIN: usize = 12;
 
 #[derive(Clone, Debug, Default)]
 pub struct Table {
@@ -33,13 +35,20 @@ impl Table {
     /// Columns as wide as their longest cell. What is numbers stands at the right.
     pub fn render(&self, width: usize, colour: bool) -> String {
         let width = width.clamp(40, 200);
-        let cells: Vec<Vec<String>> =
-            self.rows.iter().map(|row| row.cells.iter().map(|c| printable(c, CELL_MAX)).collect()).collect();
-        let longest = |at: usize| {
+        let mut cells: Vec<Vec<String>> =
+            self.rows.iter().map(|row| row.cells.iter().map(|c| shortened(c, CELL_MAX)).collect()).collect();
+        let longest = |cells: &[Vec<String>], at: usize| {
             let of_cells = cells.iter().filter_map(|row| row.get(at)).map(|cell| cell.chars().count());
             of_cells.max().unwrap_or(0).max(self.heads[at].len())
         };
-        let widths: Vec<usize> = (0..self.heads.len()).map(longest).collect();
+        let mut widths: Vec<usize> = (0..self.heads.len()).map(|at| longest(&cells, at)).collect();
+        // Names give way where the line would be too long.
+        let whole = widths.iter().sum::<usize>() + GAP * widths.len().saturating_sub(1);
+        if let (true, Some(first)) = (whole > width, widths.first_mut()) {
+            let most = first.saturating_sub(whole - width).max(NAME_MIN);
+            cells.iter_mut().filter_map(|row| row.first_mut()).for_each(|name| *name = shortened(name, most));
+            *first = longest(&cells, 0);
+        }
         let numbers: Vec<bool> = (0..self.heads.len())
             .map(|at| {
                 let digits = |c: &String| c == "-" || c.starts_with(|c: char| c.is_ascii_digit());
@@ -78,6 +87,17 @@ impl Table {
         }
         out
     }
+}
+
+/// Of what is too long the middle goes: names of one fleet often begin alike, and end with a number.
+fn shortened(text: &str, most: usize) -> String {
+    let text: Vec<char> = printable(text, 400).chars().collect();
+    if text.len() <= most {
+        return text.into_iter().collect();
+    }
+    let (head, tail) = ((most - 1).div_ceil(2), (most - 1) / 2);
+    let ends = text[..head].iter().chain(['\u{2026}'].iter()).chain(&text[text.len() - tail..]);
+    ends.collect()
 }
 
 pub fn paint(text: &str, shade: &str, colour: bool) -> String {
@@ -125,6 +145,28 @@ mod tests {
     use expect_test::expect;
 
     use super::*;
+
+    #[test]
+    fn long_names_lose_their_middle_and_no_line_is_too_long() {
+        let row = |name: &str| Row {
+            cells: vec![name.to_owned(), "spoke".into(), "drifting".into(), "12 critical".into()],
+            ..Row::default()
+        };
+        let name = |number: u32| format!("a-node-of-the-far-north-by-the-old-harbour-{number}");
+        let table = |names: &[String]| Table {
+            heads: vec!["NODE", "ROLE", "STATE", "FINDINGS"],
+            rows: names.iter().map(|name| row(name)).collect(),
+        };
+        expect![[r#"
+            NODE           ROLE   STATE        FINDINGS
+            a-node…bour-7  spoke  drifting  12 critical
+            a-node…our-19  spoke  drifting  12 critical
+            oslo           spoke  drifting  12 critical
+        "#]]
+        .assert_eq(&table(&[name(7), name(19), "oslo".into()]).render(43, false));
+        let wide = table(&[name(7), name(19)]).render(200, false);
+        assert!(wide.contains("a-node-of-the-fa\u{2026}-old-harbour-19 "), "{wide}");
+    }
 
     #[test]
     fn columns_fit_their_cells_and_notes_their_width() {
