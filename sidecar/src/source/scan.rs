@@ -41,6 +41,9 @@ pub struct Progress {
 
 /// Side by side at most; each has its own sockets and table of answers.
 const JOBS_MAX: usize = 8;
+/// The same where few ports are asked: then most of a job is waiting for those who say nothing.
+const SHORT_JOBS_MAX: usize = 48;
+const FEW_PORTS: usize = 1024;
 /// Targets of one run, so that a prefix given by mistake does not ask for memory.
 pub const TARGETS_MAX: usize = 1024;
 
@@ -83,7 +86,8 @@ pub fn scan(request: &Request, progress: &mut dyn FnMut(Progress)) -> anyhow::Re
         }
     }
     let count = Count::default();
-    let side_by_side = jobs.len().clamp(1, JOBS_MAX);
+    let most = if request.ports.len() <= FEW_PORTS { SHORT_JOBS_MAX } else { JOBS_MAX };
+    let side_by_side = jobs.len().clamp(1, most);
     let share = request.rate.map(|rate| f64::from(rate.max(1)) / side_by_side as f64);
     let mut done: Vec<Option<Scan>> = vec![None; jobs.len()];
     jobs.reverse();

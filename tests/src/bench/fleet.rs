@@ -1,4 +1,5 @@
-//! `spokeguard fleet status` of 1,000 nodes: one process answers for all of them, some of them not at all.
+//! `spokeguard fleet status`, `report` and `audit` of 1,000 nodes: one process answers for all of them, some of them
+//! not at all, and one namespace has all their public addresses.
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -39,6 +40,7 @@ pub fn measure(quick: bool) -> Result<Section> {
         page.push(seconds(node, &report, &[0, 2])?);
     }
     let memory = peak_mib(node, &status)?;
+    let (audit, audit_memory) = audited(&lab, &inventory)?;
     let silent = (0..LOST).map(|n| address(n).to_string()).collect::<Vec<_>>().join(", ");
     node.nft(&format!(
         "table ip lost {{ chain in {{ type filter hook input priority 0; ip daddr {{ {silent} }} drop; }}; }}"
@@ -58,6 +60,8 @@ pub fn measure(quick: bool) -> Result<Section> {
         Goal::at_most("status of 1,000 nodes", "s", of(&all)?, 5.0),
         Goal::at_most("the same with 50 that never answer", "s", of(&lost)?, 10.0),
         Goal::at_most("most memory of it", "MiB", memory, 128.0),
+        Goal::at_most("audit of 1,000 nodes", "s", audit, 180.0),
+        Goal::at_most("most memory of it", "MiB", audit_memory, 256.0),
     ];
     let rows = vec![
         Row::new("1,000 nodes, all fine", "s", "spokeguard fleet status", all)?,
@@ -65,6 +69,8 @@ pub fn measure(quick: bool) -> Result<Section> {
         Row::new("of it, reading the inventory", "s", "spokeguard fleet check", read)?,
         Row::new("the page of 1,000 nodes", "s", "spokeguard fleet report", page)?,
         Row::new("most memory", "MiB", "spokeguard fleet status", vec![memory])?,
+        Row::new("1,000 nodes from outside", "s", "spokeguard fleet audit", vec![audit])?,
+        Row::new("most memory", "MiB", "spokeguard fleet audit", vec![audit_memory])?,
     ];
     let notes = vec![format!(
         "Each node gives {} KiB of metrics and its health in two connections; this process answers for all, \
@@ -74,9 +80,30 @@ pub fn measure(quick: bool) -> Result<Section> {
     Ok(Section { name: "fleet", title: "Looking at 1,000 nodes", rows, goals, notes })
 }
 
+/// Seconds and MiB. The spoke's namespace has every public address, and is as a spoke is: two ports open, the
+/// others silent.
+fn audited(lab: &Lab, inventory: &std::path::Path) -> Result<(f64, f64)> {
+    lab.spoke.sh("ip route add local 10.98.0.0/16 dev lo")?;
+    lab.spoke.nft(
+        "table ip spoke { chain in { type filter hook input priority 0; iif lo accept; ct state established accept; \
+         tcp dport { 80, 443 } accept; meta l4proto icmp accept; drop; }; }",
+    )?;
+    lab.internet.sh(&format!("ip route add 10.98.0.0/16 via {}", lab::SPOKE_PUBLIC))?;
+    let _web = lab.spoke.listen("web", &["web/0.0.0.0:80", "web/0.0.0.0:443"])?;
+    let audit = words(inventory, &["audit"])?;
+    let started = std::time::Instant::now();
+    let memory = peak_mib(&lab.internet, &audit)?;
+    Ok((started.elapsed().as_secs_f64(), memory))
+}
+
 fn address(number: u16) -> IpAddr {
     let [high, low] = (number + 256).to_be_bytes();
     Ipv4Addr::new(10, 99, high, low).into()
+}
+
+fn public_address(number: u16) -> IpAddr {
+    let [high, low] = (number + 256).to_be_bytes();
+    Ipv4Addr::new(10, 98, high, low).into()
 }
 
 fn inventory() -> String {
@@ -84,15 +111,18 @@ fn inventory() -> String {
     let mut text = format!(
         "version = 1\n[fleet]\nname = \"thousand\"\n[mesh]\nprefix = [\"10.99.0.0/16\"]\nhub = \"node-0\"\n\
          [defaults.public]\ntcp = [80, 443]\n[[node]]\nname = \"node-0\"\nmesh_address = \"{}\"\n\
-         public_address = \"203.0.113.47\"\npublic_key = \"{hub}\"\n",
-        address(0)
+         public_address = \"{}\"\npublic_key = \"{hub}\"\n",
+        address(0),
+        public_address(0)
     );
     for number in 1..NODES {
         let mut key = [7u8; 32];
         key[..2].copy_from_slice(&number.to_be_bytes());
         text += &format!(
-            "[[node]]\nname = \"node-{number}\"\nmesh_address = \"{}\"\npublic_key = \"{}\"\nregion = \"r{}\"\n",
+            "[[node]]\nname = \"node-{number}\"\nmesh_address = \"{}\"\npublic_address = \"{}\"\n\
+             public_key = \"{}\"\nregion = \"r{}\"\n",
             address(number),
+            public_address(number),
             PublicKey(key),
             number % 20
         );

@@ -229,8 +229,11 @@ impl Run<'_> {
 
     /// Asks a port again that answered before, if it is time.
     fn canary(&mut self, now: Instant) -> anyhow::Result<()> {
-        if let Some(port) = self.path.next_canary(now) {
+        // Within the limit, and a small part of it: it may be one of many hosts' shares.
+        let every = CANARY_EVERY.max(Duration::from_secs_f64(10.0 / self.pace.most.max(1.0)));
+        if let Some(port) = self.path.next_canary(now, every) {
             self.send(port, true)?;
+            self.pace.spend(1);
         }
         Ok(())
     }
@@ -378,7 +381,9 @@ struct Pace {
 impl Pace {
     fn new(limit: Option<f64>, now: Instant) -> Self {
         let most = limit.unwrap_or(RATE_MAX);
-        Self { rate: RATE_START.min(most), most, tokens: BATCH as f64, filled: now, grown: now }
+        // Where a limit is shared among many hosts, each one's first burst would be beyond it.
+        let tokens = if limit.is_some() { 1.0 } else { BATCH as f64 };
+        Self { rate: RATE_START.min(most), most, tokens, filled: now, grown: now }
     }
 
     /// How many may go now.
@@ -492,8 +497,8 @@ impl Path {
         }
     }
 
-    fn next_canary(&mut self, now: Instant) -> Option<u16> {
-        if self.witnesses.is_empty() || now.saturating_duration_since(self.asked_at) < CANARY_EVERY {
+    fn next_canary(&mut self, now: Instant, every: Duration) -> Option<u16> {
+        if self.witnesses.is_empty() || now.saturating_duration_since(self.asked_at) < every {
             return None;
         }
         self.next = (self.next + 1) % self.witnesses.len();
