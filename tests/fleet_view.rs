@@ -374,7 +374,7 @@ fn health(lab: &Lab, fleet: &Fleet, authority: &Path) {
     let gate = |words: &[&str]| fleet.run_after(lab, &["env", &trust], &[&["gate"], words].concat());
     let open = gate(&["singapore", "--skip", "ssh-public"]);
     assert_eq!(open.code, Some(0), "{}", open.all());
-    let shut = gate(&["liar", "--wait", "1200ms"]);
+    let shut = gate(&["liar", "--wait", "6s"]);
     assert!(shut.code == Some(1) && shut.stderr.contains("not yet: "), "{}", shut.all());
     assert_eq!(gate(&["nobody"]).code, Some(2));
 }

@@ -97,7 +97,9 @@ fn top_shows_who_is_refused_and_gives_the_terminal_back() {
         assert!(answer.is_some(), "the one who is asked answers");
     }
     let view = terminal.await_screen("the stranger", |screen| {
-        row(screen, "198.51.100.99").is_some() && row(screen, "2001:db8:1::99").is_some()
+        row(screen, "198.51.100.99").is_some()
+            && row(screen, "2001:db8:1::99").is_some()
+            && row(screen, "  161/udp ").is_some_and(|row| row.split_whitespace().nth(2) == Some("5"))
     });
     for (port, tries) in [(" 3389/tcp ms-wbt-s", "3"), ("  161/udp snmp ", "5"), ("   22/tcp ssh ", "1")] {
         let refused = row(&view, port).unwrap_or_else(|| panic!("{port}: {view}"));
