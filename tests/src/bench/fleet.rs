@@ -13,7 +13,7 @@ use spokeguard::policy::fingerprint;
 use spokeguard::terms::PublicKey;
 
 use crate::figures::{Goal, Row, Section};
-use crate::prefixes::peak_mib;
+use crate::prefixes::{peak_mib, peak_mib_until};
 
 const NODES: u16 = 1000;
 /// Of those, what answers nothing at all, in the worse of both runs.
@@ -92,7 +92,8 @@ fn audited(lab: &Lab, inventory: &std::path::Path) -> Result<(f64, f64)> {
     let _web = lab.spoke.listen("web", &["web/0.0.0.0:80", "web/0.0.0.0:443"])?;
     let audit = words(inventory, &["audit"])?;
     let started = std::time::Instant::now();
-    let memory = peak_mib(&lab.internet, &audit)?;
+    // On a busy machine somebody's own audit may not be heard in time.
+    let memory = peak_mib_until(&lab.internet, &audit, &[0, 2])?;
     Ok((started.elapsed().as_secs_f64(), memory))
 }
 
