@@ -1071,6 +1071,33 @@ fn long_lists_are_kept_put_right_and_rolled_back() {
         assert_eq!(table(), stood, "{change}");
         assert_eq!(answers(), open, "{change}");
     }
+    // A foreign set of the same kind is read in the same way, one that only nft can list beside it or not.
+    let check = |code: i32| {
+        let said = guard.run(&["check", "--no-probe", "--format", "json"]);
+        let findings = said.json().unwrap()["findings"].as_array().unwrap().clone();
+        let about = |finding: &&serde_json::Value| {
+            ["firewall-changed", "firewall-blocked"].contains(&finding["code"].as_str().unwrap())
+        };
+        let about: Vec<_> = findings.iter().filter(about).map(|finding| finding["code"].clone()).collect();
+        assert_eq!((said.code, about.is_empty()), (Some(code), code == 0), "{}", said.all());
+        about
+    };
+    assert_eq!(check(0), [] as [&str; 0]);
+    lab.spoke.nft(
+        "table inet theirs { set all { type ipv4_addr; flags interval; elements = { 0.0.0.0/1, 128.0.0.0/1 }; };          chain in { type filter hook input priority -300; ip saddr @all tcp dport 443 drop; } }",
+    )
+    .unwrap();
+    assert_eq!(check(1), ["firewall-blocked"]);
+    lab.spoke.nft(&format!("add element inet spokeguard {four} {{ 203.0.113.0/24 }}")).unwrap();
+    lab.spoke.nft("add map inet theirs m { type inet_service : verdict; elements = { 9 : drop }; }").unwrap();
+    assert_eq!(check(1), ["firewall-changed", "firewall-blocked"]);
+    lab.spoke.nft("delete map inet theirs m").unwrap();
+    assert_eq!(check(1), ["firewall-changed", "firewall-blocked"]);
+    lab.spoke.nft("flush set inet theirs all").unwrap();
+    assert_eq!(check(1), ["firewall-changed"]);
+    lab.spoke.nft("delete table inet theirs").unwrap();
+    guard.says(0, &["apply"]);
+    assert_eq!((table(), answers()), (stood.clone(), open));
 
     // Another list, and back; the sealed file over itself.
     guard.write(&policy(&[]));
@@ -1084,6 +1111,31 @@ fn long_lists_are_kept_put_right_and_rolled_back() {
     // It has the same sets; its rules say until when as well.
     let sets = |text: &str| text.split("\tchain ").next().unwrap().to_owned();
     assert_eq!((sets(&table()), answers()), (sets(&stood), open));
+
+    // A daemon puts right what is in them as soon as it hears of it, also while something is open for a while.
+    guard.write(&policy(&["198.51.100.99/32", "2001:db8:1::/64"]));
+    let _daemon = lab.spoke.daemon_in(&guard.dir, &[]).unwrap();
+    wait_until(LONG, "put in force by the daemon", || (table() == stood).then_some(())).unwrap();
+    let changes = [
+        format!("add element inet spokeguard {four} {{ 203.0.113.0/24 }}"),
+        format!("delete element inet spokeguard {six} {{ 2001:db8:1::/64 }}"),
+        format!("flush set inet spokeguard {four}"),
+    ];
+    for change in &changes {
+        lab.spoke.nft(change).unwrap();
+        wait_until(LONG, change, || (table() == stood).then_some(())).unwrap();
+        assert_eq!(answers(), open, "{change}");
+    }
+    guard.says(
+        0,
+        &["break-glass", "open", "2222", "--for", "15m", "--from", "192.0.2.0/24", "--reason", "test"],
+    );
+    let kept = || table().contains("break-glass") && guard.says(0, &["break-glass", "list"]).contains("2222");
+    lab.spoke.nft(&changes[0]).unwrap();
+    wait_until(LONG, "the element gone, the opening not", || {
+        (!table().contains("203.0.113.0/24") && kept()).then_some(())
+    })
+    .unwrap();
 }
 
 #[test]

@@ -507,7 +507,7 @@ fn guard_in_the_kernel_agrees_with_its_rules_and_reads_every_packet() {
             let from = dice.some(&nets).iter().map(|net| net.parse().unwrap()).collect();
             rules.listed.push(Listed { port: rules.ssh, from, to: dice.some(&at) });
         }
-        opened(&lab, |guard| guard.install(&rules, &links));
+        opened(&lab, |guard| guard.install(&rules, &links, None));
         for _ in 0..60 {
             let (source, (destination, onward), port) =
                 (dice.pick(&sources), dice.pick(&targets), *dice.pick(&ports));
@@ -599,7 +599,7 @@ fn guard_in_the_kernel_agrees_with_its_rules_and_reads_every_packet() {
         lab.spoke
             .inside(|| {
                 let mut guard = Guard::open(&pins)?.expect("a guard").with_hook(Hook::Clsact);
-                guard.install(rules, links)?;
+                guard.install(rules, links, None)?;
                 guard.attached()
             })
             .unwrap()

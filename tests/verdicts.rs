@@ -202,7 +202,7 @@ impl Bench {
         let (pins, index, mac) = (&self.pins, self.eth0, self.mac);
         let by_guard = self.lab.spoke.inside(|| {
             let mut guard = Guard::open(pins)?.expect("a guard");
-            guard.install(rules, &self.links)?;
+            guard.install(rules, &self.links, None)?;
             let each = packets.iter().map(|packet| {
                 let kind: [u8; 2] = if packet.source.is_ipv4() { [0x08, 0] } else { [0x86, 0xdd] };
                 let frame = [&mac[..], &[2, 0, 0, 0, 0, 2], &kind, &packets::datagram(packet)].concat();

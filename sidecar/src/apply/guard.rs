@@ -8,28 +8,24 @@ use std::path::Path;
 
 use crate::desired::Desired;
 use crate::desired::guard::{Boot, Timed};
-use crate::source::bpf::guard::Guard;
+use crate::source::bpf::guard::{Guard, Known};
 use crate::source::bpf::{ensure_bpffs, guard};
 use crate::source::links;
 use crate::sys::clock;
 use crate::terms::{Port, Proto};
 
 /// Before the rules change: lets in what they will, where a guard is in force.
-pub fn relax(pins: &Path, desired: &Desired) -> anyhow::Result<()> {
+pub fn relax(pins: &Path, desired: &Desired) -> anyhow::Result<Option<Known>> {
     match (&desired.guard, Guard::open(pins)?) {
         (Some(rules), Some(mut guard)) => guard.relax(rules, &links::read()?),
-        _ => Ok(()),
+        _ => Ok(None),
     }
 }
 
 /// After they changed: on the interfaces, and ready to be settled. Loads it, if need be.
 pub fn ready(pins: &Path, desired: &Desired) -> anyhow::Result<()> {
     let Some(rules) = &desired.guard else { return Ok(()) };
-    ensure_bpffs()?;
-    guard::spawn_loader(pins)?;
-    carry_glass(pins)?;
-    let mut guard = Guard::open(pins)?.ok_or_else(|| anyhow::anyhow!("the loader pinned nothing"))?;
-    guard.relax(rules, &links::read()?)
+    loaded(pins)?.relax(rules, &links::read()?).map(drop)
 }
 
 /// Confirmed: only what was last made ready is let in. `false`: there is no guard.
@@ -40,14 +36,18 @@ pub fn settle(pins: &Path) -> anyhow::Result<bool> {
     }
 }
 
-/// Nothing waits for a confirmation: these rules at once.
-pub fn install(pins: &Path, desired: &Desired) -> anyhow::Result<()> {
-    ready(pins, desired)?;
-    settle(pins)?;
-    match (&desired.guard, Guard::open(pins)?) {
-        (Some(rules), Some(mut guard)) => guard.sync(rules, &links::read()?),
-        _ => Ok(()),
-    }
+/// Nothing waits for a confirmation: these rules at once. `known`: by [`relax`], a moment ago.
+pub fn install(pins: &Path, desired: &Desired, known: Option<Known>) -> anyhow::Result<()> {
+    let Some(rules) = &desired.guard else { return settle(pins).map(drop) };
+    loaded(pins)?.install(rules, &links::read()?, known)
+}
+
+/// The guard, loaded if need be.
+fn loaded(pins: &Path) -> anyhow::Result<Guard> {
+    ensure_bpffs()?;
+    guard::spawn_loader(pins)?;
+    carry_glass(pins)?;
+    Guard::open(pins)?.ok_or_else(|| anyhow::anyhow!("the loader pinned nothing"))
 }
 
 /// To be called before a guard that may just have been loaded is on any interface: what was opened before it
@@ -76,8 +76,10 @@ pub fn follow_glass(pins: &Path) -> anyhow::Result<()> {
 }
 
 /// What a failure of any of these means to whoever changes rules: a word of warning.
-pub fn warn(result: anyhow::Result<impl Sized>) {
-    if let Err(error) = result {
-        eprintln!("warning: the second layer, the tc guard, is not active: {error:#}");
-    }
+pub fn warn<T>(result: anyhow::Result<T>) -> Option<T> {
+    result
+        .inspect_err(|error| {
+            eprintln!("warning: the second layer, the tc guard, is not active: {error:#}");
+        })
+        .ok()
 }

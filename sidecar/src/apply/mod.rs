@@ -4,14 +4,15 @@
 pub mod cut;
 pub mod glass;
 pub mod guard;
+mod lists;
 pub mod replay;
 pub mod sealed;
 pub mod trial;
 
 use std::net::UdpSocket;
 
-use crate::desired::{Desired, TABLE};
-use crate::ruleset::{Change, Table, TableFamily, compare, encode};
+use crate::desired::Desired;
+use crate::ruleset::{Change, Table, compare, encode};
 use crate::source::nft;
 use crate::source::nft_events::NftQueries;
 
@@ -79,7 +80,11 @@ pub(crate) fn put_in_place(desired: &Desired, found: Found) -> Result<Applied, A
         if left.is_empty() {
             break;
         }
-        let sent = nft::run_transaction(&encode::transaction(table, found.as_ref()));
+        if round == 1 && lists::put(table, &mut found) {
+            written_for = generation();
+        }
+        let text = encode::transaction(table, found.as_ref());
+        let sent = nft::run_transaction(&text);
         let now = generation();
         // One that failed makes no generation.
         if let Err(error) = sent
@@ -140,15 +145,7 @@ pub fn release() -> Result<bool, ApplyError> {
         .and_then(|mut queries| queries.own_table_exists())
         .map_err(|e| ApplyError::Look(e.into()))?;
     if there {
-        let bare = Table {
-            family: TableFamily::Inet,
-            name: TABLE.to_owned(),
-            dormant: false,
-            chains: Vec::new(),
-            counters: Default::default(),
-            sets: Vec::new(),
-        };
-        nft::run_transaction(&encode::delete(&bare)).map_err(ApplyError::Act)?;
+        nft::run_transaction(&encode::delete(&lists::bare())).map_err(ApplyError::Act)?;
     }
     Ok(there)
 }

@@ -18,28 +18,28 @@ use crate::source::nft_events::{
 };
 
 /// Beyond this a table is not ours: a policy with hundreds of rules stays far below.
-const BATCH_MAX: usize = 4 << 20;
+pub(super) const BATCH_MAX: usize = 4 << 20;
 const DATAGRAM_MAX: usize = 1 << 16;
 const REPLY_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(5);
 
 const NLM_F_REQUEST: u16 = 0x1;
-const NLM_F_ACK: u16 = 0x4;
+pub(super) const NLM_F_ACK: u16 = 0x4;
 const NLM_F_DUMP_INTR: u16 = 0x10;
 const NLM_F_DUMP: u16 = 0x300;
-const NLM_F_CREATE: u16 = 0x400;
+pub(super) const NLM_F_CREATE: u16 = 0x400;
 const NLM_F_APPEND: u16 = 0x800;
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
-const BATCH_BEGIN: u16 = 0x10;
-const BATCH_END: u16 = 0x11;
+pub(super) const BATCH_BEGIN: u16 = 0x10;
+pub(super) const BATCH_END: u16 = 0x11;
 
-const NEWTABLE: u8 = 0;
+pub(super) const NEWTABLE: u8 = 0;
 const DELRULE: u8 = 8;
-const SET_NAME: u16 = 2;
-const SET_FLAGS: u16 = 3;
+pub(super) const SET_NAME: u16 = 2;
+pub(super) const SET_FLAGS: u16 = 3;
 /// NFT_SET_TIMEOUT.
 const SET_TIMEOUT: u32 = 0x10;
-const SET_ID: u16 = 10;
+pub(super) const SET_ID: u16 = 10;
 const OBJ_DATA: u16 = 4;
 
 /// A kind of object: how to ask for all of them, how to send one again, and which of its
@@ -111,7 +111,7 @@ impl Replay {
     }
 }
 
-fn send(socket: &OwnedFd, batch: &[u8]) -> io::Result<()> {
+pub(super) fn send(socket: &OwnedFd, batch: &[u8]) -> io::Result<()> {
     let mut buffer = vec![0; DATAGRAM_MAX];
     // Of a batch that failed there may be more answers than the one that was read.
     while rustix::net::recv(socket, &mut buffer[..], RecvFlags::DONTWAIT).is_ok() {}
@@ -230,7 +230,7 @@ pub fn kept(mut attributes: &[u8], keep: &[u16]) -> Option<Attributes> {
     Some(out)
 }
 
-fn open() -> io::Result<OwnedFd> {
+pub(super) fn open() -> io::Result<OwnedFd> {
     let socket = nft_events::to_kernel(REPLY_TIMEOUT)?;
     // The kernel copies the batch whole; the default allows some 200 KiB.
     rustix::net::sockopt::set_socket_send_buffer_size_force(&socket, BATCH_MAX)?;
@@ -242,10 +242,11 @@ fn receive(socket: &OwnedFd, buffer: &mut [u8]) -> io::Result<usize> {
     nft_events::receive(socket, buffer)?.ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
-struct Builder(Vec<u8>);
+/// Messages for the kernel, one after the other.
+pub(super) struct Builder(pub(super) Vec<u8>);
 
 impl Builder {
-    fn message(&mut self, kind: u8, flags: u16, attributes: &[(u16, Vec<u8>)]) {
+    pub(super) fn message(&mut self, kind: u8, flags: u16, attributes: &[(u16, Vec<u8>)]) {
         let mut body = vec![NFPROTO_INET, 0, 0, 0];
         for (kind, value) in attributes {
             // Values come out of attributes, so they are no longer than one can be.
@@ -258,7 +259,7 @@ impl Builder {
     }
 
     /// Begin and end of a batch: their body names the subsystem, in network order.
-    fn marker(&mut self, kind: u16) {
+    pub(super) fn marker(&mut self, kind: u16) {
         let [high, low] = SUBSYSTEM.to_be_bytes();
         self.raw(kind, 0, &[0, 0, high, low]);
     }

@@ -16,13 +16,17 @@ pub const FILE: &str = "sealed.nft";
 /// The file; `None` where the policy wants no table. The same policy gives the same file,
 /// whatever the day.
 pub fn text(desired: &Desired) -> Option<String> {
+    text_as(desired, &policy::fingerprint(&desired.policy))
+}
+
+/// The same where the policy's fingerprint is known.
+pub(super) fn text_as(desired: &Desired, fingerprint: &str) -> Option<String> {
     let table = render::table(&desired.sealed()?);
     Some(format!(
         "# The last confirmed rules of spokeguard, for `nft -f`; needs nothing else of it.\n\
          # Written anew with every confirmation: changes belong into the policy.\n\
-         # node {}\n# policy {}\n# sum {}\n{table}",
+         # node {}\n# policy {fingerprint}\n# sum {}\n{table}",
         crate::terms::printable(&desired.policy.node.name, 64),
-        policy::fingerprint(&desired.policy),
         policy::sum(&table)
     ))
 }

@@ -13,6 +13,7 @@
 //! directory lie the last confirmed policy, its rules as a file for `nft -f`, and a policy
 //! that was rolled back, so that neither a restart nor a boot tries that one again.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -239,6 +240,15 @@ impl Ledger {
 
     /// The same, where what can't be read is an error and not nothing.
     fn last(&self, today: Date) -> anyhow::Result<Option<Desired>> {
+        Ok(self.last_or(today, None)?.map(Cow::into_owned))
+    }
+
+    /// The same beside a policy of today in its normal form, which as a rule is that one: it isn't read twice.
+    fn last_or<'a>(
+        &self,
+        today: Date,
+        known: Option<(&str, &'a Desired)>,
+    ) -> anyhow::Result<Option<Cow<'a, Desired>>> {
         let mut errors = Vec::new();
         for path in [self.dir.join(UNRECORDED), self.state.join(CONFIRMED)] {
             let read = match read_text(&path) {
@@ -247,11 +257,14 @@ impl Ledger {
             };
             let desired = read.and_then(|text| {
                 anyhow::ensure!(is_whole(&text), "it was changed, or cut off");
+                if let Some((_, known)) = known.filter(|(normal, _)| without_sum(&text) == *normal) {
+                    return Ok(Cow::Borrowed(known));
+                }
                 let loaded = policy::parse(&text, CONFIRMED, today).map_err(|error| {
                     log::debug!("{error}");
                     anyhow::anyhow!("it is no policy for this version")
                 })?;
-                Ok(Desired::new(loaded.policy, today)?)
+                Ok(Cow::Owned(Desired::new(loaded.policy, today)?))
             });
             match desired {
                 Ok(desired) => return Ok(Some(desired)),
@@ -357,10 +370,11 @@ impl Ledger {
         }
         let found = Found::look().map_err(before)?;
         let changes = compare::changes(table, found.table.as_ref());
-        let fingerprint = policy::fingerprint(&desired.policy);
+        let normal = policy::show(&desired.policy);
+        let fingerprint = policy::sum(&normal);
         let glance = self.glance().context("look for a trial").map_err(before)?;
         let trial = self.read(&glance).filter(|_| matches!(glance, Some((Phase::Armed, _))));
-        let confirmed = self.last(desired.today).unwrap_or_else(|error| {
+        let confirmed = self.last_or(desired.today, Some((&normal, desired))).unwrap_or_else(|error| {
             log::warn!("{error:#}");
             None
         });
@@ -389,11 +403,11 @@ impl Ledger {
             if self.withdraw() {
                 super::apply_table(desired).map_err(|error| before(error.into()))?;
             }
-            let unrecorded = self.record(&desired.policy, desired.today).err();
+            let unrecorded = self.record_as(desired, &normal).err();
             return Ok(Brought::Confirmed { changes, unrecorded });
         }
         let trial = self
-            .arm(lock, desired, found.table.as_ref(), confirmed.as_ref(), within)
+            .arm(lock, desired, found.table.as_ref(), confirmed.as_deref(), within)
             .context("arm the way back")
             .map_err(before)?;
         put_in_place(desired, found).map_err(BringError::Half)?;
@@ -595,12 +609,18 @@ impl Ledger {
     /// Makes this the last confirmed policy, and its rules the sealed ones. After an error
     /// it is that all the same, until the next boot.
     pub fn record(&self, policy: &Policy, today: Date) -> anyhow::Result<()> {
+        let desired = Desired::new(policy.clone(), today).context("the confirmed policy")?;
+        self.record_as(&desired, &policy::show(policy))
+    }
+
+    /// The same where its normal form is at hand.
+    fn record_as(&self, desired: &Desired, normal: &str) -> anyhow::Result<()> {
         let unrecorded = self.dir.join(UNRECORDED);
-        let recorded = self.record_in_state(policy, today);
+        let recorded = self.record_in_state(desired, normal);
         match &recorded {
             Ok(()) => drop(fs::remove_file(unrecorded)),
             Err(_) => {
-                if let Err(error) = write_private(&unrecorded, &summed(&policy::show(policy))) {
+                if let Err(error) = write_private(&unrecorded, &summed(normal)) {
                     log::warn!("{error:#}");
                 }
             }
@@ -614,7 +634,7 @@ impl Ledger {
         })
     }
 
-    fn record_in_state(&self, policy: &Policy, today: Date) -> anyhow::Result<()> {
+    fn record_in_state(&self, desired: &Desired, normal: &str) -> anyhow::Result<()> {
         let write = |name: &str, text: String| {
             let path = self.state.join(name);
             // Written only where it says something else: nothing wears out a quiet host's flash.
@@ -624,11 +644,10 @@ impl Ledger {
             write_atomically(&path, text.as_bytes()).with_context(|| format!("write {}", path.display()))?;
             File::open(&self.state).and_then(|dir| dir.sync_all()).context("sync the state directory")
         };
-        let desired = Desired::new(policy.clone(), today).context("the confirmed policy")?;
-        if let Some(text) = sealed::text(&desired) {
+        if let Some(text) = sealed::text_as(desired, &policy::sum(normal)) {
             write(sealed::FILE, text)?;
         }
-        write(CONFIRMED, summed(&policy::show(policy)))?;
+        write(CONFIRMED, summed(normal))?;
         match fs::remove_file(self.state.join(REFUSED)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 Err(error).context("forget the policy that was rolled back")
@@ -1061,6 +1080,11 @@ fn read_text(path: &Path) -> io::Result<String> {
 /// The last confirmed policy lies there with its sum: half of a policy may be a policy as well.
 fn summed(policy: &str) -> String {
     format!("{SUM}{}\n{policy}", policy::sum(policy))
+}
+
+/// The policy in a file of [`summed`].
+fn without_sum(text: &str) -> &str {
+    text.strip_prefix(SUM).and_then(|rest| rest.split_once('\n')).map_or(text, |(_, policy)| policy)
 }
 
 fn is_whole(text: &str) -> bool {

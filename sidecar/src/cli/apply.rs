@@ -68,7 +68,7 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
         );
     }
     // Whatever comes of it: the second layer first lets in what the rules will.
-    guard::warn(guard::relax(&places.pin, &desired));
+    let known = guard::warn(guard::relax(&places.pin, &desired)).flatten();
     let brought = ledger.bring_in(&lock, &desired, within);
     drop(lock);
     let (changes, again) = match brought {
@@ -81,7 +81,7 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
             return Ok(0);
         }
         Ok(Brought::Confirmed { changes, unrecorded }) => {
-            guard::warn(guard::install(&places.pin, &desired));
+            guard::warn(guard::install(&places.pin, &desired, known));
             if let Some(error) = unrecorded {
                 eprintln!("warning: a boot will not know of these rules: {error:#}");
             }

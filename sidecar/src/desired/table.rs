@@ -22,10 +22,11 @@ use ipnet::IpNet;
 use super::{COMMENT_PREFIX, PRIORITY, PROBE_PRIORITY, TABLE};
 use crate::observed::Amount;
 use crate::policy::{Bind, Exception, Mode, Policy, Role, Sources};
-use crate::ruleset::glass;
+use crate::ruleset::normal::prefix_of;
 use crate::ruleset::{
     Base, Chain, Hook, Match, NamedSet, Op, Operand, Rule, Statement, Table, TableFamily, Term,
 };
+use crate::ruleset::{glass, render};
 use crate::terms::{Family, IfacePattern, Port, Proto};
 
 /// Why a packet is dropped: one named counter for each reason and family.
@@ -165,8 +166,14 @@ fn long_lists(chains: &mut [Chain]) -> Vec<NamedSet> {
         let Some(family) = list.first().and_then(family_of).filter(|_| list.len() > LISTED_MAX) else {
             continue;
         };
-        let text: String = list.iter().map(|each| format!("{each:?}")).collect();
-        let name = format!("list-{family}-{}", crate::policy::sum(&text));
+        // The same list is asked for by several rules.
+        let name = sets.values().find(|set| set.elements == *list).map_or_else(
+            || {
+                let text: Vec<String> = list.iter().map(render::operand).collect();
+                format!("list-{family}-{}", crate::policy::sum(&text.join(",")))
+            },
+            |set| set.name.clone(),
+        );
         let Operand::Set(elements) = std::mem::replace(right, Operand::Named(name.clone())) else { continue };
         sets.entry(name.clone()).or_insert_with(|| NamedSet {
             name,
@@ -652,11 +659,7 @@ fn range_operand(family: Family, (first, last): (u128, u128)) -> Operand {
     if first == last {
         return Operand::Address(low);
     }
-    let bits = if family == Family::Ipv4 { 32 } else { 128 };
-    let prefix = (0..bits)
-        .filter_map(|length| IpNet::new(low, length).ok())
-        .find(|net| net.network() == low && last_address(net) == high);
-    match prefix {
+    match prefix_of(low, high) {
         Some(net) => Operand::Prefix(net),
         None => Operand::Range(Box::new(Operand::Address(low)), Box::new(Operand::Address(high))),
     }

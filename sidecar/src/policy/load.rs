@@ -87,9 +87,8 @@ pub fn parse(text: &str, file: &str, today: Date) -> Result<Loaded, Mistakes> {
     }
     notes.sort_by_key(|(at, _)| *at);
     let notes = notes.into_iter().map(|(_, note)| note).collect();
-    // Elements of lists were only needed for the checks above.
-    let places = places.into_iter().filter(|(key, _)| !key.ends_with(']') || is_table(key)).collect();
-    Ok(Loaded { policy, notes, file: file.to_owned(), text: text.to_owned(), places })
+    // Those of elements were only needed for the checks above.
+    Ok(Loaded { policy, notes, file: file.to_owned(), text: text.to_owned(), places: places.keys })
 }
 
 /// What to say of an exception past its `until`.
@@ -132,12 +131,6 @@ impl Loaded {
             key = &key[..key.rfind('.')?];
         }
     }
-}
-
-/// `exception[0]` and its like are tables; `public.tcp[0]` is a port.
-fn is_table(key: &str) -> bool {
-    ["mesh.service[", "local[", "exception[", "file["].iter().any(|head| key.starts_with(head))
-        && key.matches('[').count() == 1
 }
 
 /// The text of a file of this sort ("policy"), of at most so many bytes. Never waits.

@@ -2,7 +2,7 @@
 //! its key remembered as doubtful, so that reading goes on and every mistake is found in
 //! one pass; checks that would rest on a doubtful key stay silent.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::ops::Range;
@@ -77,12 +77,26 @@ const WIREGUARD_ONLY: &[&str] =
 /// Keys that speak of tailscaled.
 const TAILSCALE_ONLY: &[&str] = &["mesh.tags", "mesh.tailscale_ssh"];
 
-pub(crate) type Places = BTreeMap<String, Range<usize>>;
+/// Where the keys of a file are, and the elements of their lists (`public.tcp[1]`).
+#[derive(Debug, Default)]
+pub(crate) struct Places {
+    pub(crate) keys: BTreeMap<String, Range<usize>>,
+    elements: BTreeMap<String, Vec<Range<usize>>>,
+}
+
+impl Places {
+    pub(crate) fn get(&self, key: &str) -> Option<&Range<usize>> {
+        self.keys.get(key).or_else(|| {
+            let (list, at) = key.strip_suffix(']')?.rsplit_once('[')?;
+            self.elements.get(list)?.get(at.parse::<usize>().ok()?)
+        })
+    }
+}
 
 #[derive(Debug)]
 pub(crate) struct Read {
     pub(crate) policy: Policy,
-    /// Every key that the file sets, elements of lists included (`public.tcp[1]`).
+    /// Of every key that the file sets.
     pub(crate) places: Places,
     /// Keys without effect, and the rest of the sentence that says so.
     pub(crate) noted: Vec<(String, &'static str)>,
@@ -199,7 +213,7 @@ pub(crate) fn read_table(table: &DeTable<'_>, found: Found) -> Result<Read, Foun
         .iter()
         .filter(|_| policy.mesh.kind == MeshKind::Wireguard)
         .map(|key| (*key, " with kind = \"wireguard\", which has no such thing"));
-    let set = |(key, why): (&str, &'static str)| places.contains_key(key).then(|| (key.to_owned(), why));
+    let set = |(key, why): (&str, &'static str)| places.get(key).is_some().then(|| (key.to_owned(), why));
     let noted = foreign.chain(tailscale).filter_map(set).collect();
     Ok(Read { policy, places, noted })
 }
@@ -308,7 +322,7 @@ pub(crate) type Value<'t> = Spanned<DeValue<'t>>;
 
 impl Reader {
     pub(crate) fn new(found: Found) -> Self {
-        Self { found, places: Places::new(), doubtful: BTreeSet::new() }
+        Self { found, places: Places::default(), doubtful: BTreeSet::new() }
     }
 
     /// Whether the file is of the version that is read here; one that we don't know may mean
@@ -336,7 +350,7 @@ impl Reader {
     ) -> Option<(&'r Value<'t>, Range<usize>)> {
         let (name, value) = section.table?.get_key_value(key)?;
         let at = if value.span() == (0..0) { name.span() } else { value.span() };
-        self.places.insert(section.path(key), at.clone());
+        self.places.keys.insert(section.path(key), at.clone());
         Some((value, at))
     }
 
@@ -413,8 +427,9 @@ impl Reader {
             return None;
         }
         let mut list: Vec<T> = Vec::with_capacity(array.len());
+        let mut places = Vec::with_capacity(array.len());
         // By text, because none of the types agree on an order.
-        let mut known = BTreeSet::new();
+        let mut known = HashSet::with_capacity(array.len());
         for value in array.iter() {
             match read(value.get_ref()) {
                 Ok(element) if !known.insert(element.to_string()) => {
@@ -422,7 +437,7 @@ impl Reader {
                     self.complain(value.span(), wrong(what, "keep one of them"));
                 }
                 Ok(element) => {
-                    self.places.insert(format!("{path}[{}]", list.len()), value.span());
+                    places.push(value.span());
                     list.push(element);
                 }
                 Err(wrong) => {
@@ -431,6 +446,7 @@ impl Reader {
                 }
             }
         }
+        self.places.elements.insert(path, places);
         Some(list)
     }
 
@@ -527,7 +543,7 @@ impl Reader {
                 continue;
             };
             let path = format!("{path}[{}]", sections.len());
-            self.places.insert(path.clone(), value.span());
+            self.places.keys.insert(path.clone(), value.span());
             let section = Section { path, at: value.span(), table: Some(table), kind, grammar };
             self.unknown_keys(&section);
             sections.push(section);

@@ -180,7 +180,12 @@ impl Lines {
 }
 
 fn quoted(value: impl Display) -> String {
-    toml::Value::String(value.to_string()).to_string()
+    let text = value.to_string();
+    // As it is said below, for most there is: addresses, prefixes, names.
+    if text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b" .:/_-*+=@,".contains(&byte)) {
+        return format!("\"{text}\"");
+    }
+    toml::Value::String(text).to_string()
 }
 
 /// Tells two policies apart, in metrics and between a daemon and who talks to it: the

@@ -56,9 +56,7 @@ pub fn same_set(a: &NamedSet, b: &NamedSet) -> bool {
         flags
     };
     let alike = (&a.name, &a.kind, a.map) == (&b.name, &b.kind, b.map) && flags(a) == flags(b);
-    alike
-        && (a.is_timed()
-            || (a.truncated, normal::listed(&a.elements)) == (b.truncated, normal::listed(&b.elements)))
+    alike && (a.is_timed() || (a.truncated == b.truncated && normal::same_list(&a.elements, &b.elements)))
 }
 
 /// The differences as a diff: `-` goes, `+` comes, `~` changes. Empty for no differences.

@@ -11,6 +11,7 @@ pub mod decode;
 pub mod encode;
 pub mod evaluate;
 pub mod glass;
+pub mod lists;
 pub mod normal;
 pub mod render;
 pub mod xt;

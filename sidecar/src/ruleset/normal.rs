@@ -307,13 +307,24 @@ fn sorted(mut values: Vec<Operand>) -> Vec<Operand> {
     values
 }
 
-/// What is in a named set of addresses, however it is written.
-pub(super) fn listed(elements: &[Operand]) -> Operand {
-    merged(&Term::Unknown(String::new()), elements)
+/// Whether the same is in two named sets of addresses, however it is written.
+pub(super) fn same_list(a: &[Operand], b: &[Operand]) -> bool {
+    let any = Term::Unknown(String::new());
+    a == b || intervals(&any, a) == intervals(&any, b)
 }
 
 /// A set as its disjoint intervals: nft merges some that touch and leaves others.
 fn merged(term: &Term, values: &[Operand]) -> Operand {
+    let (joined, mut rest) = intervals(term, values);
+    rest.extend(joined.into_iter().map(|(family, low, high)| of_interval(family, low, high)));
+    let mut values = sorted(rest);
+    if values.len() == 1 { values.remove(0) } else { Operand::Set(values) }
+}
+
+pub(super) type Interval = (Option<Family>, u128, u128);
+
+/// The disjoint intervals of these values in their order, and the values that are none, sorted.
+pub(super) fn intervals(term: &Term, values: &[Operand]) -> (Vec<Interval>, Vec<Operand>) {
     let mut intervals = vec![];
     let mut rest = vec![];
     for value in values {
@@ -323,16 +334,14 @@ fn merged(term: &Term, values: &[Operand]) -> Operand {
         }
     }
     intervals.sort();
-    let mut joined: Vec<(Option<Family>, u128, u128)> = vec![];
+    let mut joined: Vec<Interval> = vec![];
     for (family, low, high) in intervals {
         match joined.last_mut() {
             Some((f, _, end)) if *f == family && low <= end.saturating_add(1) => *end = high.max(*end),
             _ => joined.push((family, low, high)),
         }
     }
-    rest.extend(joined.into_iter().map(|(family, low, high)| of_interval(family, low, high)));
-    let mut values = sorted(rest);
-    if values.len() == 1 { values.remove(0) } else { Operand::Set(values) }
+    (joined, sorted(rest))
 }
 
 fn of_interval(family: Option<Family>, low: u128, high: u128) -> Operand {
@@ -415,8 +424,8 @@ fn term_implies(term: &Term, key: &str, wanted: u64) -> bool {
     }
 }
 
-/// A prefix where the range is one, for print.
-pub(super) fn prefix_of(low: IpAddr, high: IpAddr) -> Option<IpNet> {
+/// A prefix where the range is one.
+pub fn prefix_of(low: IpAddr, high: IpAddr) -> Option<IpNet> {
     let width: u32 = if low.is_ipv4() { 32 } else { 128 };
     if low.is_ipv4() != high.is_ipv4() {
         return None;

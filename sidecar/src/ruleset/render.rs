@@ -206,7 +206,8 @@ fn value(term: &Term, value: &Operand) -> String {
     }
 }
 
-pub(super) fn operand(value: &Operand) -> String {
+/// A value as nft reads it back.
+pub fn operand(value: &Operand) -> String {
     match value {
         Operand::Number(n) => n.to_string(),
         Operand::Text(text) => bare(text),

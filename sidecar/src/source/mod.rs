@@ -17,6 +17,7 @@ pub mod netlink;
 pub mod nft;
 pub mod nft_counters;
 pub mod nft_events;
+pub mod nft_lists;
 pub mod nft_xt;
 pub mod outside;
 pub mod owners;

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::{legacy, nft_events, nft_xt};
+use super::{legacy, nft_events, nft_lists, nft_xt};
 use crate::desired::TABLE;
 use crate::ruleset::xt::Parts;
 use crate::ruleset::{Ruleset, Table, TableFamily, decode};
@@ -60,11 +60,13 @@ pub fn list_ruleset() -> anyhow::Result<Ruleset> {
 }
 
 fn list_nftables() -> anyhow::Result<Ruleset> {
+    if let Some(ruleset) = list_filled(None, &["-j", "-t", "list", "ruleset"], DEADLINE)? {
+        return Ok(ruleset);
+    }
     let args = ["-j", "list", "ruleset"];
     // The numbers of rules that were there before and after mean the same rules; else what
     // is in them stays unknown.
     let mut tries = 0..TRIES;
-    let generation = || nft_events::NftQueries::open()?.generation();
     while let (Some(_), Ok(before)) = (tries.next(), generation()) {
         let Ok(parts) = nft_xt::read() else { break };
         let some = !parts.is_empty();
@@ -76,6 +78,37 @@ fn list_nftables() -> anyhow::Result<Ruleset> {
     list(&args, Parts::default(), DEADLINE)
 }
 
+/// The same where nft need not say what is in long lists of addresses, in this table of ours or in any. `None`: there
+/// are no such lists, or nft has to list them, or say what is wrong. An nft that hangs once is not waited for again.
+fn list_filled(table: Option<&str>, args: &[&str], limit: Duration) -> anyhow::Result<Option<Ruleset>> {
+    let listed = || -> anyhow::Result<Option<Ruleset>> {
+        for _ in 0..TRIES {
+            let before = generation()?;
+            let Some(mut lists) = nft_lists::find(table)? else { return Ok(None) };
+            let parts = if table.is_none() { nft_xt::read()? } else { Parts::default() };
+            let mut ruleset = list(args, parts, limit)?;
+            if !lists.fill(&mut ruleset)? {
+                return Ok(None);
+            }
+            if generation()? == before {
+                return Ok(Some(ruleset));
+            }
+        }
+        Ok(None)
+    };
+    listed().or_else(|error| match error.downcast_ref() {
+        Some(NftError::TimedOut { .. }) => Err(error),
+        _ => {
+            log::debug!("nft lists all of it: {error:#}");
+            Ok(None)
+        }
+    })
+}
+
+fn generation() -> Result<u32, nft_events::NftSocketError> {
+    nft_events::NftQueries::open()?.generation()
+}
+
 /// Our own table; `None` if there is none.
 pub fn list_table() -> anyhow::Result<Option<Table>> {
     list_table_within(DEADLINE)
@@ -83,6 +116,16 @@ pub fn list_table() -> anyhow::Result<Option<Table>> {
 
 /// The same for whoever can't wait.
 pub fn list_table_within(limit: Duration) -> anyhow::Result<Option<Table>> {
+    // Without nft nothing could be done about what is found: that is said first.
+    program()?;
+    if matches!(nft_events::NftQueries::open().and_then(|mut queries| queries.own_table_exists()), Ok(false))
+    {
+        return Ok(None);
+    }
+    // Of one table nft 1.0.6 asks for every element, also where it is to leave them out.
+    if let Some(ruleset) = list_filled(Some(TABLE), &["-j", "-t", "list", "ruleset", "inet"], limit)? {
+        return Ok(own(ruleset));
+    }
     list_own(&["-j", "list", "table", "inet", TABLE], limit)
 }
 
@@ -93,12 +136,14 @@ pub fn list_sets() -> anyhow::Result<Option<Table>> {
 
 fn list_own(args: &[&str], limit: Duration) -> anyhow::Result<Option<Table>> {
     match list(args, Parts::default(), limit) {
-        Ok(ruleset) => {
-            Ok(ruleset.tables.into_iter().find(|t| t.family == TableFamily::Inet && t.name == TABLE))
-        }
+        Ok(ruleset) => Ok(own(ruleset)),
         Err(e) if matches!(e.downcast_ref(), Some(NftError::NotFound { .. })) => Ok(None),
         Err(e) => Err(e),
     }
+}
+
+fn own(ruleset: Ruleset) -> Option<Table> {
+    ruleset.tables.into_iter().find(|t| t.family == TableFamily::Inet && t.name == TABLE)
 }
 
 /// Our own table as nft prints it, which `nft -f` takes back: amounts of counters included, and what ends by
@@ -177,6 +222,16 @@ pub fn run_file(path: &Path) -> anyhow::Result<()> {
 
 /// The last processes that committed for us, newest first.
 static COMMITTERS: Mutex<[u32; 64]> = Mutex::new([0; 64]);
+
+/// Says that the calling thread is about to commit by itself: the kernel names the thread, not its process.
+pub fn committing() {
+    let own = rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs();
+    let mut committers = COMMITTERS.lock().unwrap_or_else(PoisonError::into_inner);
+    if !committers.contains(&own) {
+        committers.rotate_right(1);
+        committers[0] = own;
+    }
+}
 
 /// Whether this process was one of ours: the kernel announces our own commits, too, by
 /// its name for them. In a pid namespace the numbers differ and none is known.

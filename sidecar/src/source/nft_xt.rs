@@ -54,15 +54,7 @@ pub(super) fn decode(payload: &[u8], out: &mut Vec<Rule>) -> Result<(), NetlinkE
     let (Some(&family), Some(body)) = (payload.first(), payload.get(4..)) else {
         return Err(NetlinkError::Truncated("a rule"));
     };
-    let family = match family {
-        1 => TableFamily::Inet,
-        2 => TableFamily::Ip,
-        3 => TableFamily::Arp,
-        5 => TableFamily::Netdev,
-        7 => TableFamily::Bridge,
-        10 => TableFamily::Ip6,
-        _ => return Ok(()),
-    };
+    let Some(family) = family_of(family) else { return Ok(()) };
     let (mut table, mut chain, mut handle, mut parts) = (None, None, None, Vec::new());
     for attribute in attributes(body) {
         let (kind, value) = attribute?;
@@ -92,6 +84,19 @@ pub(super) fn decode(payload: &[u8], out: &mut Vec<Rule>) -> Result<(), NetlinkE
     }
     out.push(Rule { family, table, chain, handle, parts });
     Ok(())
+}
+
+/// By NFPROTO_*.
+pub(super) fn family_of(number: u8) -> Option<TableFamily> {
+    Some(match number {
+        1 => TableFamily::Inet,
+        2 => TableFamily::Ip,
+        3 => TableFamily::Arp,
+        5 => TableFamily::Netdev,
+        7 => TableFamily::Bridge,
+        10 => TableFamily::Ip6,
+        _ => return None,
+    })
 }
 
 fn expression(bytes: &[u8]) -> Result<Option<Part>, NetlinkError> {

@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
+use aya::Pod;
 use aya::maps::{MapData, RingBuf};
 use aya_log::EbpfLogger;
 use tokio::io::Interest;
@@ -38,6 +39,7 @@ pub struct TcxLink {
 
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
 const BPF_LINK_DETACH: libc::c_long = 34;
 const BPF_LINK_TYPE_TCX: u32 = 11;
 
@@ -64,6 +66,78 @@ pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     }
     // SAFETY: the call returned a new descriptor that nobody else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Every entry of a map, up to `most` of them, in a few calls (BPF_MAP_LOOKUP_BATCH; of an LPM trie since Linux 5.13).
+/// Of a map that changes meanwhile some may be missing or there twice. `None`: this kernel can't.
+pub fn entries<K: Pod, V: Pod>(map: &MapData, most: usize) -> io::Result<Option<Vec<(K, V)>>> {
+    /// The head of `union bpf_attr` for this call.
+    #[repr(C)]
+    struct Batch {
+        in_batch: u64,
+        out_batch: u64,
+        keys: u64,
+        values: u64,
+        count: u32,
+        map_fd: u32,
+        elem_flags: u64,
+        flags: u64,
+    }
+    /// ENOTSUPP, which no libc names.
+    const NOT_SUPPORTED: i32 = 524;
+    const AT_ONCE: usize = 1024;
+    let info = map.info().map_err(io::Error::other)?;
+    if (info.key_size() as usize, info.value_size() as usize) != (size_of::<K>(), size_of::<V>()) {
+        return Err(io::Error::other("a map of other entries"));
+    }
+    let mut keys = Vec::<K>::with_capacity(AT_ONCE);
+    let mut values = Vec::<V>::with_capacity(AT_ONCE);
+    // Where one call ended and the next begins: a key.
+    let mut last = std::mem::MaybeUninit::<K>::uninit();
+    let (mut out, mut begun) = (Vec::new(), false);
+    while out.len() < most {
+        let last = last.as_mut_ptr() as u64;
+        let mut attr = Batch {
+            in_batch: if begun { last } else { 0 },
+            out_batch: last,
+            keys: keys.as_mut_ptr() as u64,
+            values: values.as_mut_ptr() as u64,
+            count: AT_ONCE as u32,
+            map_fd: map.fd().as_fd().as_raw_fd() as u32,
+            elem_flags: 0,
+            flags: 0,
+        };
+        // SAFETY: the kernel reads and writes size_of::<Batch>() bytes of `attr`, writes at most `count` keys and
+        // values, whose sizes were compared and for which there is room, and a key into `last`, which it has
+        // written when it reads it.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_bpf,
+                BPF_MAP_LOOKUP_BATCH,
+                &raw mut attr,
+                size_of::<Batch>() as libc::c_uint,
+            )
+        };
+        let ended = if result == 0 { None } else { Some(io::Error::last_os_error()) };
+        match ended.as_ref().and_then(io::Error::raw_os_error) {
+            None | Some(libc::ENOENT) => {}
+            Some(NOT_SUPPORTED | libc::EINVAL | libc::EOPNOTSUPP) if !begun => return Ok(None),
+            Some(_) => return Err(ended.unwrap_or_else(io::Error::last_os_error)),
+        }
+        let count = (attr.count as usize).min(AT_ONCE);
+        // SAFETY: the kernel has written as many, and any bytes are a `Pod`.
+        unsafe {
+            keys.set_len(count);
+            values.set_len(count);
+        }
+        out.extend(keys.drain(..).zip(values.drain(..)));
+        if ended.is_some() || count == 0 {
+            break;
+        }
+        begun = true;
+    }
+    out.truncate(most);
+    Ok(Some(out))
 }
 
 /// Where a tcx link is attached and what runs there.

@@ -43,9 +43,22 @@ pub struct Guard {
     rules: Array<MapData, Rules>,
     ports: Array<MapData, u64>,
     prefixes: LpmTrie<MapData, PrefixKey, u8>,
+    /// The same, for what aya has no call for.
+    prefixes_map: MapData,
     timed: LpmTrie<MapData, TimedKey, u64>,
     sides: HashMap<MapData, u32, Sides>,
     refused: PerCpuArray<MapData, u64>,
+    /// What was last found of the bank that was written last.
+    known: Option<Known>,
+}
+
+/// That a bank holds certain rules, from a moment ago.
+#[derive(Clone, Copy, Debug)]
+pub struct Known {
+    /// As `state::NEWEST` names it. Others are written before this one is written again.
+    bank: u64,
+    /// Other banks have prefixes as well.
+    others: bool,
 }
 
 /// What is in force.
@@ -114,10 +127,12 @@ impl Guard {
             rules: Array::try_from(Map::Array(map(maps::RULES)?))?,
             ports: Array::try_from(Map::Array(map(maps::PORTS)?))?,
             prefixes: LpmTrie::try_from(Map::LpmTrie(map(maps::PREFIXES)?))?,
+            prefixes_map: map(maps::PREFIXES)?,
             timed: LpmTrie::try_from(Map::LpmTrie(map(maps::TIMED)?))?,
             sides: HashMap::try_from(Map::HashMap(map(maps::SIDES)?))?,
             refused: PerCpuArray::try_from(Map::PerCpuArray(map(maps::REFUSED)?))?,
             attachments: attachments(pin_dir),
+            known: None,
         }))
     }
 
@@ -127,18 +142,39 @@ impl Guard {
         self
     }
 
-    /// These rules alone, on the public ones of these interfaces.
-    pub fn install(&mut self, rules: &GuardRules, links: &[Link]) -> anyhow::Result<()> {
-        self.relax(rules, links)?;
+    /// These rules alone, on the public ones of these interfaces. What was known of these rules by an earlier
+    /// [`Guard::relax`] need not be read again.
+    pub fn install(
+        &mut self,
+        rules: &GuardRules,
+        links: &[Link],
+        known: Option<Known>,
+    ) -> anyhow::Result<()> {
+        self.relax_knowing(rules, links, known)?;
         self.settle()?;
         self.sync(rules, links)
     }
 
     /// These rules beside those that are in force: never refuses what either lets in. Also
     /// takes the place of an earlier change that was not settled.
-    pub fn relax(&mut self, rules: &GuardRules, links: &[Link]) -> anyhow::Result<()> {
+    pub fn relax(&mut self, rules: &GuardRules, links: &[Link]) -> anyhow::Result<Option<Known>> {
+        self.relax_knowing(rules, links, None)
+    }
+
+    fn relax_knowing(
+        &mut self,
+        rules: &GuardRules,
+        links: &[Link],
+        known: Option<Known>,
+    ) -> anyhow::Result<Option<Known>> {
         let (in_force, newest) = (self.word(state::IN_FORCE)?, self.word(state::NEWEST)?);
-        if newest == 0 || !self.holds(newest, rules)? {
+        // What was known of other rules tells nothing of these.
+        self.known = match known {
+            Some(known) if known.bank == newest => Some(known),
+            _ if newest == 0 => None,
+            _ => self.held(newest, rules)?,
+        };
+        if self.known.is_none() {
             // What an unsettled change came on top of; an unsettled first one on nothing.
             let before = if in_force == newest { in_force } else { in_force & !newest };
             let Some(bank) = (0..BANKS).find(|bank| (in_force | newest) >> bank & 1 == 0) else {
@@ -152,7 +188,8 @@ impl Guard {
             // Whoever wrote them was killed before they were in force.
             self.set_word(state::IN_FORCE, in_force | newest)?;
         }
-        self.attach(rules, links)
+        self.attach(rules, links)?;
+        Ok(self.known)
     }
 
     /// Only the rules that were written last, from now on. Nothing, where none were.
@@ -160,6 +197,8 @@ impl Guard {
         let newest = self.word(state::NEWEST)?;
         if self.word(state::IN_FORCE)? != newest {
             self.set_word(state::IN_FORCE, newest)?;
+        } else if self.known.is_some_and(|known| known.bank == newest && !known.others) {
+            return Ok(());
         }
         self.forget(newest)
     }
@@ -197,7 +236,7 @@ impl Guard {
     /// Whether the rules that were written last are these.
     pub fn is_as(&self, rules: &GuardRules) -> anyhow::Result<bool> {
         let newest = self.word(state::NEWEST)?;
-        Ok(newest != 0 && self.holds(newest, rules)?)
+        Ok(newest != 0 && self.held(newest, rules)?.is_some())
     }
 
     /// Whether its pins are what was pinned, by whichever build.
@@ -292,7 +331,8 @@ impl Guard {
         // It may have been in force a moment ago.
         sys::bpf::wait_for_running_programs();
         self.clear_prefixes(|bits, key| {
-            usize::from(key.bank) == bank && !wanted.prefixes.contains_key(&(bits, *key))
+            let found = wanted.prefixes.binary_search_by_key(&(bits, *key), |(key, _)| *key);
+            usize::from(key.bank) == bank && found.is_err()
         })?;
         for ((bits, key), value) in &wanted.prefixes {
             self.prefixes.insert(&Key::new(*bits, *key), value, 0).context("insertion of a prefix")?;
@@ -335,41 +375,49 @@ impl Guard {
     }
 
     fn clear_prefixes(&mut self, is_away: impl Fn(u32, &PrefixKey) -> bool) -> anyhow::Result<()> {
-        let mut away = Vec::new();
-        for key in self.prefixes.keys().take(PREFIXES_MAX as usize) {
-            let key = key.context("list of prefixes")?;
+        for (key, _) in self.entries()? {
             if is_away(key.prefix_len(), &key.data()) {
-                away.push((key.prefix_len(), key.data()));
+                self.prefixes.remove(&key).context("removal of a prefix")?;
             }
-        }
-        for (bits, key) in away {
-            self.prefixes.remove(&Key::new(bits, key)).context("removal of a prefix")?;
         }
         Ok(())
     }
 
-    fn holds(&self, bit: u64, rules: &GuardRules) -> anyhow::Result<bool> {
+    fn entries(&self) -> anyhow::Result<Vec<(Key<PrefixKey>, u8)>> {
+        let most = PREFIXES_MAX as usize;
+        let listed = sys::bpf::entries(&self.prefixes_map, most).context("list of prefixes")?;
+        match listed {
+            Some(entries) => Ok(entries),
+            // Two calls for each.
+            None => self.prefixes.iter().take(most).collect::<Result<_, _>>().context("list of prefixes"),
+        }
+    }
+
+    /// `None`: it holds others.
+    fn held(&self, bit: u64, rules: &GuardRules) -> anyhow::Result<Option<Known>> {
         let bank = bit.trailing_zeros() as usize;
         let wanted = Bank::new(bank, rules)?;
         if bank >= BANKS
             || self.rules.get(&(bank as u32), 0).context("read of the guard's rules")? != wanted.rules
         {
-            return Ok(false);
+            return Ok(None);
         }
         for (at, word) in wanted.words.iter().enumerate() {
             let at = word_index(bank, 0) + at as u32;
             if self.ports.get(&at, 0).context("read of the guard's ports")? != *word {
-                return Ok(false);
+                return Ok(None);
             }
         }
-        let mut there = BTreeMap::new();
-        for entry in self.prefixes.iter().take(PREFIXES_MAX as usize) {
-            let (key, value) = entry.context("list of prefixes")?;
-            if usize::from(key.data().bank) == bank {
-                there.insert((key.prefix_len(), key.data()), value);
-            }
-        }
-        Ok(there == wanted.prefixes)
+        let entries = self.entries()?;
+        let all = entries.len();
+        let mut there: Vec<((u32, PrefixKey), u8)> = (entries.into_iter())
+            .map(|(key, value)| ((key.prefix_len(), key.data()), value))
+            .filter(|((_, key), _)| usize::from(key.bank) == bank)
+            .collect();
+        let others = there.len() < all;
+        there.sort_unstable();
+        there.dedup();
+        Ok(there.into_iter().eq(wanted.prefixes).then_some(Known { bank: bit, others }))
     }
 
     fn word(&self, at: u32) -> anyhow::Result<u64> {
@@ -562,7 +610,8 @@ fn reason_of(number: u32) -> Option<DropReason> {
 struct Bank {
     rules: Rules,
     words: Vec<u64>,
-    prefixes: BTreeMap<(u32, PrefixKey), u8>,
+    /// Sorted, each once.
+    prefixes: Vec<((u32, PrefixKey), u8)>,
 }
 
 impl Bank {
@@ -571,19 +620,17 @@ impl Bank {
         for port in &rules.anyone {
             words[usize::from(port.get() / 64)] |= 1 << (port.get() % 64);
         }
-        let mut prefixes = BTreeMap::new();
+        let mut prefixes = Vec::new();
         let key = |kind, port, net: &IpNet| {
             let (family, address, bits) = parts_of(net);
             let key = PrefixKey { bank: bank as u8, kind, port, family, address };
             (PREFIX_HEAD_BITS + bits, key)
         };
         prefixes.extend(rules.mesh.iter().map(|net| (key(kinds::MESH, 0, net), 1)));
-        let mut sources: BTreeMap<Port, BTreeMap<IpNet, u8>> = BTreeMap::new();
+        let mut sources: BTreeMap<Port, Vec<(IpNet, u8)>> = BTreeMap::new();
         for listed in &rules.listed {
             let how = if listed.to.is_empty() { open::EVERYWHERE } else { open::AT_ADDRESSES };
-            for net in &listed.from {
-                *sources.entry(listed.port).or_default().entry(net.trunc()).or_default() |= how;
-            }
+            sources.entry(listed.port).or_default().extend(listed.from.iter().map(|net| (net.trunc(), how)));
             prefixes
                 .extend(listed.to.iter().map(|to| (key(kinds::TO, listed.port.get(), &IpNet::from(*to)), 1)));
         }
@@ -591,6 +638,8 @@ impl Bank {
             let with_wider = inherited(nets, |own, wider| own | wider);
             prefixes.extend(with_wider.iter().map(|(net, how)| (key(kinds::FROM, port.get(), net), *how)));
         }
+        prefixes.sort_unstable();
+        prefixes.dedup();
         let most = PREFIXES_MAX as usize / BANKS;
         if prefixes.len() > most {
             bail!("the policy has {} prefixes for public ports; the guard holds {most}", prefixes.len());
@@ -601,12 +650,9 @@ impl Bank {
 }
 
 fn timed_entries<'a>(openings: impl Iterator<Item = &'a Timed>) -> BTreeMap<(u32, TimedKey), u64> {
-    let mut by_port: BTreeMap<Port, BTreeMap<IpNet, u64>> = BTreeMap::new();
+    let mut by_port: BTreeMap<Port, Vec<(IpNet, u64)>> = BTreeMap::new();
     for Timed { port, from, until } in openings {
-        for net in from {
-            let end = by_port.entry(*port).or_default().entry(net.trunc()).or_default();
-            *end = until.0.max(*end);
-        }
+        by_port.entry(*port).or_default().extend(from.iter().map(|net| (net.trunc(), until.0)));
     }
     let mut entries = BTreeMap::new();
     for (port, nets) in by_port {
@@ -621,18 +667,24 @@ fn timed_entries<'a>(openings: impl Iterator<Item = &'a Timed>) -> BTreeMap<(u32
     entries
 }
 
-/// A trie tells the longest prefix only, so each is given what the wider ones around it have.
-fn inherited<T: Copy>(nets: BTreeMap<IpNet, T>, join: impl Fn(T, T) -> T) -> BTreeMap<IpNet, T> {
-    let mut sorted: Vec<(IpNet, T)> = nets.into_iter().collect();
-    sorted.sort_by_key(|(net, _)| (net.network(), net.prefix_len()));
-    let (mut around, mut out): (Vec<(IpNet, T)>, _) = (Vec::new(), BTreeMap::new());
-    for (net, own) in sorted {
+/// A trie tells the longest prefix only, so each is given what the wider ones around it have. Each once.
+fn inherited<T: Copy>(mut nets: Vec<(IpNet, T)>, join: impl Fn(T, T) -> T) -> Vec<(IpNet, T)> {
+    nets.sort_by_key(|(net, _)| (net.network(), net.prefix_len()));
+    nets.dedup_by(|again, first| {
+        let same = again.0 == first.0;
+        if same {
+            first.1 = join(again.1, first.1);
+        }
+        same
+    });
+    let (mut around, mut out): (Vec<(IpNet, T)>, _) = (Vec::new(), Vec::with_capacity(nets.len()));
+    for (net, own) in nets {
         while around.last().is_some_and(|(wider, _)| !wider.contains(&net)) {
             around.pop();
         }
         let value = around.last().map_or(own, |(_, wider)| join(own, *wider));
         around.push((net, value));
-        out.insert(net, value);
+        out.push((net, value));
     }
     out
 }
@@ -670,7 +722,7 @@ mod tests {
         let got = inherited(all, |own, wider| own | wider);
         let wanted =
             [("10.0.0.0/8", 1), ("10.1.0.0/16", 3), ("10.1.2.0/24", 7), ("10.2.0.0/16", 9), ("::/0", 16)];
-        assert_eq!(got, wanted.into_iter().map(|(text, value)| (net(text), value)).collect());
+        assert_eq!(got, wanted.into_iter().map(|(text, value)| (net(text), value)).collect::<Vec<_>>());
     }
 
     #[test]
