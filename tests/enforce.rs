@@ -1072,29 +1072,27 @@ fn long_lists_are_kept_put_right_and_rolled_back() {
         assert_eq!(answers(), open, "{change}");
     }
     // A foreign set of the same kind is read in the same way, one that only nft can list beside it or not.
-    let check = |code: i32| {
-        let said = guard.run(&["check", "--no-probe", "--format", "json"]);
-        let findings = said.json().unwrap()["findings"].as_array().unwrap().clone();
-        let about = |finding: &&serde_json::Value| {
-            ["firewall-changed", "firewall-blocked"].contains(&finding["code"].as_str().unwrap())
-        };
-        let about: Vec<_> = findings.iter().filter(about).map(|finding| finding["code"].clone()).collect();
-        assert_eq!((said.code, about.is_empty()), (Some(code), code == 0), "{}", said.all());
-        about
+    let check = || {
+        let said = guard.run(&["check", "--no-probe", "--format", "json"]).json().unwrap();
+        let codes =
+            said["findings"].as_array().unwrap().iter().map(|finding| finding["code"].as_str().unwrap());
+        let codes: BTreeSet<String> =
+            codes.filter(|code| code.starts_with("firewall-")).map(str::to_owned).collect();
+        codes.into_iter().collect::<Vec<_>>().join(" ")
     };
-    assert_eq!(check(0), [] as [&str; 0]);
+    assert_eq!(check(), "");
     lab.spoke.nft(
         "table inet theirs { set all { type ipv4_addr; flags interval; elements = { 0.0.0.0/1, 128.0.0.0/1 }; };          chain in { type filter hook input priority -300; ip saddr @all tcp dport 443 drop; } }",
     )
     .unwrap();
-    assert_eq!(check(1), ["firewall-blocked"]);
+    assert_eq!(check(), "firewall-blocked");
     lab.spoke.nft(&format!("add element inet spokeguard {four} {{ 203.0.113.0/24 }}")).unwrap();
     lab.spoke.nft("add map inet theirs m { type inet_service : verdict; elements = { 9 : drop }; }").unwrap();
-    assert_eq!(check(1), ["firewall-changed", "firewall-blocked"]);
+    assert_eq!(check(), "firewall-blocked firewall-changed");
     lab.spoke.nft("delete map inet theirs m").unwrap();
-    assert_eq!(check(1), ["firewall-changed", "firewall-blocked"]);
+    assert_eq!(check(), "firewall-blocked firewall-changed");
     lab.spoke.nft("flush set inet theirs all").unwrap();
-    assert_eq!(check(1), ["firewall-changed"]);
+    assert_eq!(check(), "firewall-changed");
     lab.spoke.nft("delete table inet theirs").unwrap();
     guard.says(0, &["apply"]);
     assert_eq!((table(), answers()), (stood.clone(), open));

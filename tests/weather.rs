@@ -319,7 +319,8 @@ fn folder(lab: &Lab, name: &str, policy: &str) -> PathBuf {
 }
 
 /// A policy of a thousand prefixes, the first audit, a burst of changes, a reload: all in 32 MB with all that the
-/// daemon starts, and then one of ten thousand. Of twice that, nft alone wants more: what is in force stays.
+/// daemon starts, and then one of ten thousand and one of twenty. Where memory does not suffice for more, what is in
+/// force stays.
 #[test]
 fn thirty_two_megabytes_are_enough_and_what_is_too_much_opens_nothing() {
     if lacking(&[Need::Lab, Need::MemoryGroup, Need::Spokeguard]) {
@@ -378,7 +379,17 @@ fn thirty_two_megabytes_are_enough_and_what_is_too_much_opens_nothing() {
     assert_eq!(group.killed().unwrap(), 0, "{}", daemon.running.log());
 
     let others = many(10_000).replace("customers-", "others-").replace("\"2", "\"3");
-    fs::write(&daemon.policy, policy + &others).unwrap();
+    let policy = policy + &others;
+    fs::write(&daemon.policy, &policy).unwrap();
+    wait_until(3 * LONG, "twenty thousand", || {
+        spoke.ok(&TABLE).ok()?.contains("33.249.18.0/24").then_some(())
+    })
+    .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.running.log()));
+    say("twenty thousand");
+    assert_eq!(group.killed().unwrap(), 0, "{}", daemon.running.log());
+
+    group.tighten(1 << 20).unwrap();
+    fs::write(&daemon.policy, policy + &others.replace("others-", "more-").replace("\"3", "\"4")).unwrap();
     // nft or the daemon: whoever it is, what was in force stays.
     wait_until(3 * LONG, "too much", || (group.killed().unwrap() > 0).then_some(())).unwrap();
     for address in [SPOKE_PUBLIC, SPOKE_PUBLIC_V6] {

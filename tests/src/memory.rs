@@ -40,6 +40,19 @@ impl MemoryGroup {
         ["sh".into(), "-c".into(), join, "sh".into()]
     }
 
+    /// Leaves it only so many bytes more than it has now.
+    pub fn tighten(&self, spare: u64) -> Result<()> {
+        let (now, limits): (_, &[&str]) = match self.first {
+            true => ("memory.usage_in_bytes", &["memory.limit_in_bytes", "memory.memsw.limit_in_bytes"]),
+            false => ("memory.current", &["memory.max"]),
+        };
+        let most = self.number(now)? + spare;
+        for file in limits.iter().map(|name| self.file(name)).filter(|file| file.is_file()) {
+            fs::write(&file, most.to_string()).with_context(|| format!("write {}", file.display()))?;
+        }
+        Ok(())
+    }
+
     /// The most that was in use at once, in bytes, what the kernel could have taken back included.
     pub fn peak(&self) -> Result<u64> {
         self.number(if self.first { "memory.max_usage_in_bytes" } else { "memory.peak" })
