@@ -475,7 +475,7 @@ fn states(lab: &Lab, sweep: &Sweep) -> BTreeMap<u16, &'static str> {
         }
         Fate::Answered => "open",
         Fate::Reset => "closed",
-        Fate::Unreachable { .. } | Fate::Dropped => "filtered",
+        Fate::Unreachable { .. } | Fate::Dropped | Fate::Held(_) => "filtered",
         Fate::Lost => "lost",
     };
     sweep.fates.iter().map(|(port, fate)| (port.get(), state(fate))).collect()
@@ -493,6 +493,7 @@ fn kind(fate: &Fate) -> &'static str {
         Fate::Reset => "reset",
         Fate::Unreachable { .. } => "unreachable",
         Fate::Dropped => "dropped",
+        Fate::Held(_) => "held",
         Fate::Lost => "lost",
     }
 }

@@ -159,8 +159,15 @@ impl Case {
         {
             return Ok(Done::Skipped(missing.clone()));
         }
-        // The mesh address is asked for at the public door, and nmap needs to know the way.
-        lab.internet.sh(&format!("ip route add {SPOKE_MESH} via {SPOKE_PUBLIC}"))?;
+        // The mesh address is asked for at the public door, and others as well; nmap needs to know the way.
+        let near = ["198.51.100.", "2001:db8:1:"];
+        for address in self.addresses.iter().flatten().chain([&SPOKE_MESH]) {
+            let text = address.to_string();
+            if !near.iter().any(|net| text.starts_with(net)) {
+                let by = if address.is_ipv4() { SPOKE_PUBLIC } else { SPOKE_PUBLIC_V6 };
+                lab.internet.sh(&format!("ip route replace {text} via {by}"))?;
+            }
+        }
         lab.spoke
             .sh(&format!("sysctl -qw net.ipv4.icmp_ratelimit=0 net.ipv6.icmp.ratelimit=0\n{}", self.setup))?;
         let _all = self.listeners(&lab)?;
@@ -218,7 +225,7 @@ impl Case {
     /// Ports worth a look, if not all: low ones, those that anything names with their neighbours, and a sample.
     fn dense(&self) -> BTreeSet<u16> {
         let mut out: BTreeSet<u16> = (1..=256).chain((257..=u16::MAX).step_by(331)).collect();
-        let texts = self.listeners.iter().chain([&self.rules, &self.setup]);
+        let texts = self.listeners.iter().chain(&self.spawn).chain([&self.rules, &self.setup]);
         for number in texts.flat_map(|text| text.split(|c: char| !c.is_ascii_digit())) {
             if let Ok(port) = number.parse::<u16>() {
                 out.extend((port.saturating_sub(2)..=port.saturating_add(2)).filter(|port| *port > 0));

@@ -15,7 +15,9 @@ use crate::desired::{COMMENT_PREFIX, Desired, DropReason, Service, TABLE};
 use crate::observed::{Link, Listener, Reading, Snapshot};
 use crate::report::Verdict;
 use crate::ruleset::alike::Alike;
-use crate::ruleset::{Evaluator, Host, Judgement, Packet, Place, Ruleset, TableFamily, Verdict as Says};
+use crate::ruleset::{
+    Evaluator, Host, Judgement, Packet, Place, Ruleset, Statement, TableFamily, Verdict as Says,
+};
 use crate::terms::{Family, Port, Proto, Scope, Stamp, printable};
 
 /// Up to this many ports of one state are listed one by one; nmap does the same.
@@ -213,7 +215,7 @@ impl Joined {
                 Fate::Forwarded { .. } | Fate::Answered => State::Open,
                 Fate::Reset => State::Closed,
                 Fate::Unreachable { icmp_type, code } => unreachable(*proto, *address, *icmp_type, *code).0,
-                Fate::Dropped => State::Filtered,
+                Fate::Dropped | Fate::Held(_) => State::Filtered,
                 Fate::Lost => State::Unknown,
             };
             Cell { port: *port, state, by, wanted: welcome.get(port).copied() }
@@ -451,11 +453,21 @@ impl<'a> Site<'a> {
                 }
             }
             Says::Drop => Fate::Dropped,
-            // How it is rejected the judgement does not say; this is what `reject` alone does.
+            Says::Reject if judgement.by.as_ref().is_some_and(|by| self.resets(by)) => Fate::Reset,
+            // What `reject` alone does.
             Says::Reject if self.address.is_ipv4() => Fate::Unreachable { icmp_type: 3, code: 3 },
             Says::Reject => Fate::Unreachable { icmp_type: 1, code: 4 },
             Says::Unknown(_) => Fate::Lost,
         }
+    }
+
+    /// Whether the rule that rejects does so by a TCP reset.
+    fn resets(&self, by: &Place) -> bool {
+        let tables = self.view.rules.seen().into_iter().flat_map(|rules| &rules.tables);
+        let chains = tables.filter(|t| (t.family, &t.name) == (by.family, &by.table)).flat_map(|t| &t.chains);
+        let rules = chains.filter(|chain| chain.name == by.chain).flat_map(|chain| &chain.rules);
+        let mut said = rules.filter(|rule| rule.handle == by.handle).flat_map(|rule| &rule.statements);
+        said.any(|statement| *statement == Statement::Reject { tcp_reset: true })
     }
 
     /// The kernel limits what it says by ICMP. A probe of which nothing was heard, and
@@ -535,6 +547,7 @@ impl<'a> Site<'a> {
                 (word, self.blame(cell.port, "rejected", ask))
             }
             Fate::Dropped => ("no-response", self.blame(cell.port, "dropped", ask)),
+            Fate::Held(gate) => ("no-response", Some(format!("dropped by {}", gate.name()))),
             Fate::Lost => ("unknown", Some("the probe was not seen to arrive".to_owned())),
         };
         match more {

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-pub use crate::observed::{Fate, Sweep};
+pub use crate::observed::{Fate, Gate, Sweep};
 use crate::report::Verdict;
 use crate::terms::{Actor, Family, Port, Proto, Stamp};
 

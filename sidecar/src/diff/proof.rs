@@ -301,6 +301,7 @@ impl<'a> Table<'a> {
             Fate::Reset => "is refused by a reset".to_owned(),
             Fate::Unreachable { icmp_type, code } => format!("is refused by ICMP {icmp_type}/{code}"),
             Fate::Dropped => "is dropped".to_owned(),
+            Fate::Held(gate) => format!("is dropped by {}", gate.name()),
             Fate::Lost => "was lost".to_owned(),
         };
         format!("sockets: {sockets}; rules: {rules}; probe: {met} through {} as {}", door.name, sweep.source)
@@ -317,6 +318,8 @@ impl Opinions<'_> {
         match self.fate {
             // No route behind a DNAT: rules do not know of routes.
             Fate::Unreachable { .. } if elsewhere => false,
+            // Known not to be the rules' doing.
+            Fate::Held(_) => wanted,
             Fate::Forwarded { .. } | Fate::Answered => true,
             _ => wanted || self.socket.is_some() || elsewhere,
         }
@@ -345,7 +348,7 @@ fn is_odd_fate(fate: &Fate, asked: IpAddr, at: Port) -> bool {
     match fate {
         Fate::Delivered { address, port } => (*address, *port) != (asked, at),
         Fate::Forwarded { .. } | Fate::Answered => true,
-        Fate::Reset | Fate::Unreachable { .. } | Fate::Dropped | Fate::Lost => false,
+        Fate::Reset | Fate::Unreachable { .. } | Fate::Dropped | Fate::Held(_) | Fate::Lost => false,
     }
 }
 

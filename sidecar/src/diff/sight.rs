@@ -251,7 +251,11 @@ impl<'a> Sight<'a> {
                 judgement
             }
             Some((fate, true)) => {
-                let verdict = if fate == Fate::Dropped { Verdict::Drop } else { Verdict::Reject };
+                let verdict = if matches!(fate, Fate::Dropped | Fate::Held(_)) {
+                    Verdict::Drop
+                } else {
+                    Verdict::Reject
+                };
                 Judgement { verdict, by: None, rewritten: None }
             }
         };

@@ -15,7 +15,7 @@ mod canary;
 mod probed;
 
 pub use canary::{Counted, Crossing, Flight};
-pub use probed::{Dispute, Fate, Probe, Probed, Probing, Run, Runs, Sweep};
+pub use probed::{Dispute, Fate, Gate, Probe, Probed, Probing, Run, Runs, Sweep};
 
 /// One thing we look at. The order is the order in reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -219,7 +219,8 @@ impl Listener {
             (IpAddr::V4(bound), IpAddr::V4(_)) => bound.is_unspecified(),
             (IpAddr::V6(bound), IpAddr::V6(_)) => bound.is_unspecified(),
             (IpAddr::V6(bound), IpAddr::V4(v4)) => {
-                !self.v6only && (bound.is_unspecified() || bound.to_ipv4_mapped() == Some(v4))
+                let mapped = bound.to_ipv4_mapped().is_some_and(|own| own == v4 || own.is_unspecified());
+                !self.v6only && (bound.is_unspecified() || mapped)
             }
             (IpAddr::V4(_), IpAddr::V6(_)) => false,
         }
@@ -237,8 +238,9 @@ impl Listener {
         }
     }
 
+    /// `::ffff:0.0.0.0` as well, which takes any IPv4 address.
     pub fn is_wildcard(&self) -> bool {
-        self.address.is_unspecified()
+        self.address.to_canonical().is_unspecified()
     }
 
     pub fn is_loopback(&self) -> bool {

@@ -40,8 +40,35 @@ pub enum Fate {
     Unreachable { icmp_type: u8, code: u8 },
     /// No trace of it: dropped.
     Dropped,
+    /// Held back where no rule and no listing of sockets shows it.
+    Held(Gate),
     /// We can't tell; it was never seen to arrive.
     Lost,
+}
+
+/// What may hold a packet back besides rules and routes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Gate {
+    /// A program that the device's driver runs, before anything else.
+    Xdp,
+    /// A program on the control group of the socket; of systemd, for example, for IPAddressDeny=.
+    ControlGroup,
+    /// A policy of IPsec: blocked, or not to come in unprotected.
+    Ipsec,
+    /// The socket takes signed segments only (TCP MD5).
+    Signature,
+}
+
+impl Gate {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Gate::Xdp => "an XDP program of the device",
+            Gate::ControlGroup => "a BPF program of the socket's control group (IPAddressDeny=?)",
+            Gate::Ipsec => "an IPsec policy",
+            Gate::Signature => "the socket, which takes signed segments only",
+        }
+    }
 }
 
 /// Every sweep of one look from the outside in. Ports that fared alike are one run, so that

@@ -61,6 +61,8 @@ struct Building {
     chains: HashMap<(usize, String), usize>,
     /// Tables whose flags could not be read.
     unclear: Vec<bool>,
+    /// Named limits, by table; nft lists them before the rules.
+    limits: HashMap<(usize, String), Value>,
     rules: usize,
     objects: usize,
     elements: usize,
@@ -96,7 +98,7 @@ impl Building {
     }
 
     /// Takes one element of the listing. Objects that can't decide a packet's fate
-    /// (flowtables, helpers, named limits, which rules refer to) are left out.
+    /// (flowtables, helpers) are left out.
     fn take(&mut self, kind: &str, body: &Value) -> Result<(), &'static str> {
         let text = |key: &str| body.get(key).and_then(Value::as_str).unwrap_or_default();
         let Some(family) = family(text("family")) else { return Ok(()) };
@@ -136,7 +138,10 @@ impl Building {
                 let handle = body.get("handle").and_then(Value::as_u64);
                 let parts =
                     handle.and_then(|handle| self.xt.take(family, text("table"), text("chain"), handle));
-                let rule = rule(body, family, parts.as_deref());
+                let rule = match self.limits.is_empty() {
+                    true => rule(body, family, parts.as_deref()),
+                    false => rule(&self.with_limits(at, body), family, parts.as_deref()),
+                };
                 self.chain(at, text("chain")).rules.push(rule);
             }
             "counter" => {
@@ -144,9 +149,30 @@ impl Building {
                 let at = self.table(family, text("table"));
                 self.ruleset.tables[at].counters.insert(text("name").to_owned(), amount(body));
             }
+            "limit" => {
+                self.count_object()?;
+                let at = self.table(family, text("table"));
+                let mut limit = body.clone();
+                for known in ["family", "table", "handle"] {
+                    limit.as_object_mut().and_then(|limit| limit.remove(known));
+                }
+                self.limits.insert((at, text("name").to_owned()), limit);
+            }
             _ => {}
         }
         Ok(())
+    }
+
+    /// A rule, with what it calls a limit by name put in its place.
+    fn with_limits(&self, table: usize, rule: &Value) -> Value {
+        let mut rule = rule.clone();
+        for statement in rule.get_mut("expr").and_then(Value::as_array_mut).into_iter().flatten() {
+            let named = statement.get("limit").and_then(Value::as_str);
+            if let Some(limit) = named.and_then(|name| self.limits.get(&(table, name.to_owned()))).cloned() {
+                statement["limit"] = limit;
+            }
+        }
+        rule
     }
 
     fn take_set(&mut self, map: bool, body: &Value, elements: Elements) -> Result<(), &'static str> {
@@ -262,7 +288,7 @@ impl<'de> Visitor<'de> for Object<'_> {
                     let (body, elements) = map.next_value_seed(Set { room })?;
                     building.take_set(kind == "map", &Value::Object(body), elements)
                 }
-                "table" | "chain" | "rule" | "counter" => {
+                "table" | "chain" | "rule" | "counter" | "limit" => {
                     let body = map.next_value::<Value>()?;
                     building.take(&kind, &body)
                 }

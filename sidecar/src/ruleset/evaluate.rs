@@ -405,9 +405,18 @@ fn limit_of(rule: &Rule, statement: &Statement) -> Option<Limit> {
         "day" => 86_400.0,
         _ => 604_800.0,
     };
-    // Of bytes, or a named one, whose rate this listing doesn't have: as if it were slow.
-    let packets = rate.filter(|_| body.get("rate_unit").is_none_or(|unit| unit == "packets"));
-    Some(Limit { per_second: packets.unwrap_or(0.0) / seconds, over })
+    // A probe has so many bytes, or some more.
+    const BYTES: f64 = 64.0;
+    let packets = match body.get("rate_unit").and_then(Value::as_str) {
+        None | Some("packets") => Some(1.0),
+        Some("bytes") => Some(1.0 / BYTES),
+        Some("kbytes") => Some(1024.0 / BYTES),
+        Some("mbytes") => Some(1024.0 * 1024.0 / BYTES),
+        Some(_) => None,
+    };
+    // A named one that this listing doesn't have: as if it were slow.
+    let per_second = rate.zip(packets).map_or(0.0, |(rate, packets)| rate * packets / seconds);
+    Some(Limit { per_second, over })
 }
 
 struct Index<'a> {

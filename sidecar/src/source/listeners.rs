@@ -37,15 +37,15 @@ pub fn read(owners: &mut Owners) -> anyhow::Result<Vec<Listener>> {
     Ok(all)
 }
 
-const PROTOCOL: isize = netlink_sys::protocols::NETLINK_SOCK_DIAG;
-const SOCK_DIAG_BY_FAMILY: u16 = 20;
+pub(super) const PROTOCOL: isize = netlink_sys::protocols::NETLINK_SOCK_DIAG;
+pub(super) const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const TCP_CLOSE: u8 = 7;
 const TCP_LISTEN: u8 = 10;
 const INET_DIAG_SKV6ONLY: u16 = 11;
 /// The size of `struct inet_diag_msg`; attributes follow.
 const MESSAGE: usize = 72;
 
-fn request(proto: Proto, family: Family) -> Vec<u8> {
+pub(super) fn request(proto: Proto, family: Family) -> Vec<u8> {
     let (family, socket_id) = match family {
         Family::Ipv4 => (libc::AF_INET as u8, SocketId::new_v4()),
         Family::Ipv6 => (libc::AF_INET6 as u8, SocketId::new_v6()),

@@ -6,20 +6,26 @@
 //! Everything in the kernel is held by descriptors of this process: however it ends,
 //! nothing of it stays.
 //!
-//! What it can't see: programs of native XDP, packet filters of the provider, and ICMP
-//! that the kernel's own rate limit holds back (a reject by ICMP then reads as dropped,
-//! which nmap calls filtered, too).
+//! What drops in silence before the first or behind the last of these is asked by itself: see
+//! `front` and `behind`.
+//!
+//! What it can't see: packet filters of the provider, and ICMP that the kernel's own rate
+//! limit holds back (a reject by ICMP then reads as dropped, which nmap calls filtered, too).
 
+mod behind;
 pub(super) mod btf;
 pub mod canary;
 mod conntrack;
 mod frame;
+mod front;
 pub mod keeper;
 mod lock;
 mod programs;
+mod queues;
 pub(super) mod route;
 pub(super) mod tables;
 
+use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
 use std::os::fd::AsFd as _;
@@ -38,10 +44,13 @@ use crate::observed::Link;
 use crate::sys::probe::{Mapped, settle, test_run};
 use crate::terms::{Family, Port, Proto};
 use aya::util::KernelVersion;
+use behind::Behind;
 use frame::{Kind, Shape, frame};
+use front::Front;
 use keeper::{Keeper, Unfinished};
 use lock::Lock;
 use programs::{Attached, Lane, Place, Programs};
+use queues::Queues;
 pub(crate) use route::Routes;
 use route::{Door, Origin};
 pub use tables::TABLE;
@@ -198,6 +207,7 @@ pub fn sweep_by(
             continue;
         }
         let mut shapes = Vec::new();
+        let mut front = None;
         for to in addresses {
             let origin = match request.source.filter(|source| Family::of(*source) == family) {
                 Some(source) => routes.chosen(&request.link, to, source)?,
@@ -212,6 +222,7 @@ pub fn sweep_by(
                 };
                 watched.push((index, attached));
             }
+            front = routes.device(index)?.native_xdp.and_then(|program| Front::of(index, program));
             for proto in &request.protos {
                 let mut order =
                     order(request.link.index, request.mode, offsets.unwrap_or_default(), &origin, *proto);
@@ -227,7 +238,8 @@ pub fn sweep_by(
         for (proto, origin, shape) in shapes {
             let tables = if hooked.is_some() { None } else { Some(Tables::put(&shape.order)?) };
             let care = request.care.iter().find(|care| (care.address, care.proto) == (shape.to, proto));
-            let mut run = Run { request, programs: &mut programs, tables, shape, proto, care };
+            let mut run =
+                Run { request, programs: &mut programs, tables, shape, proto, care, front: front.as_ref() };
             let fates = run.fates(&ports, progress)?;
             let asked = |port: &Port| ports.binary_search(port).is_ok();
             let spared = care.into_iter().flat_map(|care| &care.spared).map(|(port, _)| *port);
@@ -260,6 +272,7 @@ struct Run<'a> {
     shape: Shape,
     proto: Proto,
     care: Option<&'a Care>,
+    front: Option<&'a Front>,
 }
 
 /// What a newer kernel or a privilege would allow; without it, older means do.
@@ -304,7 +317,15 @@ impl Run<'_> {
         spared.sort_by_key(|(port, _)| *port);
         let is_spared = |port: &Port| spared.binary_search_by_key(port, |(port, _)| *port).is_ok();
         let is_slow = |port: &Port| self.care.is_some_and(|care| care.paced.contains(port));
-        let mine = ports.iter().copied().filter(|port| !is_spared(port));
+        let meets = |port: &Port| {
+            let probe = frame(&self.shape, port.get(), Kind::Probe);
+            Some((*port, self.front?.meets(&self.shape.order, &probe)?))
+        };
+        let stopped: HashMap<Port, Fate> = match self.front {
+            Some(_) => ports.iter().filter(|port| !is_spared(port)).filter_map(meets).collect(),
+            None => HashMap::new(),
+        };
+        let mine = ports.iter().copied().filter(|port| !is_spared(port) && !stopped.contains_key(port));
         let (slow, fast): (Vec<Port>, Vec<Port>) = mine.partition(|port| is_slow(port));
         // What is limited comes last: everything else is decided by then.
         self.all(&fast, self.request.rate, ports.len(), progress)?;
@@ -320,11 +341,28 @@ impl Run<'_> {
             keeper.end();
         }
         let family = Family::of(self.shape.to);
-        let fate = |port: &Port| match spared.binary_search_by_key(port, |(port, _)| *port) {
-            Ok(at) => (*port, spared[at].1.clone()),
-            Err(_) => (*port, fate(&self.trace(*port), family)),
+        // Replies of sockets have been through all that is behind the rules.
+        let mut behind = match self.request.mode {
+            Mode::Verdict => Some(Behind::read(self.request.link.index, self.proto)),
+            Mode::Reply => None,
         };
-        Ok(ports.iter().map(fate).collect())
+        let mut fate = |port: &Port| {
+            let fate = match spared.binary_search_by_key(port, |(port, _)| *port) {
+                Ok(at) => spared[at].1.clone(),
+                Err(_) => match stopped.get(port) {
+                    Some(fate) => fate.clone(),
+                    None => fate(&self.trace(*port), family),
+                },
+            };
+            let fate = match (fate, &mut behind) {
+                (Fate::Delivered { address, port: to }, Some(behind)) => {
+                    behind.fate(&self.shape, *port, (address, to))
+                }
+                (fate, _) => fate,
+            };
+            (*port, fate)
+        };
+        Ok(ports.iter().map(&mut fate).collect())
     }
 
     /// Probes these ports until each was seen to arrive, or often enough. `rate`: so many a
@@ -341,7 +379,9 @@ impl Run<'_> {
             let done = AtomicUsize::new(of - pending.len());
             let (traces, lanes) = (&self.programs.traces, &mut self.programs.lanes);
             // Sockets and the sets of a table are left their time.
-            let single = rate.is_some() || self.tables.is_some() || self.request.mode == Mode::Reply;
+            let queued = Queues::open().is_some();
+            let single =
+                rate.is_some() || queued || self.tables.is_some() || self.request.mode == Mode::Reply;
             let threads = if single { 1 } else { (pending.len() / SHARE).clamp(1, lanes.len()) };
             let way = Way { request: self.request, traces, shape: &self.shape, proto: self.proto, rate };
             let mut tell = || {
@@ -385,8 +425,7 @@ impl Run<'_> {
     }
 
     fn source(&self, ports: &[Port], origin: &Origin) -> IpAddr {
-        let order = &self.shape.order;
-        ports.first().map_or(origin.base, |first| origin.address(order.source_of(first.get())))
+        ports.first().map_or(origin.base, |first| source_of(&self.shape, *first))
     }
 }
 
@@ -408,7 +447,12 @@ impl Way<'_> {
         done: &AtomicUsize,
         tell: &mut dyn FnMut(),
     ) -> anyhow::Result<()> {
-        let chunk = if self.rate.is_some() { 1 } else { CHUNK as usize };
+        let mut queues = Queues::open();
+        let chunk = match (self.rate, &queues) {
+            (Some(_), _) => 1,
+            (None, Some(_)) => queues::CHUNK,
+            (None, None) => CHUNK as usize,
+        };
         let mut lost = 0;
         for chunk in ports.chunks(chunk) {
             let start = Instant::now();
@@ -421,6 +465,7 @@ impl Way<'_> {
             } else {
                 lost = 0;
             }
+            queues.iter_mut().for_each(Queues::drain);
             if self.request.mode == Mode::Reply {
                 self.finish(lane, chunk)?;
             }
@@ -472,6 +517,11 @@ fn inject(lane: &mut Lane, shape: &Shape, ports: &[Port], kind: Kind) -> std::io
     let first = frame(shape, ports.first().map_or(1, |port| port.get()), kind);
     let packet = &first.bytes[..frame::length(&shape.order)];
     test_run(lane.inject.as_fd(), packet, ports.len() as u32)
+}
+
+/// Whom the probe for a port comes from.
+fn source_of(shape: &Shape, port: Port) -> IpAddr {
+    Origin { base: shape.to, spread: false }.address(shape.order.source_of(port.get()))
 }
 
 fn order(index: u32, mode: Mode, offsets: btf::Offsets, origin: &Origin, proto: Proto) -> Order {

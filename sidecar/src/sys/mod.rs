@@ -6,6 +6,7 @@ pub mod bpf;
 pub mod clock;
 pub mod descriptors;
 pub mod filter;
+pub mod foreign;
 pub mod memory;
 pub mod netns;
 pub mod probe;

@@ -10,7 +10,7 @@ use aya_obj::generated::bpf_insn;
 
 const BPF_MAP_CREATE: libc::c_long = 0;
 const BPF_PROG_LOAD: libc::c_long = 5;
-const BPF_PROG_TEST_RUN: libc::c_long = 10;
+pub(super) const BPF_PROG_TEST_RUN: libc::c_long = 10;
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_MAP_TYPE_ARRAY: u32 = 2;
 const BPF_F_MMAPABLE: u32 = 1 << 10;
@@ -392,7 +392,7 @@ pub fn settle() {
 
 /// # Safety
 /// As for [`call`], and the command must return a new descriptor.
-unsafe fn descriptor<T>(command: libc::c_long, attr: &mut T) -> io::Result<OwnedFd> {
+pub(super) unsafe fn descriptor<T>(command: libc::c_long, attr: &mut T) -> io::Result<OwnedFd> {
     // SAFETY: by the caller.
     let fd = unsafe { call(command, attr) }?;
     // SAFETY: the command returned a new descriptor that nobody else owns.
@@ -402,7 +402,7 @@ unsafe fn descriptor<T>(command: libc::c_long, attr: &mut T) -> io::Result<Owned
 /// # Safety
 /// `T` must be laid out as the head of `union bpf_attr` for this command, and all that it
 /// points to must be as long as it says. The kernel takes what is left out as zero.
-unsafe fn call<T>(command: libc::c_long, attr: &mut T) -> io::Result<i32> {
+pub(super) unsafe fn call<T>(command: libc::c_long, attr: &mut T) -> io::Result<i32> {
     // SAFETY: by the caller; the attributes outlive the call.
     let result = unsafe {
         libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>() as libc::c_uint)

@@ -15,11 +15,15 @@ use crate::observed::Link;
 use crate::terms::Family;
 
 /// What the kernel says of the device now.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Device {
     pub up: bool,
     /// All zero without a link layer.
     pub mac: [u8; 6],
+    /// The program that its driver runs on what arrives.
+    pub native_xdp: Option<u32>,
+    /// The device that gives it its frames as they are: a macvlan's.
+    pub below: Option<u32>,
 }
 
 /// Where probes come from.
@@ -71,6 +75,12 @@ const NDA_LLADDR: u16 = 2;
 const AF_BRIDGE: u8 = 7;
 const RTA_GATEWAY: u16 = 5;
 const IFLA_ADDRESS: u16 = 1;
+const IFLA_LINK: u16 = 5;
+const IFLA_LINKINFO: u16 = 18;
+const IFLA_INFO_KIND: u16 = 1;
+const IFLA_LINK_NETNSID: u16 = 37;
+const IFLA_XDP: u16 = 43;
+const IFLA_XDP_DRV_PROG_ID: u16 = 5;
 const RTA_DST: u16 = 1;
 const RTA_SRC: u16 = 2;
 const RTA_OIF: u16 = 4;
@@ -90,8 +100,16 @@ impl Routes {
     }
 
     /// Of a bridge, the port behind which the gateway is: its chains and those of the
-    /// bridge family are on a stranger's way, too.
+    /// bridge family are on a stranger's way, too. Of a macvlan, the device below.
     pub fn door(&mut self, link: &Link, to: IpAddr, origin: IpAddr) -> anyhow::Result<Door> {
+        let mut door = self.door_above(link, to, origin)?;
+        if let Some(below) = self.device(door.index)?.below {
+            door.index = below;
+        }
+        Ok(door)
+    }
+
+    fn door_above(&mut self, link: &Link, to: IpAddr, origin: IpAddr) -> anyhow::Result<Door> {
         let Some(hop) = self.way(to, origin)?.map(|(_, gateway)| gateway.unwrap_or(origin)) else {
             return Ok(Door { index: link.index, neighbour: None });
         };
@@ -216,15 +234,31 @@ impl Routes {
 
 pub(in crate::source) fn decode_device(payload: &[u8], out: &mut Vec<Device>) -> Result<(), NetlinkError> {
     let header = LinkHeader::parse(payload).map_err(|_| NetlinkError::Truncated("an interface"))?;
-    let mut mac = [0; 6];
+    let mut device = Device { up: header.flags.contains(LinkFlags::Up), ..Device::default() };
+    let (mut is_macvlan, mut elsewhere) = (false, false);
     for attribute in attributes(payload.get(header.buffer_len()..).unwrap_or(&[])) {
-        if let (IFLA_ADDRESS, value) = attribute?
-            && let Ok(address) = value.try_into()
-        {
-            mac = address;
+        match attribute? {
+            (IFLA_ADDRESS, value) => device.mac = value.try_into().unwrap_or(device.mac),
+            (IFLA_LINK, value) => device.below = u32_at(value, 0),
+            (IFLA_LINK_NETNSID, _) => elsewhere = true,
+            (IFLA_LINKINFO, value) => {
+                for of_kind in attributes(value) {
+                    let (kind, value) = of_kind?;
+                    is_macvlan |= kind == IFLA_INFO_KIND && value.starts_with(b"macvlan");
+                }
+            }
+            (IFLA_XDP, value) => {
+                for of_xdp in attributes(value) {
+                    if let (IFLA_XDP_DRV_PROG_ID, value) = of_xdp? {
+                        device.native_xdp = u32_at(value, 0);
+                    }
+                }
+            }
+            _ => {}
         }
     }
-    out.push(Device { up: header.flags.contains(LinkFlags::Up), mac });
+    device.below = device.below.filter(|_| is_macvlan && !elsewhere);
+    out.push(device);
     Ok(())
 }
 
