@@ -29,6 +29,10 @@ pub struct Care {
     pub per_second: u32,
     /// Ports not to be probed, with what the rules say of a packet that comes alone.
     pub spared: Vec<(Port, Fate)>,
+    /// Spared ports of which the rules leave open what they do, each with a paced one that no rule
+    /// tells from it; in order.
+    #[serde(default)]
+    pub alike: Vec<(Port, Port)>,
 }
 
 impl View<'_> {
@@ -59,9 +63,28 @@ impl View<'_> {
         // At least 1, as every rate is SLOWEST or more.
         let per_second = (slowest * SHARE).clamp(1.0, 100_000.0) as u32;
         let most = per_second.saturating_mul(SECONDS_MAX) as usize;
-        let paced: Vec<Port> = behind.iter().filter(worth).map(|(port, _)| *port).take(most).collect();
+        let mut paced: Vec<Port> = behind.iter().filter(worth).map(|(port, _)| *port).take(most).collect();
         let left = behind.iter().map(|(port, _)| *port).filter(|port| paced.binary_search(port).is_err());
-        let spared = site.alone(left);
-        (!behind.is_empty()).then_some(Care { address, proto, paced, per_second, spared })
+        let mut spared = site.alone(left);
+        // One of each group is asked in place of all, if time is left for it.
+        let mut first: HashMap<usize, Port> = HashMap::new();
+        let (mut alike, mut per_second) = (Vec::new(), per_second);
+        for (port, _) in spared.iter().filter(|(_, fate)| *fate == Fate::Lost) {
+            match first.get(&site.group(*port)) {
+                Some(asked) => alike.push((*port, *asked)),
+                None => {
+                    let Some(rate) = rate(*port).filter(|rate| *rate >= SLOWEST) else { continue };
+                    let slower = per_second.min((rate * SHARE) as u32).max(1);
+                    if paced.len() < slower.saturating_mul(SECONDS_MAX) as usize {
+                        first.insert(site.group(*port), *port);
+                        paced.push(*port);
+                        per_second = slower;
+                    }
+                }
+            }
+        }
+        paced.sort_unstable();
+        spared.retain(|(port, _)| paced.binary_search(port).is_err());
+        (!behind.is_empty()).then_some(Care { address, proto, paced, per_second, spared, alike })
     }
 }

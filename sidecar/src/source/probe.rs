@@ -346,8 +346,22 @@ impl Run<'_> {
             Mode::Verdict => Some(Behind::read(self.request.link.index, self.proto)),
             Mode::Reply => None,
         };
+        let like = |port: &Port| {
+            let alike = &self.care?.alike;
+            let asked = alike[alike.binary_search_by_key(port, |(port, _)| *port).ok()?].1;
+            Some(match fate(&self.trace(asked), family) {
+                Fate::Delivered { address, port: to } if to == asked => {
+                    Fate::Delivered { address, port: *port }
+                }
+                Fate::Forwarded { address, port: to } if to == asked => {
+                    Fate::Forwarded { address, port: *port }
+                }
+                same => same,
+            })
+        };
         let mut fate = |port: &Port| {
             let fate = match spared.binary_search_by_key(port, |(port, _)| *port) {
+                Ok(at) if spared[at].1 == Fate::Lost => like(port).unwrap_or(Fate::Lost),
                 Ok(at) => spared[at].1.clone(),
                 Err(_) => match stopped.get(port) {
                     Some(fate) => fate.clone(),
