@@ -5,7 +5,8 @@
 //! `rules`, in nft's words; `listeners`, as for the lab's `listen`; `addresses` that are compared (the spoke's two
 //! public ones); `options` of the audit; `udp`, ports that are compared with `nmap -sU`; `spawn`, a command that
 //! stays; `full = true`, to compare all 65,535 ports in each run and not only under `cargo xtask test --all` (else:
-//! the lower 256, all that the rules name with their neighbours, and a sample); `needs`, a command without whose
+//! the lower 256, all that the rules name with their neighbours, and a sample); `thorough = true`, for one that is
+//! run there alone, or by its name (SPOKEGUARD_AUDIT_CASE, a part of it); `needs`, a command without whose
 //! success the case is skipped, with what is missing. Where our
 //! answer is not nmap's, `[[differs]]` says for which `ports` (of `proto`, at `address`), what `ours` is, what
 //! `nmap` says (may be left out where that changes from run to run), and `why` ours is right.
@@ -50,6 +51,8 @@ struct Case {
     #[serde(default)]
     full: bool,
     #[serde(default)]
+    thorough: bool,
+    #[serde(default)]
     differs: Vec<Differs>,
 }
 
@@ -85,7 +88,7 @@ fn every_case_is_what_a_real_nmap_says_or_explained() {
     let all = std::env::var_os("SPOKEGUARD_AUDIT_CASES").is_some_and(|value| value == "all");
     let mut cases = cases();
     assert!(cases.len() > 20, "the cases were not found");
-    cases.retain(|case| case.name.contains(&only));
+    cases.retain(|case| case.name.contains(&only) && (!case.thorough || all || !only.is_empty()));
     let report = Mutex::new(Report::default());
     let (full, dense): (Vec<Case>, Vec<Case>) = cases.into_iter().partition(|case| case.full || all);
     // A scan of all ports takes all that two cores have to give.
@@ -118,12 +121,15 @@ struct Report {
 
 impl Report {
     fn note(&mut self, case: &Case, done: anyhow::Result<Done>, took: Duration) {
+        let before = self.wrong.len();
         match done {
             Ok(Done::Same) => self.same += 1,
             Ok(Done::Skipped(why)) => eprintln!("skipped: the case {}: {why}", case.name),
             Ok(Done::Wrong(text)) => self.wrong += &format!("{}: {}\n{text}", case.name, case.about),
             Err(error) => self.wrong += &format!("{}: {error:#}\n", case.name),
         }
+        // At once, for whoever waits.
+        eprint!("{}", &self.wrong[before..]);
         self.times.push((took.as_secs_f64(), case.name.clone()));
         eprintln!("{:>3} {:<28} {:.1} s", self.times.len(), case.name, took.as_secs_f64());
     }

@@ -15,8 +15,9 @@ use crate::desired::{COMMENT_PREFIX, Desired, DropReason, Service, TABLE};
 use crate::observed::{Link, Listener, Reading, Snapshot};
 use crate::report::Verdict;
 use crate::ruleset::alike::Alike;
+use crate::ruleset::evaluate::published;
 use crate::ruleset::{
-    Evaluator, Host, Judgement, Packet, Place, Ruleset, Statement, TableFamily, Verdict as Says,
+    Evaluator, Host, Judgement, Packet, Place, Published, Ruleset, Statement, TableFamily, Verdict as Says,
 };
 use crate::terms::{Family, Port, Proto, Scope, Stamp, printable};
 
@@ -526,6 +527,11 @@ impl<'a> Site<'a> {
                 };
                 let more = if *port == cell.port && *address == self.address {
                     None
+                } else if ask && self.is_unpublished(cell.port) {
+                    Some(format!(
+                        "given to {} by a program (sk_lookup)",
+                        SocketAddr::new(*address, port.get())
+                    ))
                 } else if self.view.interface_has(self.interface, *address) {
                     Some(format!("redirected to port {port}"))
                 } else {
@@ -554,6 +560,15 @@ impl<'a> Site<'a> {
             Some(more) => format!("{word}; {more}"),
             None => word.to_owned(),
         }
+    }
+
+    /// Whether the rules let a packet in and surely send it nowhere else.
+    fn is_unpublished(&self, port: Port) -> bool {
+        let says = self.judge(port, self.source);
+        let lets_in = says.is_some_and(|says| says.verdict == Says::Accept && says.rewritten.is_none());
+        let rules = self.view.rules.seen().map(published).unwrap_or_default();
+        let sends = |rule: &Published| rule.proto == self.proto && (rule.first..=rule.last).contains(&port);
+        lets_in && !rules.iter().any(sends)
     }
 
     /// Why the guard refuses it, which comes before every rule.

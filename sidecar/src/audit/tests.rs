@@ -576,3 +576,14 @@ fn ports_are_read_like_nmaps() {
         assert!(read(wrong).is_err(), "{wrong:?} was taken");
     }
 }
+
+#[test]
+fn what_holds_a_packet_back_behind_the_rules_is_filtered_and_named() {
+    for gate in [Gate::Xdp, Gate::ControlGroup, Gate::Ipsec, Gate::Signature] {
+        let held = sweep("203.0.113.7", Proto::Tcp, Fate::Dropped, &[(80, Fate::Held(gate))]);
+        let audit = audit(Stage::spoke(), &[held]);
+        let expected = format!("filtered open nginx: no-response; dropped by {}", gate.name());
+        assert_eq!(line(&audit, "203.0.113.7", 80), expected);
+        assert!(audit.missing.iter().any(|spot| spot.port == port(80)), "it was wanted");
+    }
+}

@@ -886,4 +886,26 @@ mod tests {
         assert_eq!(table(r#","flags":["owner","dormant"]"#), (true, 0));
         assert_eq!(table(r#","flags":"another-table""#), (true, 1));
     }
+
+    #[test]
+    fn a_limit_by_name_is_the_limit_that_has_the_name_in_that_table() {
+        let limit = |table: &str, rate: u32| {
+            format!(
+                r#"{{"limit":{{"family":"inet","table":"{table}","name":"slow","handle":3,"rate":{rate},"per":"second"}}}}"#
+            )
+        };
+        let rule = |table: &str, name: &str| {
+            format!(
+                r#"{{"rule":{{"family":"inet","table":"{table}","chain":"c","expr":[{{"limit":"{name}"}}]}}}}"#
+            )
+        };
+        let all = [limit("a", 7), limit("b", 9), rule("a", "slow"), rule("b", "slow"), rule("b", "other")];
+        let read = ruleset(format!(r#"{{"nftables":[{}]}}"#, all.join(",")).as_bytes()).unwrap();
+        let said = |table: usize| -> Vec<String> {
+            let rules = read.tables[table].chains[0].rules.iter();
+            rules.map(|rule| format!("{:?}", rule.statements)).collect()
+        };
+        assert!(said(0)[0].contains(r#"\"rate\":7"#), "{:?}", said(0));
+        assert!(said(1)[0].contains(r#"\"rate\":9"#) && said(1)[1].contains("other"), "{:?}", said(1));
+    }
 }

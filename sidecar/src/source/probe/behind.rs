@@ -369,3 +369,70 @@ fn policy(payload: &[u8]) -> Result<Option<Policy>, NetlinkError> {
     };
     Ok(applies.then_some(policy))
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A policy for what comes from 192.0.2.0/24 to TCP ports 443, with this direction and action.
+    fn said(direction: u8, action: u8, attributes: &[(u16, &[u8])]) -> Vec<u8> {
+        let mut bytes = vec![0; POLICY];
+        bytes[..4].copy_from_slice(&[198, 51, 100, 7]);
+        bytes[16..20].copy_from_slice(&[192, 0, 2, 0]);
+        bytes[32..36].copy_from_slice(&[0x01, 0xbb, 0xff, 0xff]);
+        bytes[40..42].copy_from_slice(&(libc::AF_INET as u16).to_ne_bytes());
+        bytes[42..45].copy_from_slice(&[32, 24, 6]);
+        bytes[160..162].copy_from_slice(&[direction, action]);
+        for (kind, value) in attributes {
+            bytes.extend_from_slice(&(4 + value.len() as u16).to_ne_bytes());
+            bytes.extend_from_slice(&kind.to_ne_bytes());
+            bytes.extend_from_slice(value);
+        }
+        bytes
+    }
+
+    fn flow(source: [u8; 4], port: u16) -> Flow {
+        let destination = [198, 51, 100, 7].into();
+        Flow { source: source.into(), destination, proto: 6, source_port: 40_000, port, index: 2 }
+    }
+
+    #[test]
+    fn a_policy_concerns_whom_it_names_and_refuses_what_is_not_protected() {
+        let read = |bytes: &[u8]| policy(bytes).expect("a policy");
+        let block = read(&said(0, 1, &[])).expect("one for what comes in");
+        assert!(block.refuses && block.concerns(&flow([192, 0, 2, 9], 443)));
+        assert!(!block.concerns(&flow([192, 0, 2, 9], 444)) && !block.concerns(&flow([192, 0, 3, 9], 443)));
+        assert!(!block.concerns(&Flow { proto: 17, ..flow([192, 0, 2, 9], 443) }));
+        let template = |optional: u8| {
+            let mut bytes = [0; TEMPLATE];
+            bytes[50] = optional;
+            bytes
+        };
+        let refuses =
+            |optional| read(&said(0, 0, &[(XFRMA_TMPL, &template(optional))])).expect("one").refuses;
+        assert!(refuses(0) && !refuses(1));
+        assert!(!read(&said(0, 0, &[])).expect("one").refuses, "it allows");
+        assert!(read(&said(1, 1, &[])).is_none(), "for what goes out");
+        assert!(read(&said(0, 1, &[(XFRMA_MARK, &[1, 0, 0, 0, 255, 255, 255, 255])])).is_none(), "by a mark");
+        assert!(policy(&said(0, 1, &[])[..POLICY - 1]).is_err());
+    }
+
+    #[test]
+    fn whoever_has_to_sign_is_read_with_his_prefix() {
+        let mut bytes = [0; SIGNATURE];
+        bytes[..8].copy_from_slice(&[2, 24, 3, 0, 192, 0, 2, 0]);
+        assert_eq!(signer(&bytes), "192.0.2.0/24".parse().ok());
+        bytes[1] = 33;
+        assert_eq!(signer(&bytes), None);
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_bring_the_decoder_down(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
+            let _ = policy(&bytes);
+            let _ = signer(&bytes);
+        }
+    }
+}
