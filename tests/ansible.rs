@@ -4,10 +4,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use lab::{Answer, Lab, Need, Outcome, SPOKE_MESH, SPOKE_PUBLIC, lacking};
+use lab::{Answer, Lab, Machine, Need, Outcome, SPOKE_MESH, SPOKE_PUBLIC, lacking};
 use serde_json::{Value, json};
-
-use crate::machine::Machine;
 
 /// A playbook on a machine that does much else.
 const PATIENCE: Duration = Duration::from_secs(240);

@@ -77,7 +77,7 @@ fn await_looks(node: &Node, daemon: &Daemon) {
 /// The lab's policy for a mesh that is no WireGuard, as in a plain lab: without a device to
 /// read, the verdict would always be "unknown".
 pub fn plain_policy(lab: &Lab) -> String {
-    lab.policy().replace("kind = \"wireguard\"", "kind = \"tailscale\"").replace("keepalive = \"25s\"\n", "")
+    lab.plain_policy()
 }
 
 /// One command of nft; gives its pid once it has ended well.

@@ -27,7 +27,6 @@ mod hub;
 mod iptables;
 mod killed;
 mod look;
-mod machine;
 mod metrics;
 mod neighbours;
 mod netns;

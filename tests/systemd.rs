@@ -1,14 +1,12 @@
 //! The units under a real systemd: the boot that has none of our code, and the way back that systemd keeps.
 
-use std::io::Read as _;
 use std::net::SocketAddr;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use lab::{Answer, Lab, Need, Node, SPOKE_MESH, lacking, wait_until};
+use lab::machine::{OPEN, SHUT, SSH_BY};
+use lab::{Answer, Lab, Machine, Need, lacking};
 
-use crate::daemon::plain_policy;
 use crate::heartbeat::{Manner, SECRET, Stub};
-use crate::machine::{LONG, Machine, OPEN, SHORT, SHUT};
 
 #[test]
 fn units_hold_the_line_from_the_first_packet_of_a_boot() {
@@ -26,7 +24,7 @@ fn units_hold_the_line_from_the_first_packet_of_a_boot() {
     assert_eq!(machine.answer(22), Answer::Open);
     // The credential that it names comes later.
     let beats = "[heartbeat]\nkuma_url_file = \"kuma-url\"\nevery = \"1s\"\n";
-    machine.write("etc/spokeguard/policy.toml", &(plain_policy(&lab) + beats));
+    machine.write("etc/spokeguard/policy.toml", &(lab.plain_policy() + beats));
     let told = machine.ok(&["/opt/spokeguard", "install"]);
     assert!(told.contains("is as it was: /etc/systemd/system/spokeguard.service"), "{told}");
     assert!(told.contains("started. Its rules are on trial"), "{told}");
@@ -34,11 +32,7 @@ fn units_hold_the_line_from_the_first_packet_of_a_boot() {
     // systemd itself keeps the way back.
     let timers = machine.ok(&["systemctl", "list-timers", "--all", "--no-pager"]);
     assert!(timers.contains("spokeguard-rollback-"), "{timers}\n{}", machine.journal());
-    // The hub comes, and stays for a moment: that confirms.
-    let ssh = SocketAddr::new(SPOKE_MESH, 22);
-    let hub = lab.hub.inside(|| Ok(std::net::TcpStream::connect_timeout(&ssh, LONG)?)).unwrap();
-    machine.wait("confirmed", |machine| machine.rules() == "confirmed");
-    drop(hub);
+    machine.hub_confirms();
     assert_eq!(
         machine.ok(&["systemctl", "show", "-p", "Type,ActiveState", "spokeguard"]),
         "Type=notify\nActiveState=active\n"
@@ -90,7 +84,7 @@ fn units_hold_the_line_from_the_first_packet_of_a_boot() {
 
     // With no daemon there, systemd keeps the way back alone, whoever lets it read its units anew meanwhile.
     machine.ok(&["systemctl", "stop", "spokeguard"]);
-    let wider = plain_policy(&lab).replace("tcp = [80, 443]", "tcp = [80, 443, 5432]");
+    let wider = lab.plain_policy().replace("tcp = [80, 443]", "tcp = [80, 443, 5432]");
     machine.write("etc/spokeguard/wider.toml", &wider);
     let apply = ["spokeguard", "apply", "--confirm-within", "5s", "--policy", "/etc/spokeguard/wider.toml"];
     machine.ok(&apply);
@@ -100,15 +94,10 @@ fn units_hold_the_line_from_the_first_packet_of_a_boot() {
     machine.ok(&["systemctl", "start", "spokeguard"]);
     machine.wait("the daemon is back", |machine| machine.rules() == "confirmed");
 
-    // A boot without any of our code: the sealed rules are there before the cables.
+    // A boot without any of our code.
     machine.cut_power();
     std::fs::remove_file(machine.path("usr/local/sbin/spokeguard")).unwrap();
-    machine.nobody_answers_while(|machine| {
-        machine.boot();
-        machine.wait("the web answers", |machine| machine.answer(OPEN) == Answer::Open);
-        machine.wait("the hub gets in", Machine::hub_gets_in);
-    });
-    assert_eq!(machine.ok(&["systemctl", "is-active", "spokeguard-boot"]), "active\n");
+    machine.boots_shut();
 
     // One whose rules can't be read is shut, but for the tunnel.
     machine.cut_power();
@@ -146,70 +135,14 @@ fn sshd_is_there_within_five_seconds_of_its_address_and_nowhere_else() {
     }
     let lab = Lab::plain();
     let mut machine = Machine::new(&lab);
-    machine.write("etc/spokeguard/policy.toml", &plain_policy(&lab));
-    machine.write("etc/ssh/sshd_config.d/mesh.conf", &format!("ListenAddress {SPOKE_MESH}\n"));
+    machine.write("etc/spokeguard/policy.toml", &lab.plain_policy());
     machine.boot();
     machine.ok(&["/opt/spokeguard", "install"]);
-    machine.wait("the daemon has a report", |machine| machine.rules() == "on-trial");
-    machine.wait("the hub's ssh confirms", |machine| {
-        banner(&machine.lab.hub).is_some() && machine.rules() == "confirmed"
-    });
-    // From here on nobody puts in the mesh's cable.
-    machine.write(
-        "etc/systemd/system/cables.service",
-        "[Unit]\nAfter=network-pre.target\nBefore=network.target\nDefaultDependencies=no\n\
-         [Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=ip link set eth0 up\n",
-    );
+    machine.hub_confirms();
+    machine.listen_on_mesh_alone();
     let late = Duration::from_secs(if std::env::var_os("SPOKEGUARD_ALL").is_some() { 60 } else { 4 });
-    for by in ["ssh.service", "ssh.socket"] {
+    for by in SSH_BY {
         machine.cut_power();
-        lab.spoke.sh("ip addr flush dev wg0").unwrap();
-        if by == "ssh.socket" {
-            let text = format!("[Socket]\nListenStream=\nListenStream={SPOKE_MESH}:22\n");
-            machine.write("etc/systemd/system/ssh.socket.d/lab.conf", &text);
-            let wants = machine.path("etc/systemd/system/sockets.target.wants");
-            std::fs::create_dir_all(&wants).unwrap();
-            std::os::unix::fs::symlink("/lib/systemd/system/ssh.socket", wants.join("ssh.socket")).unwrap();
-        }
-        machine.nobody_answers_while(|machine| {
-            machine.boot();
-            let booted = Instant::now();
-            wait_until(2 * late, "the mesh is late", || (booted.elapsed() > late).then_some(())).unwrap();
-            assert!(banner(&lab.hub).is_none(), "{by}: before there is an address");
-            lab.spoke.sh(&format!("ip addr add {SPOKE_MESH}/24 dev wg0; ip link set wg0 up")).unwrap();
-            machine.ssh_comes(by, "late");
-            for round in ["made anew", "and again"] {
-                lab.spoke.ok(&["ip", "link", "del", "wg0"]).unwrap();
-                let anew = format!("ip link add wg0 type veth peer name wg0 netns {}", lab.hub.net_path());
-                lab.spoke.sh(&anew).unwrap();
-                lab.hub.sh("ip addr add 10.84.0.1/24 dev wg0; ip link set wg0 up").unwrap();
-                lab.spoke.sh(&format!("ip addr add {SPOKE_MESH}/24 dev wg0; ip link set wg0 up")).unwrap();
-                machine.ssh_comes(by, round);
-            }
-        });
-        assert_eq!(machine.ok(&["systemctl", "is-active", by]), "active\n");
+        machine.ssh_follows_its_address(by, late);
     }
-}
-
-impl Machine<'_> {
-    #[track_caller]
-    fn ssh_comes(&self, by: &str, what: &str) {
-        let begun = Instant::now();
-        self.wait(by, |machine| banner(&machine.lab.hub).is_some());
-        eprintln!("{by}, {what}: sshd after {:?}", begun.elapsed());
-        assert!(begun.elapsed() < Duration::from_secs(5), "{by}, {what}: {:?}", begun.elapsed());
-    }
-}
-
-/// What sshd says to a new connection through the tunnel.
-fn banner(hub: &Node) -> Option<String> {
-    hub.inside(|| {
-        let mut stream = std::net::TcpStream::connect_timeout(&SocketAddr::new(SPOKE_MESH, 22), SHORT)?;
-        stream.set_read_timeout(Some(LONG))?;
-        let mut heard = [0; 4];
-        stream.read_exact(&mut heard)?;
-        Ok(String::from_utf8_lossy(&heard).into_owned())
-    })
-    .ok()
-    .filter(|heard| heard == "SSH-")
 }

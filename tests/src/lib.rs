@@ -18,6 +18,7 @@
 mod flood;
 #[cfg(feature = "product")]
 pub mod foreign;
+pub mod machine;
 mod memory;
 mod need;
 mod node;
@@ -44,6 +45,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
+pub use machine::{Machine, debian_package};
 pub use memory::MemoryGroup;
 pub use need::{Need, firewalld, lacking, missing, python};
 pub use node::{Answer, HTTP_PATIENCE, Http, Node, Outcome, Running, Scan, states, wait_until};
@@ -127,6 +129,16 @@ impl Lab {
     }
 
     pub fn build(shape: Shape) -> Result<Lab> {
+        Lab::build_around(shape, None)
+    }
+
+    /// A plain one whose spoke is the machine itself, whatever its first process is going to be. Nothing of it must
+    /// be in use: what the lab makes there is called eth0 and wg0.
+    pub fn around_this_machine() -> Result<Lab> {
+        Lab::build_around(Shape { mesh: Mesh::Plain, container: false }, Some("spoke"))
+    }
+
+    fn build_around(shape: Shape, this_machine: Option<&str>) -> Result<Lab> {
         static SWEPT: Once = Once::new();
         SWEPT.call_once(reaper::sweep);
         static NEXT: AtomicU32 = AtomicU32::new(0);
@@ -143,7 +155,7 @@ impl Lab {
         if shape.container {
             names.push("ctr");
         }
-        ip(None, &wiring(&prefix, &names, shape))?;
+        ip(None, &wiring(&prefix, &names, shape, this_machine))?;
         let mut nodes = Node::open_all(&prefix, &names, &dir)?;
         std::thread::scope(|scope| {
             let steps: Vec<_> = nodes
@@ -259,6 +271,12 @@ from = "hub"
         )
     }
 
+    /// The same for a mesh without cryptography.
+    pub fn plain_policy(&self) -> String {
+        let policy = self.policy().replace("kind = \"wireguard\"", "kind = \"tailscale\"");
+        policy.replace("keepalive = \"25s\"\n", "")
+    }
+
     /// Writes a file into the lab's folder and says where it is.
     pub fn file(&self, name: &str, text: &str) -> Result<PathBuf> {
         let path = self.dir.join(name);
@@ -267,9 +285,14 @@ from = "hub"
     }
 }
 
-/// Namespaces and the wires between them, made in place: nothing appears in the machine's own namespace.
-fn wiring(prefix: &str, names: &[&str], shape: Shape) -> String {
-    let mut batch: String = names.iter().map(|name| format!("netns add {prefix}{name}\n")).collect();
+/// Namespaces and the wires between them, made in place: nothing appears in the machine's own namespace, unless it is
+/// to be one of the nodes.
+fn wiring(prefix: &str, names: &[&str], shape: Shape, this_machine: Option<&str>) -> String {
+    let namespace = |name: &&str| match this_machine {
+        Some(this) if this == *name => format!("netns attach {prefix}{name} 1\n"),
+        _ => format!("netns add {prefix}{name}\n"),
+    };
+    let mut batch: String = names.iter().map(namespace).collect();
     // Each end gets an index of its own: where two ends had the same one, the kernel would take them for
     // ordinary links, whose coming up it looks at no more than once a second.
     let mut index = 10;

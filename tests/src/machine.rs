@@ -1,12 +1,20 @@
-//! A real systemd, in a container whose root is this machine's under an overlay.
+//! A real systemd: in a container whose root is this machine's under an overlay, or, where this is a virtual machine
+//! that has one on its disk, as the first process of the kernel that we are in.
+
+mod boots;
+mod firewalls;
+mod package;
 
 use std::net::SocketAddr;
 use std::os::unix::fs::DirBuilderExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use lab::{Answer, Lab, Outcome, Running, SPOKE_MESH, SPOKE_PUBLIC, wait_until};
+use crate::{Answer, Lab, Outcome, Running, SPOKE_MESH, SPOKE_PUBLIC, SPOKE_PUBLIC_V6, wait_until};
+
+pub use boots::SSH_BY;
+pub use package::debian_package;
 
 pub const SHORT: Duration = Duration::from_millis(400);
 /// A container boots in a second or two; a machine that does much else at the time needs its time.
@@ -17,10 +25,13 @@ const MERGED: &str = "/mnt/merged";
 pub const SHUT: [u16; 2] = [22, 5432];
 pub const OPEN: u16 = 80;
 
+/// Whoever writes to it has the first process of a virtual machine become systemd.
+pub const BOOT: &str = "/run/boot";
+
 /// Listeners without any daemon of theirs; the cables come in when the network may.
 const OWN_UNITS: [(&str, &str); 5] = [
     (
-        "cables.service",
+        CABLES,
         "[Unit]\nAfter=network-pre.target\nBefore=network.target\nDefaultDependencies=no\n\
          [Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=ip link set eth0 up\nExecStart=ip link set wg0 up\n",
     ),
@@ -29,43 +40,94 @@ const OWN_UNITS: [(&str, &str); 5] = [
     ("web.socket", "[Socket]\nListenStream=80\nAccept=yes\n[Unit]\nDefaultDependencies=no\n"),
     ("web@.service", "[Service]\nExecStart=cat\nStandardInput=socket\n"),
 ];
-const WANTED: [&str; 4] = ["cables.service", "db.socket", "web.socket", "ssh.service"];
+const CABLES: &str = "cables.service";
+const OWN_WANTED: [&str; 3] = [CABLES, "db.socket", "web.socket"];
+/// udev gives what has no hardware another address soon after it is made; a tunnel has none.
+const LINKS: &str = "[Match]\nOriginalName=eth0 wg0\n[Link]\nMACAddressPolicy=none\n";
 
 pub struct Machine<'a> {
     pub lab: &'a Lab,
-    booted: Option<(Running, u32)>,
+    /// Its root as seen from here, whether it runs or not.
+    root: PathBuf,
+    power: Power,
+}
+
+enum Power {
+    Off,
+    /// The program that is the container, and its init.
+    Container(Running, u32),
+    /// This kernel's first process is, or is to become, systemd.
+    Kernel,
 }
 
 impl<'a> Machine<'a> {
-    /// The root is in the node's own mounts, and goes with them.
+    /// A container. The root is in the node's own mounts, and goes with them.
     pub fn new(lab: &'a Lab) -> Self {
         lab.spoke
             .sh(&format!(
                 "mount -t tmpfs tmpfs /mnt; mkdir /mnt/up /mnt/work {MERGED}
                  mount -t overlay overlay -o lowerdir=/,upperdir=/mnt/up,workdir=/mnt/work {MERGED}
-                 cd {MERGED}; rm -rf etc/systemd/system/* var/lib/spokeguard etc/spokeguard run/*
-                 mkdir -p etc/spokeguard run; rm -f usr/sbin/policy-rc.d
-                 mkdir -p etc/ssh/sshd_config.d; rm -f etc/ssh/sshd_config.d/*
-                 printf 'PasswordAuthentication no\nKbdInteractiveAuthentication no\n' > etc/ssh/sshd_config.d/lab.conf
-                 ssh-keygen -q -A -f ."
+                 cd {MERGED}; rm -rf etc/systemd/system/* var/lib/spokeguard run/*; rm -f usr/sbin/policy-rc.d"
             ))
             .unwrap();
-        let machine = Machine { lab, booted: None };
-        for (name, text) in OWN_UNITS {
-            machine.write(&format!("etc/systemd/system/{name}"), text);
-        }
+        let machine = Machine { lab, root: lab.spoke.path(MERGED), power: Power::Off };
+        machine.furnish();
         machine
     }
 
+    /// The whole of the machine that we are in, whose disk is at `root`; it has been furnished before, and its cables
+    /// are out until it boots.
+    pub fn whole(lab: &'a Lab, root: &Path) -> Self {
+        let machine = Machine { lab, root: root.to_path_buf(), power: Power::Kernel };
+        machine.unplug();
+        machine
+    }
+
+    /// What every one of them has, before its first boot.
+    pub fn furnish(&self) {
+        let script = "rm -rf etc/spokeguard; mkdir -p etc/spokeguard run etc/ssh/sshd_config.d etc/systemd/network
+             rm -f etc/ssh/sshd_config.d/*
+             printf 'PasswordAuthentication no\nKbdInteractiveAuthentication no\n' > etc/ssh/sshd_config.d/lab.conf
+             ssh-keygen -q -A -f .";
+        let mut shell = std::process::Command::new("sh");
+        let done = shell.args(["-ec", script]).current_dir(&self.root).status().unwrap();
+        assert!(done.success(), "furnish the machine: {done}");
+        self.write("etc/systemd/network/10-lab.link", LINKS);
+        for (name, text) in OWN_UNITS {
+            self.write(&format!("etc/systemd/system/{name}"), text);
+        }
+        for name in OWN_WANTED {
+            self.want("multi-user.target", &format!("/etc/systemd/system/{name}"));
+        }
+        self.want("multi-user.target", "/lib/systemd/system/ssh.service");
+    }
+
     pub fn path(&self, below: &str) -> PathBuf {
-        self.lab.spoke.path(&format!("{MERGED}/{below}"))
+        self.root.join(below)
     }
 
     pub fn write(&self, below: &str, text: &str) {
         std::fs::write(self.path(below), text).unwrap();
     }
 
-    /// The same below folders that may not be there, for root alone.
+    /// A file or folder of this machine.
+    pub fn copy_in(&self, from: &Path, below: &str) {
+        let copied = std::process::Command::new("cp").arg("-r").arg(from).arg(self.path(below)).status();
+        assert!(copied.unwrap().success(), "copy {}", from.display());
+    }
+
+    /// What a target wants, as if its administrator had enabled it.
+    pub fn want(&self, target: &str, unit: &str) {
+        let wants = self.path(&format!("etc/systemd/system/{target}.wants"));
+        std::fs::create_dir_all(&wants).unwrap();
+        let link = wants.join(Path::new(unit).file_name().unwrap());
+        match std::os::unix::fs::symlink(unit, &link) {
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+            made => made.unwrap_or_else(|error| panic!("link {}: {error}", link.display())),
+        }
+    }
+
+    /// A file below folders that may not be there, for root alone.
     pub fn write_new(&self, below: &str, text: &str) {
         let path = self.path(below);
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path.parent().unwrap()).unwrap();
@@ -74,10 +136,46 @@ impl<'a> Machine<'a> {
 
     /// A kernel that knows nothing yet, cables that are out, and power.
     pub fn boot(&mut self) {
-        self.lab
-            .spoke
-            .sh("ip link set eth0 down; ip link set wg0 down; nft flush ruleset; rm -rf /sys/fs/bpf/spokeguard")
+        self.unplug();
+        self.lab.spoke.sh("nft flush ruleset").unwrap();
+        match self.power {
+            Power::Kernel => self.let_systemd_start(),
+            _ => self.start_container(),
+        }
+        self.until(LONG, "systemd is up", |machine| {
+            let state = machine.run_within(LONG, &["systemctl", "is-system-running", "--wait"]).stdout;
+            ["running", "degraded"].contains(&state.trim())
+        })
+        .unwrap_or_else(|error| {
+            let jobs = self.run(&["systemctl", "list-jobs", "--no-pager"]).all();
+            let log =
+                if let Power::Container(running, _) = &self.power { running.log() } else { String::new() };
+            panic!("{error:#}\n{jobs}\n{log}")
+        });
+    }
+
+    fn unplug(&self) {
+        // A cable that is out takes addresses of IPv6 with it, unless they are to stay.
+        let script = "for link in eth0 wg0; do
+                 echo 1 >/proc/sys/net/ipv6/conf/$link/keep_addr_on_down
+                 ip link set $link down
+             done";
+        self.lab.spoke.sh(script).unwrap();
+    }
+
+    fn let_systemd_start(&self) {
+        std::fs::write(BOOT, "now\n").unwrap();
+        wait_until(LONG, "systemd is the first process", || {
+            (std::fs::read_to_string("/proc/1/comm").ok()?.trim() == "systemd").then_some(())
+        })
+        .unwrap();
+        // Before that nobody can be asked, and then one question is enough.
+        self.until(LONG, "systemd listens", |_| Path::new("/proc/1/root/run/systemd/private").exists())
             .unwrap();
+    }
+
+    fn start_container(&mut self) {
+        self.lab.spoke.sh("rm -rf /sys/fs/bpf/spokeguard").unwrap();
         let program = std::env::var("SPOKEGUARD_BIN").unwrap();
         let mut words = vec![
             "systemd-nspawn",
@@ -92,11 +190,7 @@ impl<'a> Machine<'a> {
             MERGED,
         ];
         let bind = format!("--bind-ro={program}:/opt/spokeguard");
-        let wants = WANTED.map(|unit| format!("systemd.wants={unit}"));
-        words.push(&bind);
-        words.push("--boot");
-        words.extend(wants.iter().map(String::as_str));
-        words.push("systemd.unit=multi-user.target");
+        words.extend([&bind, "--boot", "systemd.unit=multi-user.target"]);
         let mut command = self.lab.spoke.command(&words);
         command.env("SYSTEMD_NSPAWN_UNIFIED_HIERARCHY", "1");
         let running = self.lab.spoke.start(command, "systemd-nspawn").unwrap();
@@ -113,23 +207,17 @@ impl<'a> Machine<'a> {
             children.split_whitespace().find(is_init)?.parse().ok()
         })
         .unwrap_or_else(|error| panic!("{error:#}\n{log}"));
-        self.booted = Some((running, init));
-        wait_until(LONG, "systemd is up", || {
-            let state = self.run(&["systemctl", "is-system-running"]).stdout;
-            ["running", "degraded"].contains(&state.trim()).then_some(())
-        })
-        .unwrap_or_else(|error| {
-            let jobs = self.run(&["systemctl", "list-jobs", "--no-pager"]).all();
-            panic!("{error:#}\n{jobs}\n{}", self.booted.as_ref().unwrap().0.log())
-        });
+        self.power = Power::Container(running, init);
     }
 
-    /// The plug is pulled.
+    /// The plug is pulled. That of a whole machine is its harness's.
     pub fn cut_power(&mut self) {
-        let (running, init) = self.booted.take().unwrap();
+        let Power::Container(running, init) = std::mem::replace(&mut self.power, Power::Off) else {
+            panic!("only a container that runs can be cut off")
+        };
         rustix::process::kill_process(
             rustix::process::Pid::from_raw(init as i32).unwrap(),
-            lab::Signal::KILL,
+            crate::Signal::KILL,
         )
         .unwrap();
         wait_until(LONG, "the container is gone", || {
@@ -144,7 +232,11 @@ impl<'a> Machine<'a> {
     }
 
     pub fn run_within(&self, limit: Duration, words: &[&str]) -> Outcome {
-        let init = self.booted.as_ref().unwrap().1.to_string();
+        let init = match &self.power {
+            Power::Off => panic!("{words:?} on a machine without power"),
+            Power::Container(_, init) => init.to_string(),
+            Power::Kernel => "1".to_owned(),
+        };
         let enter = ["nsenter", "--all", "--target", &init, "--"];
         let all: Vec<&str> = enter.into_iter().chain(words.iter().copied()).collect();
         // Not by way of the node: its mounts aren't the container's.
@@ -195,12 +287,23 @@ impl<'a> Machine<'a> {
     }
 
     #[track_caller]
-    pub fn wait(&self, what: &str, mut seen: impl FnMut(&Self) -> bool) {
-        wait_until(LONG, what, || seen(self).then_some(())).unwrap_or_else(|error| {
+    pub fn wait(&self, what: &str, seen: impl FnMut(&Self) -> bool) {
+        self.until(LONG, what, seen).unwrap_or_else(|error| {
             let state =
                 self.run(&["sh", "-c", "ip -br address; nft list ruleset; systemctl --failed --no-pager"]);
             panic!("{error:#}\n{:#}\n{}\n{}", self.status(), self.journal(), state.all())
         });
+    }
+
+    fn until(&self, limit: Duration, what: &str, mut seen: impl FnMut(&Self) -> bool) -> anyhow::Result<()> {
+        wait_until(limit, what, || {
+            let seen = seen(self);
+            if !seen && matches!(self.power, Power::Kernel) {
+                // Under emulation looking takes long, and time that is slept through nothing.
+                std::thread::sleep(Duration::from_millis(250));
+            }
+            seen.then_some(())
+        })
     }
 
     /// The hub's way in.
@@ -216,6 +319,13 @@ impl<'a> Machine<'a> {
     /// them, resets too, is counted by the kernel of the stranger.
     #[track_caller]
     pub fn nobody_answers_while(&mut self, work: impl FnOnce(&mut Self)) {
+        let (knocks, answers) = self.knocked_at_while(work);
+        assert!(knocks > 50, "{knocks} knocks");
+        assert_eq!(answers, 0, "answers from shut ports");
+    }
+
+    /// How often a stranger knocked at those ports meanwhile, and how many packets they sent him.
+    pub fn knocked_at_while(&mut self, work: impl FnOnce(&mut Self)) -> (u64, u64) {
         let [ssh, db] = SHUT;
         self.lab
             .internet
@@ -241,21 +351,21 @@ impl<'a> Machine<'a> {
             let mut words = text.split_whitespace().skip_while(|word| *word != "packets");
             words.nth(1).and_then(|word| word.parse().ok()).unwrap()
         };
-        assert!(count("knocks") > 50, "{} knocks", count("knocks"));
-        assert_eq!(count("shut"), 0, "answers from shut ports");
+        (count("knocks"), count("shut"))
     }
 }
 
-/// A new connection to each shut port every 5 ms.
+/// A new connection to each shut port every 5 ms, by IPv4 and IPv6 in turn.
 fn knock(stop: &AtomicBool) -> anyhow::Result<()> {
     use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with};
+    let families = [(AddressFamily::INET, SPOKE_PUBLIC), (AddressFamily::INET6, SPOKE_PUBLIC_V6)];
     while !stop.load(Ordering::Relaxed) {
         let mut begun = Vec::new();
-        for _ in 0..20 {
+        for (family, address) in families.iter().cycle().take(20) {
             for port in SHUT {
                 let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-                let socket = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)?;
-                let _ = connect(&socket, &SocketAddr::new(SPOKE_PUBLIC, port));
+                let socket = socket_with(*family, SocketType::STREAM, flags, None)?;
+                let _ = connect(&socket, &SocketAddr::new(*address, port));
                 begun.push(socket);
             }
             std::thread::park_timeout(Duration::from_millis(5));

@@ -1,0 +1,116 @@
+//! Boots: the first packets of one, and a mesh that comes after it.
+
+use std::io::Read as _;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use super::{CABLES, LONG, Machine, OPEN, SHORT};
+use crate::{Answer, Node, SPOKE_MESH, SPOKE_PUBLIC, SPOKE_PUBLIC_V6};
+
+/// Who has sshd listen, and on an address that comes late.
+pub const SSH_BY: [&str; 2] = ["ssh.service", "ssh.socket"];
+
+impl Machine<'_> {
+    /// The daemon has begun, the hub comes and stays for a moment: that confirms.
+    #[track_caller]
+    pub fn hub_confirms(&self) {
+        self.wait("the rules are on trial", |machine| machine.rules() == "on-trial");
+        let ssh = SocketAddr::new(SPOKE_MESH, 22);
+        let hub = self.lab.hub.inside(|| Ok(std::net::TcpStream::connect_timeout(&ssh, LONG)?)).unwrap();
+        self.wait("confirmed", |machine| machine.rules() == "confirmed");
+        drop(hub);
+    }
+
+    /// A boot of a host whose rules were confirmed: the sealed rules are there before the cables.
+    #[track_caller]
+    pub fn boots_shut(&mut self) {
+        self.nobody_answers_while(|machine| {
+            machine.boot();
+            for address in [SPOKE_PUBLIC, SPOKE_PUBLIC_V6] {
+                let web = SocketAddr::new(address, OPEN);
+                machine.wait(&format!("{web} answers"), |machine| {
+                    machine.lab.internet.connect(web, SHORT) == Answer::Open
+                });
+            }
+            machine.wait("the hub gets in", Machine::hub_gets_in);
+        });
+        assert_eq!(self.ok(&["systemctl", "is-active", "spokeguard-boot"]), "active\n");
+    }
+
+    /// With nothing of ours in the way: whoever knocks is answered, or an empty count would prove nothing.
+    #[track_caller]
+    pub fn boots_open(&mut self) {
+        let (_, answers) = self.knocked_at_while(|machine| {
+            machine.boot();
+            machine.wait("sshd answers", |machine| machine.answer(22) == Answer::Open);
+        });
+        assert!(answers > 0, "no answer was counted, so there is nothing to shut");
+    }
+
+    /// A host that runs, with confirmed rules and a sshd for the mesh address alone: from its next boot on nobody
+    /// puts in the mesh's cable.
+    #[track_caller]
+    pub fn listen_on_mesh_alone(&mut self) {
+        self.write("etc/ssh/sshd_config.d/mesh.conf", &format!("ListenAddress {SPOKE_MESH}\n"));
+        self.ok(&["systemctl", "restart", "ssh.service"]);
+        self.wait("sshd on the mesh", |machine| banner(&machine.lab.hub).is_some());
+        self.write(
+            &format!("etc/systemd/system/{CABLES}"),
+            "[Unit]\nAfter=network-pre.target\nBefore=network.target\nDefaultDependencies=no\n\
+             [Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=ip link set eth0 up\n",
+        );
+    }
+
+    /// That host's boot with the mesh `late`; then its device is deleted and made anew, twice. sshd is there
+    /// within five seconds of each, and nowhere else.
+    #[track_caller]
+    pub fn ssh_follows_its_address(&mut self, by: &str, late: Duration) {
+        let lab = self.lab;
+        lab.spoke.sh("ip addr flush dev wg0").unwrap();
+        if by == "ssh.socket" {
+            let text = format!("[Socket]\nListenStream=\nListenStream={SPOKE_MESH}:22\n");
+            std::fs::create_dir_all(self.path("etc/systemd/system/ssh.socket.d")).unwrap();
+            self.write("etc/systemd/system/ssh.socket.d/lab.conf", &text);
+            self.want("sockets.target", "/lib/systemd/system/ssh.socket");
+        }
+        let raise = format!("ip addr add {SPOKE_MESH}/24 dev wg0; ip link set wg0 up");
+        self.nobody_answers_while(|machine| {
+            machine.boot();
+            let booted = Instant::now();
+            machine.until(2 * late, "the mesh is late", |_| booted.elapsed() > late).unwrap();
+            assert!(banner(&lab.hub).is_none(), "{by}: before there is an address");
+            lab.spoke.sh(&raise).unwrap();
+            machine.ssh_comes(by, "late");
+            for round in ["made anew", "and again"] {
+                lab.spoke.ok(&["ip", "link", "del", "wg0"]).unwrap();
+                let anew = format!("ip link add wg0 type veth peer name wg0 netns {}", lab.hub.net_path());
+                lab.spoke.sh(&anew).unwrap();
+                lab.hub.sh("ip addr add 10.84.0.1/24 dev wg0; ip link set wg0 up").unwrap();
+                lab.spoke.sh(&raise).unwrap();
+                machine.ssh_comes(by, round);
+            }
+        });
+        assert_eq!(self.ok(&["systemctl", "is-active", by]), "active\n");
+    }
+
+    #[track_caller]
+    fn ssh_comes(&self, by: &str, what: &str) {
+        let begun = Instant::now();
+        self.wait(by, |machine| banner(&machine.lab.hub).is_some());
+        eprintln!("{by}, {what}: sshd after {:?}", begun.elapsed());
+        assert!(begun.elapsed() < Duration::from_secs(5), "{by}, {what}: {:?}", begun.elapsed());
+    }
+}
+
+/// What sshd says to a new connection through the tunnel.
+fn banner(hub: &Node) -> Option<String> {
+    hub.inside(|| {
+        let mut stream = std::net::TcpStream::connect_timeout(&SocketAddr::new(SPOKE_MESH, 22), SHORT)?;
+        stream.set_read_timeout(Some(LONG))?;
+        let mut heard = [0; 4];
+        stream.read_exact(&mut heard)?;
+        Ok(String::from_utf8_lossy(&heard).into_owned())
+    })
+    .ok()
+    .filter(|heard| heard == "SSH-")
+}

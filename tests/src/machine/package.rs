@@ -1,0 +1,163 @@
+//! The Debian package: installed, upgraded, removed and purged.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+
+use super::{LONG, Machine, OPEN};
+use crate::{Answer, SPOKE_MESH};
+
+const SERVICE: &str = "spokeguard.service";
+const BOOT: &str = "spokeguard-boot.service";
+
+/// The package of a program of this machine's architecture, made in `out`.
+pub fn debian_package(program: &Path, out: &Path) -> Result<PathBuf> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(cargo);
+    command.current_dir(env!("CARGO_MANIFEST_DIR")).args(["run", "--quiet", "--package", "xtask", "--"]);
+    command.args(["dist", "--package-of"]).arg(program).arg("--out").arg(out);
+    let made = command.output().context("start cargo")?;
+    let text = String::from_utf8_lossy(&made.stdout);
+    ensure!(made.status.success(), "make a package: {text}\n{}", String::from_utf8_lossy(&made.stderr));
+    text.lines().last().map(PathBuf::from).context("no package was named")
+}
+
+impl Machine<'_> {
+    /// On a host that runs without any of ours: the package asks nothing, breaks nothing, and leaves what it says.
+    #[track_caller]
+    pub fn stands_its_package(&mut self, package: &Path) {
+        let (deb, later) = ("/opt/spokeguard.deb", "/opt/later.deb");
+        let machine = self;
+        machine.copy_in(package, deb.trim_start_matches('/'));
+        assert_eq!(machine.answer(22), Answer::Open, "there is something to shut");
+        let before = machine.left();
+
+        // Without a policy the units are there, and nothing else happens.
+        let sshd = machine.property("ssh.service", "MainPID");
+        let told = machine.dpkg("--install", deb);
+        assert!(told.contains("spokeguard: not started, for want of a policy"), "{told}");
+        assert_eq!([machine.enabled(SERVICE), machine.enabled(BOOT)], ["enabled", "enabled"]);
+        machine.ok(&["systemctl", "start", SERVICE, BOOT]);
+        assert_eq!(machine.property(SERVICE, "ActiveState"), "inactive", "also at the next boot");
+        assert_eq!(machine.ok(&["nft", "list", "ruleset"]), "");
+        assert_eq!(machine.answer(22), Answer::Open);
+        assert_eq!(machine.property("ssh.service", "MainPID"), sshd);
+        for file in [
+            "/usr/share/man/man1/spokeguard.1.gz",
+            "/usr/share/man/man1/spokeguard-policy-check.1.gz",
+            "/usr/share/bash-completion/completions/spokeguard",
+            "/usr/lib/spokeguard/shut.nft",
+            "/usr/share/doc/spokeguard/copyright",
+        ] {
+            machine.ok(&["test", "-s", file]);
+        }
+        // A policy with a mistake starts nothing, and the package is installed all the same.
+        machine.dpkg("--purge", "spokeguard");
+        machine.write_new("etc/spokeguard/policy.toml", "version = 1\n");
+        let told = machine.dpkg("--install", deb);
+        assert!(!told.contains("spokeguard: started"), "{told}");
+        assert_eq!(machine.property(SERVICE, "ActiveState"), "inactive");
+
+        // With one, what `spokeguard install` did is taken over while it runs.
+        machine.write("etc/spokeguard/policy.toml", &machine.lab.plain_policy());
+        machine.dpkg("--purge", "spokeguard");
+        machine.ok(&["/opt/spokeguard", "install"]);
+        machine.wait("the rules are on trial", |machine| machine.rules() == "on-trial");
+        machine.ok(&["spokeguard", "confirm"]);
+        machine.wait("confirmed", |machine| machine.rules() == "confirmed");
+        assert_eq!(machine.program(), "/usr/local/sbin/spokeguard");
+        machine.nobody_answers_while(|machine| {
+            machine.dpkg("--install", deb);
+            machine.wait("the package's daemon", |machine| machine.rules() == "confirmed");
+        });
+        assert_eq!(machine.program(), "/usr/bin/spokeguard");
+        assert_eq!(machine.property(SERVICE, "FragmentPath"), "/lib/systemd/system/spokeguard.service");
+        assert_eq!(machine.run(&["test", "-e", "/usr/local/sbin/spokeguard"]).code, Some(1));
+        assert_eq!([machine.enabled(SERVICE), machine.enabled(BOOT)], ["enabled", "enabled"]);
+
+        // An upgrade changes the daemon; rules and counts go on, and so does who is logged in.
+        machine.ok(&["sh", "-ec", &upgraded(deb, later)]);
+        let ssh = SocketAddr::new(SPOKE_MESH, 22);
+        let hub = machine.lab.hub.inside(|| Ok(std::net::TcpStream::connect_timeout(&ssh, LONG)?)).unwrap();
+        let (dropped, table) = machine.dropped_and_table();
+        assert!(dropped > 0.0);
+        let pid = machine.property(SERVICE, "MainPID");
+        machine.ok(&["systemctl", "disable", "--quiet", BOOT]);
+        machine.nobody_answers_while(|machine| {
+            machine.dpkg("--install", later);
+            machine.wait("the new daemon", |machine| {
+                machine.property(SERVICE, "MainPID") != pid && machine.rules() == "confirmed"
+            });
+        });
+        let (dropped_after, table_after) = machine.dropped_and_table();
+        assert!(dropped_after > dropped, "{dropped} before, {dropped_after} after");
+        assert_eq!(table, table_after);
+        assert!(hub.peer_addr().is_ok() && hub.take_error().unwrap().is_none());
+        assert_eq!(machine.enabled(BOOT), "disabled", "as its administrator wants it");
+        machine.ok(&["systemctl", "enable", "--quiet", BOOT]);
+
+        // Removed, it leaves what is in force and says how to open the host.
+        machine.nobody_answers_while(|machine| {
+            let told = machine.dpkg("--remove", "spokeguard");
+            assert!(told.contains("the rules in force stay until the next boot"), "{told}");
+            assert!(told.contains("nft delete table inet spokeguard"), "{told}");
+            assert_eq!(machine.answer(OPEN), Answer::Open);
+            assert!(machine.hub_gets_in());
+            assert_eq!(machine.run(&["systemctl", "is-active", SERVICE]).stdout, "inactive\n");
+            // Installed again, it goes on where it was.
+            machine.dpkg("--install", deb);
+            machine.wait("the daemon is back", |machine| machine.rules() == "confirmed");
+            let told = machine.dpkg("--purge", "spokeguard");
+            assert!(told.contains("kept, since you wrote it: /etc/spokeguard/policy.toml"), "{told}");
+        });
+        assert_eq!(machine.left(), before);
+    }
+
+    /// Lets dpkg know of nftables alone, before a boot: it reads all that it knows every time, and this machine's
+    /// developers have much installed.
+    pub fn forget_packages(&self) {
+        let known = Command::new("dpkg-query").args(["--status", "nftables"]).output().unwrap();
+        let known = String::from_utf8(known.stdout).unwrap();
+        let known: Vec<&str> = known.lines().filter(|line| !line.starts_with("Depends:")).collect();
+        std::fs::remove_dir_all(self.path("var/lib/dpkg")).unwrap();
+        for folder in ["info", "updates", "triggers"] {
+            std::fs::create_dir_all(self.path(&format!("var/lib/dpkg/{folder}"))).unwrap();
+        }
+        self.write("var/lib/dpkg/status", &(known.join("\n") + "\n"));
+        self.write("var/lib/dpkg/info/nftables.list", "/.\n");
+    }
+
+    pub fn dpkg(&self, action: &str, what: &str) -> String {
+        self.ok_within(LONG, &["dpkg", "--force-unsafe-io", action, what])
+    }
+
+    fn enabled(&self, unit: &str) -> String {
+        self.run(&["systemctl", "is-enabled", unit]).stdout.trim().to_owned()
+    }
+
+    /// What the daemon runs, as the kernel knows it.
+    fn program(&self) -> String {
+        let pid = self.property(SERVICE, "MainPID");
+        self.ok(&["readlink", &format!("/proc/{pid}/exe")]).trim().to_owned()
+    }
+
+    /// Packets that strangers lost, as the hub reads it, and the number that the kernel gave our table at its making.
+    fn dropped_and_table(&self) -> (f64, String) {
+        let metrics = self.lab.hub.http_get(SocketAddr::new(SPOKE_MESH, 9984), "/metrics", &[]).unwrap();
+        let dropped =
+            metrics.body.lines().filter(|line| line.starts_with("spokeguard_dropped_packets_total{"));
+        let sum = dropped.map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum();
+        let listed = self.ok(&["nft", "--handle", "list", "table", "inet", "spokeguard"]);
+        (sum, listed.lines().next().unwrap().to_owned())
+    }
+}
+
+/// The same package under a later version.
+fn upgraded(from: &str, to: &str) -> String {
+    format!(
+        "cd /tmp && rm -rf later && dpkg-deb -R {from} later && sed -i 's/^Version: .*/&+later/' later/DEBIAN/control \
+         && dpkg-deb --root-owner-group -Znone -b later {to} && rm -rf later"
+    )
+}
