@@ -75,11 +75,11 @@ const LEFT_OUT: &[&str] = &[
 
 /// By busybox, where no package brought it.
 const BUSYBOX: &[&str] = &[
-    "[", "awk", "basename", "cat", "chmod", "chown", "cp", "cut", "date", "dd", "dirname", "du", "echo",
-    "env", "expr", "false", "find", "grep", "head", "hostname", "id", "kill", "ln", "ls", "mkdir", "mknod",
-    "mktemp", "mount", "mv", "nc", "od", "pgrep", "poweroff", "printf", "ps", "pwd", "readlink", "realpath",
-    "rm", "rmdir", "sed", "seq", "sleep", "sort", "stat", "sync", "tail", "tee", "test", "timeout", "touch",
-    "tr", "true", "umount", "uname", "uniq", "wc", "which", "xargs", "yes",
+    "[", "awk", "basename", "cat", "chmod", "chown", "chroot", "cp", "cut", "date", "dd", "dirname", "du",
+    "echo", "env", "expr", "false", "find", "grep", "head", "hostname", "id", "kill", "ln", "ls", "mkdir",
+    "mkfifo", "mknod", "mktemp", "mount", "mv", "nc", "od", "pgrep", "poweroff", "printf", "ps", "pwd",
+    "readlink", "realpath", "rm", "rmdir", "sed", "seq", "sleep", "sort", "stat", "sync", "tail", "tee",
+    "test", "timeout", "touch", "tr", "true", "umount", "uname", "uniq", "wc", "which", "xargs", "yes",
 ];
 
 /// Folders of modules that are taken whole, with all that they depend on.
@@ -98,6 +98,8 @@ const MODULES: &[&str] = &[
     "kernel/drivers/net/vrf",
     "kernel/drivers/net/wireguard/",
     "kernel/drivers/virtio/",
+    "kernel/fs/autofs/",
+    "kernel/fs/binfmt_misc",
     "kernel/fs/ext4/",
     "kernel/lib/",
     "kernel/net/802/",
@@ -126,7 +128,7 @@ pub struct Kernel {
 }
 
 /// Where all of it is kept.
-fn folder() -> PathBuf {
+pub(crate) fn folder() -> PathBuf {
     crate::target().join("vm")
 }
 
@@ -134,7 +136,7 @@ fn folder() -> PathBuf {
 pub fn kernel(arch: Arch, series: &str) -> Result<Kernel> {
     let package = packages::kernel(arch, series)?;
     let release = package.name().trim_start_matches("linux-image-").to_owned();
-    let name = format!("kernel-{}-{series}-{}", arch.name(), key(std::slice::from_ref(&package)));
+    let name = format!("kernel-{}-{series}-{}", arch.name(), key(RECIPE, std::slice::from_ref(&package)));
     let (vmlinuz, modules) =
         (folder().join(format!("{name}.vmlinuz")), folder().join(format!("{name}.cpio")));
     if !vmlinuz.is_file() || !modules.is_file() {
@@ -157,7 +159,7 @@ pub fn root(arch: Arch) -> Result<PathBuf> {
         .into_iter()
         .filter(|package| !LEFT_OUT.contains(&package.name()))
         .collect();
-    let name = format!("root-{}-{}", arch.name(), key(&wanted));
+    let name = format!("root-{}-{}", arch.name(), key(RECIPE, &wanted));
     let root = folder().join(format!("{name}.cpio"));
     if !root.is_file() {
         let files = packages::download(&wanted, arch, &folder().join("packages"))?;
@@ -173,17 +175,6 @@ pub fn root(arch: Arch) -> Result<PathBuf> {
         forget(&format!("root-{}-", arch.name()), &name)?;
     }
     Ok(root)
-}
-
-/// An empty disk.
-pub fn disk(folder: &Path) -> Result<PathBuf> {
-    const BYTES: u64 = 64 << 20;
-    let path = folder.join("disk.raw");
-    let file = fs::File::create(&path).with_context(|| format!("create {}", path.display()))?;
-    file.set_len(BYTES).with_context(|| format!("write {} (no space?)", path.display()))?;
-    said(Command::new("mke2fs").args(["-q", "-t", "ext4"]).arg(&path))
-        .context("apt-get install e2fsprogs")?;
-    Ok(path)
 }
 
 /// Documentation, translations and what a package manager wants are half of what is unpacked.
@@ -291,9 +282,9 @@ fn write(tree: &Tree, path: &Path) -> Result<()> {
     fs::rename(&half, path).with_context(|| format!("name {}", path.display()))
 }
 
-fn key(packages: &[Package]) -> String {
+pub(crate) fn key(recipe: &str, packages: &[Package]) -> String {
     let mut hasher = DefaultHasher::new();
-    RECIPE.hash(&mut hasher);
+    recipe.hash(&mut hasher);
     for package in packages {
         (&package.file, &package.checksum).hash(&mut hasher);
     }
@@ -301,7 +292,7 @@ fn key(packages: &[Package]) -> String {
 }
 
 /// Removes what was made of older packages.
-fn forget(kind: &str, but: &str) -> Result<()> {
+pub(crate) fn forget(kind: &str, but: &str) -> Result<()> {
     let old = fs::read_dir(folder()).context("list target/vm")?.flatten();
     for entry in old {
         let name = entry.file_name().to_string_lossy().into_owned();
@@ -313,10 +304,10 @@ fn forget(kind: &str, but: &str) -> Result<()> {
 }
 
 /// A folder for the time of preparing.
-struct Scratch(PathBuf);
+pub(crate) struct Scratch(pub(crate) PathBuf);
 
 impl Scratch {
-    fn new(name: &str) -> Result<Scratch> {
+    pub(crate) fn new(name: &str) -> Result<Scratch> {
         let path = folder().join(format!("{name}.scratch"));
         if path.exists() {
             fs::remove_dir_all(&path).with_context(|| format!("remove {}", path.display()))?;

@@ -1,6 +1,6 @@
 #!/usr/bin/busybox sh
 # The first process of a machine: what an init would mount, then the scenario, then the end.
-export PATH=/usr/sbin:/usr/bin HOME=/root
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin HOME=/root
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev
@@ -20,7 +20,15 @@ for port in /sys/class/virtio-ports/*; do
     if [ "$(cat "$port/name")" = steps ]; then steps=/dev/${port##*/}; fi
 done
 echo "init done at $(cut -d ' ' -f 1 /proc/uptime) s"
-# shellcheck disable=SC2046
-/opt/sg/sg-vm-guest "$steps" $(cat /opt/sg/words)
-sync
-poweroff -f
+scenario='/opt/sg/sg-vm-guest "$1" $(cat /opt/sg/words); sync; poweroff -f'
+if [ ! -e /opt/sg/systemd ]; then exec sh -c "$scenario" scenario "$steps"; fi
+# The disk's systemd becomes the first process, when the scenario wants it to. What runs the scenario stays here.
+mount -t ext4 /dev/vda /mnt
+mkdir -p /mnt/usr/lib/modules
+mount -o bind /usr/lib/modules /mnt/usr/lib/modules
+mkfifo /run/boot
+/usr/bin/unshare --mount --propagation private sh -c "$scenario" scenario "$steps" &
+read -r _ </run/boot
+cd /mnt || exit
+mount -o move . /
+exec chroot . /sbin/init </dev/console >/dev/console 2>&1

@@ -10,6 +10,7 @@
 //! early or takes too long has failed.
 
 pub mod cpio;
+pub mod disk;
 pub mod image;
 pub mod machine;
 pub mod packages;

@@ -7,11 +7,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use clap::{Arg, ArgAction, ArgMatches, Command};
+use vm::disk;
 use vm::image;
 use vm::machine::{self, Machine, Ran};
 use vm::packages::Arch;
 use vm::payload::{self, Programs, Wanted};
-use vm::scenario::{ALL, Scenario};
+use vm::scenario::{ALL, Disk, QUICK, Scenario};
 use vm::step::{Line, Verdict};
 
 fn main() -> ExitCode {
@@ -75,10 +76,11 @@ fn run(matches: &ArgMatches) -> Result<bool> {
         let wanted = Wanted {
             tests: boots.iter().any(|(scenario, _)| scenario.tests),
             release: boots.iter().any(|(scenario, _)| scenario.release),
+            package: boots.iter().any(|(scenario, _)| scenario.package),
         };
         let made = make(arch, wanted, matches.get_one::<String>("programs"));
         for (scenario, series) in boots {
-            let boot = Boot { scenario, series, arch, filters: &filters };
+            let boot = Boot { scenario, series, arch, quick, filters: &filters };
             let done = made.as_ref().map_err(|error| anyhow!("{error:#}"));
             if !report(&boot, done.and_then(|(programs, root)| boot.run(root, programs))) {
                 failed.push(boot.title());
@@ -133,6 +135,7 @@ struct Boot<'a> {
     scenario: &'a Scenario,
     series: &'a str,
     arch: Arch,
+    quick: bool,
     filters: &'a [String],
 }
 
@@ -146,7 +149,7 @@ impl Boot<'_> {
     }
 
     fn run(&self, root: &Path, programs: &Programs) -> Result<Ran> {
-        let Boot { scenario, series, arch, filters } = *self;
+        let Boot { scenario, series, arch, quick, filters } = *self;
         let folder = self.folder();
         if folder.exists() {
             fs::remove_dir_all(&folder).with_context(|| format!("remove {}", folder.display()))?;
@@ -156,10 +159,18 @@ impl Boot<'_> {
         let memory_mib = scenario.memory_mib(arch);
         println!("\nvm: {} on {} ({}, {memory_mib} MiB)", scenario.name, kernel.release, arch.name());
         fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
-        let disk = if scenario.disk { Some(image::disk(&folder)?) } else { None };
+        let disk = match scenario.disk {
+            Disk::None => None,
+            Disk::Empty => Some(disk::empty(&folder)?),
+            Disk::Systemd => Some(disk::copy(&disk::installed(arch)?, &folder)?),
+        };
         let mut whole = Ran { verdict: Verdict::Ok, cpu: Duration::ZERO, wall: Duration::ZERO };
         for boot in 1..=scenario.boots {
-            let number = if scenario.boots > 1 { vec![boot.to_string()] } else { vec![] };
+            let number = match (scenario.boots, quick) {
+                (1, false) => vec![],
+                (1, true) => vec![QUICK.to_owned()],
+                _ => vec![boot.to_string()],
+            };
             let words = [&[scenario.name.to_owned()], &*number, filters].concat().join(" ");
             let mut file = Vec::new();
             payload::tree(programs, scenario, &scratch, &words)?.write(&mut file)?;
@@ -170,6 +181,7 @@ impl Boot<'_> {
                 initrd: vec![root, &kernel.modules, &own],
                 memory_mib,
                 disk: disk.as_deref(),
+                waits: scenario.disk == Disk::Systemd,
                 limit: Duration::from_secs(scenario.limit_s),
                 folder: &folder,
             };

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::cpio::Tree;
 use crate::packages::{Arch, said};
-use crate::scenario::Scenario;
+use crate::scenario::{Disk, Scenario};
 
 /// Where they are inside.
 pub const FOLDER: &str = "opt/sg";
@@ -23,6 +23,8 @@ pub struct Programs {
     pub lab: Vec<PathBuf>,
     /// The integration tests.
     pub tests: Option<PathBuf>,
+    /// The product as Debian's package.
+    pub package: Option<PathBuf>,
     /// The program that takes away what only a debugger wants.
     pub strip: &'static str,
 }
@@ -36,6 +38,7 @@ const GUEST: &str = "sg-vm-guest";
 pub struct Wanted {
     pub tests: bool,
     pub release: bool,
+    pub package: bool,
 }
 
 /// Builds for machines of `arch`. Another architecture's are as users get them, and the lab's without what few tests
@@ -64,14 +67,16 @@ pub fn build(arch: Arch, wanted: Wanted) -> Result<Programs> {
     let product = if own { in_profile("debug", PRODUCT) } else { in_profile("release", PRODUCT) };
     let tests = if wanted.tests { Some(integration_tests(&tools)?) } else { None };
     let lab = [HELPER, GUEST].map(|name| in_profile("debug", name)).to_vec();
-    Ok(Programs { product, release, lab, tests, strip: strip(arch) })
+    let out = crate::target().join("vm/package");
+    let package = if wanted.package { Some(lab::debian_package(&product, &out)?) } else { None };
+    Ok(Programs { product, release, lab, tests, package, strip: strip(arch) })
 }
 
 /// Programs that were built before, such as those that go to users.
 pub fn built(arch: Arch, folder: &Path) -> Programs {
     let product = folder.join(PRODUCT);
     let lab = [HELPER, GUEST].map(|name| folder.join(name)).to_vec();
-    Programs { release: Some(product.clone()), product, lab, tests: None, strip: strip(arch) }
+    Programs { release: Some(product.clone()), product, lab, tests: None, package: None, strip: strip(arch) }
 }
 
 fn strip(arch: Arch) -> &'static str {
@@ -191,6 +196,14 @@ pub fn tree(programs: &Programs, scenario: &Scenario, scratch: &Path, words: &st
                 tree.below(at.trim_start_matches('/'), &folder, &|_| true)?;
             }
         }
+    }
+    let package = programs.package.as_ref().filter(|_| scenario.package);
+    ensure!(!scenario.package || package.is_some(), "the package was not built");
+    if let Some(package) = package {
+        tree.copy(&format!("{FOLDER}/spokeguard.deb"), package)?;
+    }
+    if scenario.disk == Disk::Systemd {
+        tree.file(&format!("{FOLDER}/systemd"), 0o644, "");
     }
     tree.file(&format!("{FOLDER}/words"), 0o644, words);
     Ok(tree)

@@ -6,6 +6,7 @@ mod integration;
 mod lock_out;
 mod small;
 mod spoke;
+mod systemd;
 
 use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
@@ -17,6 +18,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use rustix::system::RebootCommand;
 use serde_json::Value;
+use vm::scenario::QUICK;
 use vm::step::Line;
 
 /// No answer by then is silence.
@@ -39,10 +41,16 @@ fn run(words: &[String]) -> Result<()> {
     let [port, scenario, rest @ ..] = words else { bail!("usage: sg-vm-guest PORT SCENARIO WORDS..") };
     let port = OpenOptions::new().write(true).open(port).with_context(|| format!("open {port}"))?;
     let mut steps = Steps { port, begun: Instant::now(), count: 0 };
+    // The boot's number, or how much is wanted.
+    let boot = rest.first().cloned().unwrap_or_default();
     let done = match scenario.as_str() {
         "spoke" => spoke::run(&mut steps),
-        "no-features" => features::run(&mut steps),
-        "lock-out" => lock_out::run(&mut steps, rest.first().map_or("", String::as_str)),
+        "no-features" => features::run(&mut steps, boot == QUICK),
+        "boot-window" => systemd::boot_window(&mut steps, &boot),
+        "ssh-race" => systemd::ssh_race(&mut steps, &boot),
+        "package" => systemd::package(&mut steps),
+        "neighbours" => systemd::neighbours(&mut steps),
+        "lock-out" => lock_out::run(&mut steps, &boot),
         "docker-like" => docker_like::run(&mut steps),
         "upgrade" => integration::run(&mut steps, &["exact::".to_owned()]),
         "small" => small::run(&mut steps),

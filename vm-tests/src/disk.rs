@@ -1,0 +1,96 @@
+//! What outlives a machine's boots: an empty disk, or one with Debian as its packages install it, which is made once.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::image::{Scratch, folder, forget, key};
+use crate::packages::{self, Arch, said};
+
+const RECIPE: &str = include_str!("disk.rs");
+
+/// What a disk with systemd is installed from. ufw and firewalld are for who brings them to life.
+const INSTALLED: &[&str] = &[
+    "dbus",
+    "firewalld",
+    "iproute2",
+    "kmod",
+    "nftables",
+    "openssh-server",
+    "procps",
+    "systemd",
+    "systemd-sysv",
+    "udev",
+    "ufw",
+    "wireguard-tools",
+];
+/// Nobody's business in a test, and some of them take long.
+const NOT_STARTED: &[&str] = &[
+    "apt-daily-upgrade.timer",
+    "apt-daily.timer",
+    "dpkg-db-backup.timer",
+    "e2scrub_all.timer",
+    "e2scrub_reap.service",
+    "firewalld.service",
+    "fstrim.timer",
+];
+
+/// A disk with Debian as its packages install it, which every machine with systemd has a copy of.
+pub fn installed(arch: Arch) -> Result<PathBuf> {
+    ensure!(arch == Arch::HOST, "packages for {} are not installed on {}", arch.name(), Arch::HOST.name());
+    let name =
+        format!("installed-{}-{}", arch.name(), key(RECIPE, &packages::with_dependencies(arch, INSTALLED)?));
+    let disk = folder().join(format!("{name}.ext4"));
+    if disk.is_file() {
+        return Ok(disk);
+    }
+    println!("vm: install Debian with systemd into a disk");
+    let scratch = Scratch::new(&name)?;
+    let root = scratch.0.join("root");
+    let mut command = Command::new("mmdebstrap");
+    command.args(["--quiet", "--mode=root", "--variant=minbase", "--format=directory"]);
+    command.arg(format!("--include={}", INSTALLED.join(",")));
+    for folder in ["doc", "man", "locale", "info"] {
+        command.arg(format!("--dpkgopt=path-exclude=/usr/share/{folder}/*"));
+    }
+    said(command.arg(codename()?).arg(&root)).context("apt-get install mmdebstrap")?;
+    // That was for its installation, and is not for what a test installs.
+    fs::remove_file(root.join("etc/dpkg/dpkg.cfg.d/99mmdebstrap")).context("remove dpkg's options")?;
+    // Without a name it would take each boot for its first, and enable all that it finds.
+    fs::write(root.join("etc/machine-id"), "5b0c6f1d8f5e4c0e9d3a7b2c4e6f8a10\n").context("write its name")?;
+    fs::write(root.join("etc/hostname"), "vm\n").context("write its host's name")?;
+    said(Command::new("chroot").arg(&root).args(["systemctl", "--quiet", "disable"]).args(NOT_STARTED))?;
+    let half = disk.with_extension("half");
+    said(Command::new("mke2fs").args(["-q", "-F", "-t", "ext4", "-d"]).arg(&root).arg(&half).arg("1G"))
+        .context("apt-get install e2fsprogs")?;
+    fs::rename(&half, &disk).with_context(|| format!("name {}", disk.display()))?;
+    forget(&format!("installed-{}-", arch.name()), &name)?;
+    Ok(disk)
+}
+
+/// Debian's release here.
+fn codename() -> Result<String> {
+    let text = fs::read_to_string("/etc/os-release").context("read /etc/os-release")?;
+    let name = text.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME="));
+    name.map(|name| name.trim_matches('"').to_owned()).context("/etc/os-release has no VERSION_CODENAME")
+}
+
+/// A machine's own copy of a disk.
+pub fn copy(disk: &Path, folder: &Path) -> Result<PathBuf> {
+    let path = folder.join("disk.raw");
+    said(Command::new("cp").args(["--sparse=always", "--reflink=auto"]).arg(disk).arg(&path))?;
+    Ok(path)
+}
+
+/// An empty disk.
+pub fn empty(folder: &Path) -> Result<PathBuf> {
+    const BYTES: u64 = 64 << 20;
+    let path = folder.join("disk.raw");
+    let file = fs::File::create(&path).with_context(|| format!("create {}", path.display()))?;
+    file.set_len(BYTES).with_context(|| format!("write {} (no space?)", path.display()))?;
+    said(Command::new("mke2fs").args(["-q", "-t", "ext4"]).arg(&path))
+        .context("apt-get install e2fsprogs")?;
+    Ok(path)
+}

@@ -1,0 +1,136 @@
+//! Scenarios with the disk's systemd as the first process of this kernel. Hub and stranger were there before it, and
+//! the machine itself is the spoke.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use lab::machine::{OPEN, SHUT, SSH_BY};
+use lab::{Answer, Lab, Machine};
+
+use crate::Steps;
+
+/// The disk, as seen from here before and after it has become the machine's root.
+const DISK: &str = "/mnt";
+const PACKAGE: &str = "/opt/sg/spokeguard.deb";
+const LATE: Duration = Duration::from_secs(60);
+
+pub fn boot_window(steps: &mut Steps, boot: &str) -> Result<()> {
+    let lab = lab(steps)?;
+    let mut machine = Machine::whole(&lab, Path::new(DISK));
+    match boot {
+        "1" => {
+            furnish(&machine, &lab)?;
+            steps.step("without any of ours: whoever knocks is answered", || {
+                machine.boots_open();
+                took(&machine)
+            })?;
+            installed(steps, &machine)
+        }
+        "2" => {
+            steps.step("from the first packet of a boot only 80 answers a stranger", || {
+                machine.boots_shut();
+                machine.wait("the daemon holds it", |machine| machine.rules() == "confirmed");
+                took(&machine)
+            })?;
+            // For the next boot.
+            fs::remove_file(machine.path("usr/local/sbin/spokeguard")).context("delete the daemon's program")
+        }
+        "3" => steps.step("the same with the daemon's program deleted", || {
+            machine.boots_shut();
+            let state = machine.property("spokeguard.service", "ActiveState");
+            anyhow::ensure!(state != "active", "there is a daemon, so this proves nothing");
+            Ok(format!("spokeguard.service is {state}"))
+        }),
+        other => bail!("no boot {other} of this scenario"),
+    }
+}
+
+pub fn ssh_race(steps: &mut Steps, boot: &str) -> Result<()> {
+    let lab = lab(steps)?;
+    let mut machine = Machine::whole(&lab, Path::new(DISK));
+    if boot == "1" {
+        confirmed(steps, &mut machine, &lab)?;
+        return steps.step("sshd listens on the mesh alone", || {
+            machine.listen_on_mesh_alone();
+            is_shut(&machine)
+        });
+    }
+    let number: usize = boot.parse().context("the boot's number")?;
+    let by = SSH_BY.get(number - 2).with_context(|| format!("no boot {boot} of this scenario"))?;
+    steps.step(&format!("{by}: within 5 s of its address, and nowhere else"), || {
+        machine.ssh_follows_its_address(by, LATE);
+        Ok(format!("the mesh came {} s late, then went and came twice", LATE.as_secs()))
+    })
+}
+
+pub fn package(steps: &mut Steps) -> Result<()> {
+    let lab = lab(steps)?;
+    let mut machine = Machine::whole(&lab, Path::new(DISK));
+    furnish(&machine, &lab)?;
+    fs::remove_file(machine.path("etc/spokeguard/policy.toml")).context("remove the policy")?;
+    steps.step("systemd is up", || {
+        machine.boot();
+        took(&machine)
+    })?;
+    steps.step("installed, taken over, upgraded, removed and purged", || {
+        machine.stands_its_package(Path::new(PACKAGE));
+        Ok("nothing of ours is left".to_owned())
+    })
+}
+
+pub fn neighbours(steps: &mut Steps) -> Result<()> {
+    let lab = lab(steps)?;
+    let mut machine = Machine::whole(&lab, Path::new(DISK));
+    confirmed(steps, &mut machine, &lab)?;
+    steps.step("ufw and firewalld come, reload and go, and nothing opens", || {
+        machine.stands_other_firewalls();
+        is_shut(&machine)
+    })
+}
+
+fn lab(steps: &mut Steps) -> Result<Lab> {
+    steps.make("a lab around this machine", || Ok((Lab::around_this_machine()?, crate::release()?)))
+}
+
+/// The disk's first boot: what every machine of the tests has, our program and a policy.
+fn furnish(machine: &Machine, lab: &Lab) -> Result<()> {
+    machine.furnish();
+    machine.copy_in(Path::new("/opt/sg/spokeguard"), "opt/spokeguard");
+    machine.write("etc/spokeguard/policy.toml", &lab.plain_policy());
+    Ok(())
+}
+
+fn confirmed(steps: &mut Steps, machine: &mut Machine, lab: &Lab) -> Result<()> {
+    furnish(machine, lab)?;
+    steps.step("systemd is up", || {
+        machine.boot();
+        took(machine)
+    })?;
+    installed(steps, machine)
+}
+
+fn installed(steps: &mut Steps, machine: &Machine) -> Result<()> {
+    steps.step("`spokeguard install`, and the hub's ssh confirms", || {
+        machine.ok(&["/opt/spokeguard", "install"]);
+        machine.hub_confirms();
+        is_shut(machine)
+    })
+}
+
+fn is_shut(machine: &Machine) -> Result<String> {
+    for port in SHUT {
+        let answer = machine.answer(port);
+        anyhow::ensure!(answer == Answer::Silent, "{port} is {answer:?} for a stranger");
+    }
+    let web = machine.answer(OPEN);
+    anyhow::ensure!(web == Answer::Open, "{OPEN} is {web:?} for a stranger");
+    Ok("22 and 5432 are silent, 80 is open".to_owned())
+}
+
+/// How long the boot was, in systemd's words.
+fn took(machine: &Machine) -> Result<String> {
+    let text = machine.run(&["systemd-analyze", "time"]).stdout;
+    Ok(text.lines().next().unwrap_or_default().to_owned())
+}
