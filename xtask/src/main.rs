@@ -9,9 +9,10 @@ mod integration;
 mod setup;
 
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -170,7 +171,12 @@ fn passes(all: bool, steps: &mut Steps) -> Result<()> {
     steps.cargo("formatting", &["fmt", "--all", "--check"])?;
     steps.cargo("clippy", &["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"])?;
     steps.cargo("build", &["build", "--workspace"])?;
-    steps.run("unit tests", promised(&["test", "--workspace", "--lib", "--bins"], "debug"))?;
+    // Real kernels take one processor, and nothing that looks at the clock runs beside them.
+    let name = "real kernels, the quick ones";
+    let machines = Beside::start(name, quick_machines("debug"), setup::target().join("vm/quick.log"))?;
+    let unit = steps.run("unit tests", promised(&["test", "--workspace", "--lib", "--bins"], "debug"));
+    machines.end(steps)?;
+    unit?;
     steps.integration("integration tests", "debug")?;
     let deny = ["deny", "--offline", "check", "licenses", "bans", "sources"];
     steps.cargo("licences, bans, sources", &deny)?;
@@ -221,6 +227,44 @@ fn advisories(steps: &mut Steps) -> Result<()> {
             steps.skip("advisories", &format!("no advisory database on this machine, and {why:#}"));
             Ok(())
         }
+    }
+}
+
+/// With programs that are built already: cargo itself would wait for the other step's cargo.
+fn quick_machines(profile: &str) -> Command {
+    let programs = setup::target().join(profile);
+    let mut command = Command::new(programs.join("vm"));
+    command.args(["--quick", "--programs"]).arg(&programs);
+    command
+}
+
+/// What runs while another step does, such as the machines: each has a limit of its own, and its console is kept.
+struct Beside {
+    name: &'static str,
+    child: Child,
+    log: PathBuf,
+    started: Instant,
+}
+
+impl Beside {
+    fn start(name: &'static str, mut command: Command, log: PathBuf) -> Result<Beside> {
+        std::fs::create_dir_all(log.parent().unwrap_or(&log)).context("create the log's folder")?;
+        let out = File::create(&log).with_context(|| format!("create {}", log.display()))?;
+        let errors = out.try_clone().context("share a log")?;
+        let child = command.stdin(Stdio::null()).stdout(out).stderr(errors).spawn();
+        let child = child.with_context(|| format!("start `{}`", shown(&command)))?;
+        Ok(Beside { name, child, log, started: Instant::now() })
+    }
+
+    fn end(mut self, steps: &mut Steps) -> Result<()> {
+        let started = self.started;
+        steps.step_since(self.name, started, || {
+            let status = self.child.wait().with_context(|| format!("wait for {}", self.name))?;
+            let said = std::fs::read(&self.log).with_context(|| format!("read {}", self.log.display()))?;
+            println!("{}", String::from_utf8_lossy(&said).trim_end());
+            ensure!(status.success(), "{status}; all it said is in {}", self.log.display());
+            Ok(())
+        })
     }
 }
 
@@ -293,8 +337,11 @@ impl Steps {
     }
 
     fn step(&mut self, name: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
+        self.step_since(name, Instant::now(), work)
+    }
+
+    fn step_since(&mut self, name: &str, started: Instant, work: impl FnOnce() -> Result<()>) -> Result<()> {
         println!("==> {name}");
-        let started = Instant::now();
         let result = work();
         let word = if result.is_ok() { "ok" } else { "FAILED" };
         self.failed |= result.is_err();
@@ -318,5 +365,26 @@ impl Steps {
         for line in &self.lines {
             println!("    {line}");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_runs_beside_another_step_is_judged_like_one() {
+        let log = std::env::temp_dir().join(format!("sg-beside-{}/log", std::process::id()));
+        for (script, ok) in [("echo in", true), ("echo in; exit 3", false), ("kill -9 $$", false)] {
+            let mut shell = Command::new("sh");
+            shell.args(["-c", script]);
+            let mut steps = Steps::default();
+            let done = Beside::start("beside", shell, log.clone()).and_then(|beside| beside.end(&mut steps));
+            assert_eq!((done.is_ok(), steps.failed), (ok, !ok), "{script}: {done:?}");
+            assert_eq!(steps.lines.len(), 1, "{:?}", steps.lines);
+        }
+        let missing = Command::new("/nonexistent/vm");
+        assert!(Beside::start("beside", missing, log.clone()).is_err());
+        std::fs::remove_dir_all(log.parent().unwrap()).unwrap();
     }
 }

@@ -55,6 +55,9 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("strip", "binutils"),
     // libFuzzer is C++.
     ("c++", "g++"),
+    ("mke2fs", "e2fsprogs"),
+    // Installs the disk of a machine with systemd.
+    ("mmdebstrap", "mmdebstrap"),
 ];
 
 /// A Rust compiler that comes with the source of its library, for the eBPF target.
