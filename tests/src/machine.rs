@@ -263,6 +263,14 @@ impl<'a> Machine<'a> {
         self.ok(&["systemctl", "show", "-p", name, "--value", unit]).trim().to_owned()
     }
 
+    /// As systemd judges the daemon's unit, from 0 (nothing to lose) to 10.
+    #[track_caller]
+    pub fn is_hardened(&self) {
+        let words = ["systemd-analyze", "security", "--no-pager", "--threshold=30", "spokeguard.service"];
+        let exposure = self.run(&words);
+        assert_eq!(exposure.code, Some(0), "{}", exposure.stdout);
+    }
+
     /// Everything in the file system that has our name in it, but for what dpkg logs.
     pub fn left(&self) -> String {
         let workspace = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().display();

@@ -37,11 +37,11 @@ impl Machine<'_> {
         assert_eq!(self.ok(&["systemctl", "is-active", "spokeguard-boot"]), "active\n");
     }
 
-    /// With nothing of ours in the way: whoever knocks is answered, or an empty count would prove nothing.
+    /// A boot with nothing of ours in the way: whoever knocks is answered, or an empty count would prove nothing.
     #[track_caller]
     pub fn boots_open(&mut self) {
+        self.boot();
         let (_, answers) = self.knocked_at_while(|machine| {
-            machine.boot();
             machine.wait("sshd answers", |machine| machine.answer(22) == Answer::Open);
         });
         assert!(answers > 0, "no answer was counted, so there is nothing to shut");

@@ -76,6 +76,7 @@ impl Machine<'_> {
         assert_eq!(machine.property(SERVICE, "FragmentPath"), "/lib/systemd/system/spokeguard.service");
         assert_eq!(machine.run(&["test", "-e", "/usr/local/sbin/spokeguard"]).code, Some(1));
         assert_eq!([machine.enabled(SERVICE), machine.enabled(BOOT)], ["enabled", "enabled"]);
+        machine.is_hardened();
 
         // An upgrade changes the daemon; rules and counts go on, and so does who is logged in.
         machine.ok(&["sh", "-ec", &upgraded(deb, later)]);
