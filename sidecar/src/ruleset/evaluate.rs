@@ -1416,6 +1416,12 @@ fn neutral(json: &str, way: &mut Way, site: Site, certain: bool) {
             *slot = if certain { value } else { None };
         }
     };
+    // What is not tracked, or not yet, has no mark that could be set.
+    let set_ct = |way: &mut Way, value: Option<u64>| match (site.conntrack, way.tracked) {
+        (No, _) | (_, Some(false)) => {}
+        (Yes, Some(true)) => set(&mut way.ct_mark, value),
+        (Maybe, _) | (Yes, None) => way.ct_mark = way.ct_mark.filter(|_| way.ct_mark == value),
+    };
     let Ok(value) = serde_json::from_str::<Value>(json) else { return };
     // Behind connection tracking it comes too late, and the kernel ignores it.
     if value.get("notrack").is_some() && site.conntrack != Yes {
@@ -1431,7 +1437,7 @@ fn neutral(json: &str, way: &mut Way, site: Site, certain: bool) {
             set(&mut way.mark, number);
         }
         if key("ct").as_deref() == Some("mark") {
-            set(&mut way.ct_mark, number);
+            set_ct(way, number);
         }
     }
     if let Some(xt) = value.get("xt") {
@@ -1444,7 +1450,7 @@ fn neutral(json: &str, way: &mut Way, site: Site, certain: bool) {
         let zero_where_unused = |from| if number("take") == Some(0) { Some(0) } else { from };
         match (xt.get("to").and_then(Value::as_str), xt.get("name").and_then(Value::as_str)) {
             (Some("meta"), _) => set(&mut way.mark, result(mark, zero_where_unused(ct_mark))),
-            (Some("ct"), _) => set(&mut way.ct_mark, result(ct_mark, zero_where_unused(mark))),
+            (Some("ct"), _) => set_ct(way, result(ct_mark, zero_where_unused(mark))),
             (_, Some("MARK" | "HMARK")) => way.mark = None,
             // It saves, restores or sets either.
             (_, Some("CONNMARK")) => (way.mark, way.ct_mark) = (None, None),
@@ -1905,6 +1911,23 @@ mod tests {
                 "{expr}"
             );
         }
+    }
+
+    #[test]
+    fn before_connection_tracking_there_is_no_mark_to_set() {
+        let judged = |prio: i32, set: &str| {
+            let json = format!(
+                r#"{{"nftables":[{{"table":{{"family":"inet","name":"t"}}}},
+                {{"chain":{{"family":"inet","table":"t","name":"p","type":"filter","hook":"prerouting","prio":{prio},"policy":"accept"}}}},
+                {{"chain":{{"family":"inet","table":"t","name":"i","type":"filter","hook":"input","prio":0,"policy":"drop"}}}},
+                {{"rule":{{"family":"inet","table":"t","chain":"p","handle":1,"expr":[{set}{{"mangle":{{"key":{{"ct":{{"key":"mark"}}}},"value":9}}}}]}}}},
+                {{"rule":{{"family":"inet","table":"t","chain":"i","handle":2,"expr":[{{"match":{{"op":"==","left":{{"ct":{{"key":"mark"}}}},"right":9}}}},{{"accept":null}}]}}}}]}}"#
+            );
+            let ruleset = decode::ruleset(json.as_bytes()).expect("JSON");
+            judge(&ruleset, &packet("tcp/22 from 203.0.113.9"), &here).verdict
+        };
+        assert_eq!((judged(-150, ""), judged(-400, "")), (Verdict::Accept, Verdict::Drop));
+        assert_eq!(judged(-400, r#"{"notrack":null},"#), Verdict::Drop);
     }
 
     /// As nft lists `ip daddr != 198.51.100.7 reject with tcp reset` and, in a table that sees both families,
