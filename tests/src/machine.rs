@@ -323,8 +323,9 @@ impl<'a> Machine<'a> {
         self.lab.internet.connect(SocketAddr::new(SPOKE_PUBLIC, port), SHORT)
     }
 
-    /// Knocks at the ports that must stay shut while `work` goes on. What came back from
-    /// them, resets too, is counted by the kernel of the stranger.
+    /// Knocks at the ports that must stay shut while `work` goes on. What began a connection there, or
+    /// refused one, is counted by the kernel of the stranger; a FIN is of one from before, which the
+    /// rules took away.
     #[track_caller]
     pub fn nobody_answers_while(&mut self, work: impl FnOnce(&mut Self)) {
         let (knocks, answers) = self.knocked_at_while(work);
@@ -341,7 +342,7 @@ impl<'a> Machine<'a> {
                 "add table inet seen\ndelete table inet seen\ntable inet seen {{
                    counter shut {{ }}
                    counter knocks {{ }}
-                   chain back {{ type filter hook input priority -300; tcp sport {{ {ssh}, {db} }} counter name shut; }}
+                   chain back {{ type filter hook input priority -300; tcp sport {{ {ssh}, {db} }} tcp flags & (syn | rst) != 0 counter name shut; }}
                    chain forth {{ type filter hook output priority -300; tcp dport {{ {ssh}, {db} }} counter name knocks; }}
                  }}"
             ))
