@@ -58,8 +58,8 @@ pub fn measure(quick: bool) -> Result<Section> {
     let notes = vec![format!(
         "Exceptions for {PREFIXES} prefixes, no two of them neighbours. Ours also reads policy and table, puts the tc \
          guard beside them, seals the rules, and reads the table back; the lists go in and out by netlink, and \
-         nft, started twice, never sees them. What ours takes beyond that is about a third each the policy (as \
-         TOML, and in the form that is sealed), the guard's trie, and the kernel's making of the sets."
+         nft, started twice, never sees them. What ours takes beyond that is the policy (as TOML, and in the \
+         form that is sealed) and the guard's trie."
     )];
     Ok(Section { name: "prefixes", title: "Putting 10,000 prefixes in force", rows, goals, notes })
 }
