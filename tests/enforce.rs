@@ -106,8 +106,10 @@ fn speak_from(node: &Node, interface: &str, to: IpAddr, via: Option<IpAddr>, fro
     let six = if to.is_ipv6() { "-6" } else { "-4" };
     let bits = if to.is_ipv6() { 128 } else { 32 };
     let via = via.map(|via| format!("via {via}")).unwrap_or_default();
+    // An address that may still prove a duplicate is none to speak from.
+    let settled = if to.is_ipv6() { "nodad" } else { "" };
     node.sh(&format!(
-        "ip {six} addr replace {from}/{bits} dev {interface}
+        "ip {six} addr replace {from}/{bits} dev {interface} {settled}
          ip {six} route replace {to}/{bits} {via} dev {interface} src {from}"
     ))
     .unwrap();
