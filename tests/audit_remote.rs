@@ -100,26 +100,90 @@ fn the_same_ports_are_found_where_packets_get_lost() {
     let lab = Lab::plain();
     let _web = lab.spoke.web().unwrap();
     let _more = lab.spoke.listen("more", &["tcp/[::]:40000+4"]).unwrap();
-    let loses = |node: &Node, device: &str| {
-        node.nft(&format!(
-            "table netdev lossy {{ chain l {{ type filter hook ingress device {device} priority 0;
-             numgen random mod 100 < 5 drop; }}; }}"
-        ))
-    };
-    loses(&lab.spoke, "eth0").unwrap();
-    loses(&lab.internet, "spoke0").unwrap();
+    lose(&lab, "", 5);
     let guarded = "table inet t { chain i { type filter hook input priority filter; policy drop;
          icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept; tcp dport { 80, 443, 40000-40004 } accept; }; }";
     for (rules, others) in [("", "closed"), (guarded, "filtered")] {
         lab.spoke.nft(&format!("add table inet t\ndelete table inet t\n{rules}")).unwrap();
         for _ in 0..3 {
-            let found = audit(&lab.internet, &["--format", "json", "--tcp", &SPOKE_PUBLIC.to_string()]);
-            let found = states(&found.json().unwrap(), SPOKE_PUBLIC, "tcp");
-            let open: Vec<u16> = found.iter().filter(|(_, s)| *s == "open").map(|(port, _)| *port).collect();
-            assert_eq!(open, [80, 443, 40000, 40001, 40002, 40003, 40004], "{others}");
-            assert_eq!(found.values().filter(|s| *s == others).count(), 65_535 - 7, "{others}");
+            assert_found(&lab, &[80, 443, 40000, 40001, 40002, 40003, 40004], others);
         }
     }
+    // Linux answers the same SYN twice at most, then not for half a second.
+    lab.spoke.nft("delete table inet t").unwrap();
+    let five_answers = 5 * 44 + 10;
+    lab.internet
+        .nft(&format!(
+            "table netdev unlucky {{ chain u {{ type filter hook ingress device spoke0 priority 1;
+             tcp sport 443 tcp flags & (syn | ack) == syn | ack quota until {five_answers} bytes counter drop; }}; }}"
+        ))
+        .unwrap();
+    assert_found(&lab, &[80, 443, 40000, 40001, 40002, 40003, 40004], "closed");
+    let lost = lab.internet.ok(&["nft", "list", "table", "netdev", "unlucky"]).unwrap();
+    assert!(lost.contains("counter packets 5 "), "{lost}");
+}
+
+#[test]
+fn what_a_bad_path_leaves_open_is_said() {
+    if lacking(&[Need::Lab, Need::Spokeguard]) {
+        return;
+    }
+    let lab = Lab::plain();
+    let _web = lab.spoke.web().unwrap();
+    let target = SPOKE_PUBLIC.to_string();
+    let scan =
+        || audit(&lab.internet, &["--format", "json", "--tcp", "--ports", "80,443,1001-2000", &target]);
+    let counted = |audit: &Value| {
+        let of = &audit["targets"][0]["protocols"][0];
+        let mut out: BTreeMap<String, u64> = BTreeMap::new();
+        for port in of["ports"].as_array().unwrap() {
+            *out.entry(port["state"].as_str().unwrap().to_owned()).or_default() += 1;
+        }
+        *out.entry(of["others"]["state"].as_str().unwrap().to_owned()).or_default() +=
+            of["others"]["count"].as_u64().unwrap();
+        (out, of["effort"].clone())
+    };
+    let good = scan();
+    let (found, effort) = counted(&good.json().unwrap());
+    assert_eq!((good.code, &found["open"], &found["closed"]), (Some(0), &2, &1000), "{}", good.all());
+    assert!(effort["loss"].as_f64().unwrap() < 0.5 && effort["sent"].as_u64() >= Some(1002), "{effort}");
+    lose(&lab, "ip protocol tcp", 70);
+    let bad = scan();
+    let audit = bad.json().unwrap();
+    let (found, effort) = counted(&audit);
+    // No rule filters, so nothing is called filtered; what was not heard is not known.
+    assert_eq!((bad.code, audit["verdict"].as_str()), (Some(2), Some("unknown")), "{}", bad.all());
+    assert!(!found.contains_key("filtered") && found["unknown"] > 0 && found["closed"] > 0, "{found:?}");
+    let reason = audit["blind"][0]["reason"].as_str().unwrap();
+    assert!(reason.contains("of 100 probes or their answers got lost"), "{reason}");
+    assert!(effort["loss"].as_f64() > Some(0.5) && effort["passes"].as_u64() >= Some(10), "{effort}");
+}
+
+/// Packets, or only these, get lost between the spoke and the internet, so many of a hundred each way.
+fn lose(lab: &Lab, what: &str, percent: u32) {
+    for (node, device) in [(&lab.spoke, "eth0"), (&lab.internet, "spoke0")] {
+        node.nft(&format!(
+            "table netdev lossy {{ chain l {{ type filter hook ingress device {device} priority 0;
+             {what} numgen random mod 100 < {percent} drop; }}; }}"
+        ))
+        .unwrap();
+    }
+}
+
+fn assert_found(lab: &Lab, open: &[u16], others: &str) {
+    let outcome = audit(&lab.internet, &["--format", "json", "--tcp", &SPOKE_PUBLIC.to_string()]);
+    let audit = outcome.json().unwrap();
+    let found = states(&audit, SPOKE_PUBLIC, "tcp");
+    let wanted = |port: &u16| if open.contains(port) { "open" } else { others };
+    let wrong: Vec<_> = found.iter().filter(|(port, state)| *state != wanted(port)).take(20).collect();
+    let effort = &audit["targets"][0]["protocols"][0]["effort"];
+    assert!(
+        wrong.is_empty() && found.len() == 65_535,
+        "open {open:?}, others {others}, but {wrong:?}; effort {effort}, blind {}, exit {:?}",
+        audit["blind"],
+        outcome.code
+    );
+    assert_eq!(outcome.code, Some(0), "{}", audit["blind"]);
 }
 
 #[test]

@@ -239,7 +239,7 @@ impl Joined {
     }
 
     fn scan(scan: &Scan, expect: Option<&Desired>) -> Self {
-        let Scan { address, proto, source, answers, .. } = scan;
+        let Scan { address, proto, source, answers, effort, .. } = scan;
         let mesh = |d: &Desired| d.in_mesh(*address) || d.policy.mesh.address.contains(address);
         let scope = expect.map(|d| if mesh(d) { Scope::Mesh } else { Scope::Public });
         let way = Way { scope, interface: None, address: *address, source: *source };
@@ -250,7 +250,9 @@ impl Joined {
         });
         let cells: Vec<Cell> = cells.collect();
         let reason = |at: usize| heard(*proto, *address, answers[at].1).1.to_owned();
-        Self::of(expect, *address, *proto, &cells, reason)
+        let mut joined = Self::of(expect, *address, *proto, &cells, reason);
+        joined.protocol.effort = *effort;
+        joined
     }
 
     fn of(
@@ -274,6 +276,7 @@ impl Joined {
                 ports: Vec::new(),
                 others: Others { state, count: u32::try_from(summed).unwrap_or(u32::MAX) },
                 unproven: 0,
+                effort: None,
             },
             open: Vec::new(),
             exposed: Vec::new(),

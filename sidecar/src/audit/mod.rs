@@ -24,7 +24,7 @@ pub use join::{View, opinion};
 pub use services::{service_name, well_known};
 
 /// What a scan of another host heard: one protocol, one address.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Scan {
     pub address: IpAddr,
     /// The name that it was asked for by, where it was not the address itself.
@@ -35,6 +35,25 @@ pub struct Scan {
     pub answers: Vec<(Port, Answer)>,
     /// Why the answers may not be all there are.
     pub gap: Option<String>,
+    /// Unknown where the kernel asked for us.
+    pub effort: Option<Effort>,
+}
+
+/// What it took to ask over a path that may lose packets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Effort {
+    /// How often a port that stayed silent was asked.
+    pub passes: u32,
+    /// Probes that left this host.
+    pub sent: u64,
+    /// Probes that this host's own rules held back.
+    pub refused: u64,
+    /// How often the queue was full and was waited for.
+    pub queue_full: u64,
+    /// Answers that came in faster than they were read.
+    pub overrun: u64,
+    /// The share of probes that went without an answer where there should be one, from 0 to 1.
+    pub loss: f64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,6 +119,9 @@ pub struct Protocol {
     /// How many of the ports were not probed: their state is what the rules say.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub unproven: u32,
+    /// Only in scans of other hosts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub effort: Option<Effort>,
 }
 
 fn is_zero(number: &u32) -> bool {

@@ -377,6 +377,7 @@ fn scan(answers: &[(u16, Answer)]) -> Scan {
         source: Some(ip("198.51.100.99")),
         answers: all.collect(),
         gap: None,
+        effort: None,
     }
 }
 
@@ -414,6 +415,12 @@ fn another_host_is_compared_with_its_own_policy_and_only_then() {
     let mut gone = scan(&good);
     gone.gap = Some("no route".into());
     assert_eq!(Audit::remote(&[gone], None, now(), 1.0).exit_code(), 2);
+    let mut lossy = scan(&good);
+    lossy.effort = Some(Effort { passes: 6, loss: 0.098, ..Effort::default() });
+    let lossy = Audit::remote(&[lossy], None, now(), 1.0);
+    let says = "tcp: 10 of 100 packets got lost, silent ports were asked 6 times";
+    assert!(lossy.to_text(80, false).lines().any(|line| line == says));
+    assert!(!alone.to_text(80, false).contains("got lost") && lossy.exit_code() == 0);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 
 use std::fmt::Write;
 
-use super::{Audit, PortState, Protocol, State, Target, Vantage, Wanted};
+use super::{Audit, Effort, PortState, Protocol, State, Target, Vantage, Wanted};
 use crate::report::Verdict;
 use crate::terms::printable;
 
@@ -39,6 +39,8 @@ struct Row {
 }
 
 const DULL_MAX: usize = 12;
+/// A path that loses less is an ordinary one.
+const LOSS_MIN: f64 = 0.01;
 
 const HEADS: [&str; 5] = ["PORT", "STATE", "SERVICE", "WANTED", "BY"];
 /// No column but the last is wider than this.
@@ -65,7 +67,7 @@ impl Page {
         }
         self.text.push('\n');
         for protocol in &target.protocols {
-            let Protocol { proto, scanned, others, unproven, .. } = protocol;
+            let Protocol { proto, scanned, others, unproven, effort, .. } = protocol;
             if others.count > 0 {
                 let (n, state) = (thousands(others.count), others.state.name());
                 let all = if others.count == *scanned { "All " } else { "" };
@@ -74,6 +76,13 @@ impl Page {
             if *unproven > 0 {
                 let n = thousands(*unproven);
                 let _ = writeln!(self.text, "{n} {proto} ports not probed: as the rules say");
+            }
+            if let Some(Effort { passes, loss, .. }) = effort.filter(|effort| effort.loss >= LOSS_MIN) {
+                let lost = loss * 100.0;
+                let _ = writeln!(
+                    self.text,
+                    "{proto}: {lost:.0} of 100 packets got lost, silent ports were asked {passes} times"
+                );
             }
         }
         let mut rows: Vec<Row> = Vec::new();

@@ -247,7 +247,7 @@ mod tests {
         let answers = answers.iter().map(|(port, answer)| (Port::new(*port).unwrap(), *answer)).collect();
         let address = "198.51.100.7".parse().unwrap();
         let gap = gap.map(str::to_owned);
-        let scan = Scan { address, name: None, proto: Proto::Tcp, source: None, answers, gap };
+        let scan = Scan { address, name: None, proto: Proto::Tcp, source: None, answers, gap, effort: None };
         Audit::remote(&[scan], Some(&desired), Stamp::from_unix(0), 1.0)
     }
 

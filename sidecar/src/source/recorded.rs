@@ -117,7 +117,7 @@ fn scan_answers(packet: &[u8]) -> bool {
         [[0x2001, 0xdb8, 0, 0, 0, 0, 0, 1].into(), [0x2001, 0xdb8, 0, 0, 0, 0, 0, 2].into()],
     ];
     let flows = ends.into_iter().flat_map(|[source, target]| {
-        Proto::ALL.map(|proto| Flow { proto, source, target, source_ports: [40_000, 40_001] })
+        Proto::ALL.map(|proto| Flow { proto, source, target, source_ports: vec![40_000, 40_001] })
     });
     // All of them, whatever the first says.
     flows.filter(|flow| flow.hear(packet, |_, _| 0).is_some()).count() > 0

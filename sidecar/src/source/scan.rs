@@ -2,6 +2,7 @@
 //! CAP_NET_RAW lets us, by ordinary connections where it does not.
 
 mod connect;
+mod loss;
 pub(super) mod packets;
 mod raw;
 
@@ -12,7 +13,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 
-use crate::audit::{Answer, Scan};
+use crate::audit::{Answer, Effort, Scan};
 use crate::terms::{Port, Proto};
 
 /// What to ask, and how.
@@ -132,7 +133,15 @@ fn one(
         Ok(source) => source,
         Err(error) => {
             let answers = request.ports.iter().map(|port| (*port, Answer::Unasked)).collect();
-            return Scan { address, name, proto, source: None, answers, gap: Some(format!("{error:#}")) };
+            return Scan {
+                address,
+                name,
+                proto,
+                source: None,
+                answers,
+                gap: Some(format!("{error:#}")),
+                effort: None,
+            };
         }
     };
     let order = Order::new(&request.ports, &request.likely);
@@ -143,12 +152,14 @@ fn one(
         }
         Err(error) => Err(error),
     };
-    let (answers, gap) = match result {
-        Ok((answers, gap)) => (answers, gap),
-        Err(error) => (Answers::new(), Some(format!("{error:#}"))),
-    };
+    let found = result.unwrap_or_else(|error| Found {
+        answers: Answers::new(),
+        gap: Some(format!("{error:#}")),
+        effort: None,
+    });
+    let Found { answers, gap, effort } = found;
     let answers = request.ports.iter().map(|port| (*port, answers.get(port.get()))).collect();
-    Scan { address, name, proto, source: Some(source), answers, gap }
+    Scan { address, name, proto, source: Some(source), answers, gap, effort }
 }
 
 /// The address that the kernel sends from on the way there.
@@ -167,6 +178,13 @@ fn source_for(target: IpAddr, wanted: Option<IpAddr>) -> anyhow::Result<IpAddr> 
     Ok(socket.local_addr().context("which address to send from")?.ip())
 }
 
+/// What a job came to.
+pub(crate) struct Found {
+    pub(crate) answers: Answers,
+    pub(crate) gap: Option<String>,
+    pub(crate) effort: Option<Effort>,
+}
+
 /// The answers by port: one byte-sized slot for each that could be, whatever is asked.
 pub(crate) struct Answers(Box<[Option<Answer>]>);
 
@@ -181,6 +199,14 @@ impl Answers {
 
     pub(crate) fn has(&self, port: u16) -> bool {
         self.0[usize::from(port)].is_some_and(|a| !matches!(a, Answer::Silent | Answer::Unasked))
+    }
+
+    /// A port that stayed silent was not asked to the end.
+    pub(crate) fn doubt(&mut self, port: u16) {
+        let slot = &mut self.0[usize::from(port)];
+        if *slot == Some(Answer::Silent) {
+            *slot = None;
+        }
     }
 
     /// Marks a port as asked, or takes its answer. Something that answers for itself

@@ -24,3 +24,22 @@ pub fn attach(socket: impl AsFd, program: &[Instruction]) -> io::Result<()> {
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
+
+/// How many packets the kernel threw away since the last time it was asked, since nobody
+/// took those before them from this packet socket.
+pub fn overrun(socket: impl AsFd) -> io::Result<u32> {
+    let mut counts = libc::tpacket_stats { tp_packets: 0, tp_drops: 0 };
+    let mut length = size_of::<libc::tpacket_stats>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes to `counts`, which has room for them and
+    // is made of integers alone; both live until the call returns.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_PACKET,
+            libc::PACKET_STATISTICS,
+            (&raw mut counts).cast(),
+            &raw mut length,
+        )
+    };
+    if result == 0 { Ok(counts.tp_drops) } else { Err(io::Error::last_os_error()) }
+}

@@ -11,7 +11,7 @@ use tokio::net::{TcpSocket, UdpSocket};
 use tokio::task::JoinSet;
 use tokio::time::{sleep_until, timeout};
 
-use super::{Answers, Count, Order};
+use super::{Answers, Count, Found, Order};
 use crate::audit::Answer;
 use crate::terms::Proto;
 
@@ -29,7 +29,7 @@ pub(super) fn run(
     order: &Order,
     rate: Option<f64>,
     count: &Count,
-) -> anyhow::Result<(Answers, Option<String>)> {
+) -> anyhow::Result<Found> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("start a runtime")?;
     let total = order.first.len() + order.rest.len();
@@ -62,7 +62,7 @@ pub(super) fn run(
                 take(Some(done), &mut answers, &mut trips)?;
             }
         }
-        Ok((answers, None))
+        Ok(Found { answers, gap: None, effort: None })
     })
 }
 

@@ -7,21 +7,22 @@ use crate::sys::filter::Instruction;
 use crate::terms::Proto;
 
 /// One way of asking: from an address and port of ours, to one address.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(in crate::source) struct Flow {
     pub proto: Proto,
     pub source: IpAddr,
     pub target: IpAddr,
-    /// Ports are asked from the first; how many packets get lost is found out from the
-    /// second, at ports that answered before.
-    pub source_ports: [u16; 2],
+    /// How many packets get lost is found out from the first, at ports that answered before.
+    /// Ports are asked from the others, of which a scan opens one after the other.
+    pub source_ports: Vec<u16>,
 }
 
-/// An answer to a probe of ours: which port, by which source port it was asked, what it says.
+/// An answer to a probe of ours: which port, from which of the source ports it was asked, what
+/// it says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::source) struct Heard {
     pub port: u16,
-    pub canary: bool,
+    pub asker: usize,
     pub answer: Answer,
 }
 
@@ -33,9 +34,10 @@ const ACK: u8 = 0x10;
 pub(super) const SNAP: usize = 192;
 
 impl Flow {
-    /// A SYN as an ordinary host sends it, or an empty datagram, with its IP header. `cookie`
-    /// is the sequence number: who did not see the probe can't answer it.
-    pub fn probe(&self, port: u16, canary: bool, cookie: u32, out: &mut Vec<u8>) {
+    /// A SYN as an ordinary host sends it, or an empty datagram, with its IP header, from the
+    /// source port at `asker`. `cookie` is the sequence number: who did not see the probe can't
+    /// answer it.
+    pub fn probe(&self, port: u16, asker: usize, cookie: u32, out: &mut Vec<u8>) {
         out.clear();
         let payload: u8 = match self.proto {
             Proto::Tcp => 24,
@@ -55,7 +57,7 @@ impl Flow {
             }
         }
         let head = out.len();
-        out.extend(self.source_ports[usize::from(canary)].to_be_bytes());
+        out.extend(self.source_ports[asker].to_be_bytes());
         out.extend(port.to_be_bytes());
         match self.proto {
             Proto::Tcp => {
@@ -96,7 +98,7 @@ impl Flow {
     }
 
     /// What a packet from the wire, from its IP header on, says about a probe of ours.
-    pub fn hear(&self, packet: &[u8], cookie: impl Fn(u16, bool) -> u32) -> Option<Heard> {
+    pub fn hear(&self, packet: &[u8], cookie: impl Fn(u16, usize) -> u32) -> Option<Heard> {
         let (source, destination, protocol, payload) = ip(packet)?;
         if destination != self.source {
             return None;
@@ -108,12 +110,12 @@ impl Flow {
         if protocol != self.proto.number() || source != self.target {
             return None;
         }
-        let (port, canary) = (be16(payload, 0)?, self.asked_from(be16(payload, 2)?)?);
+        let (port, asker) = (be16(payload, 0)?, self.asked_from(be16(payload, 2)?)?);
         let answer = match self.proto {
             Proto::Udp => Answer::Datagram,
             Proto::Tcp => {
                 let flags = *payload.get(13)?;
-                let (wanted, found) = (cookie(port, canary).wrapping_add(1), be32(payload, 8)?);
+                let (wanted, found) = (cookie(port, asker).wrapping_add(1), be32(payload, 8)?);
                 match flags & (SYN | RST | ACK) {
                     _ if found != wanted => return None,
                     f if f == SYN | ACK => Answer::SynAck,
@@ -122,11 +124,11 @@ impl Flow {
                 }
             }
         };
-        Some(Heard { port, canary, answer })
+        Some(Heard { port, asker, answer })
     }
 
     /// ICMP, which quotes the beginning of what it is about.
-    fn quoted(&self, icmp: &[u8], cookie: impl Fn(u16, bool) -> u32) -> Option<Heard> {
+    fn quoted(&self, icmp: &[u8], cookie: impl Fn(u16, usize) -> u32) -> Option<Heard> {
         let (icmp_type, code) = (*icmp.first()?, *icmp.get(1)?);
         let is_error = match self.source {
             IpAddr::V4(_) => matches!((icmp_type, code), (3, 0..=3 | 5..=15) | (11, 0)),
@@ -139,19 +141,19 @@ impl Flow {
         if source != self.source || destination != self.target || protocol != self.proto.number() {
             return None;
         }
-        let (canary, port) = (self.asked_from(be16(payload, 0)?)?, be16(payload, 2)?);
-        if self.proto == Proto::Tcp && be32(payload, 4)? != cookie(port, canary) {
+        let (asker, port) = (self.asked_from(be16(payload, 0)?)?, be16(payload, 2)?);
+        if self.proto == Proto::Tcp && be32(payload, 4)? != cookie(port, asker) {
             return None;
         }
-        Some(Heard { port, canary, answer: Answer::Unreachable { icmp_type, code } })
+        Some(Heard { port, asker, answer: Answer::Unreachable { icmp_type, code } })
     }
 
-    fn asked_from(&self, port: u16) -> Option<bool> {
-        self.source_ports.iter().position(|p| *p == port).map(|at| at == 1)
+    fn asked_from(&self, port: u16) -> Option<usize> {
+        self.source_ports.iter().position(|p| *p == port)
     }
 
-    /// What the kernel should hand us of all that comes in: segments for our two ports, and
-    /// ICMP errors.
+    /// What the kernel should hand us of all that comes in: segments for our ports, of which
+    /// there are fewer than 200, and ICMP errors.
     pub fn filter(&self) -> Vec<Instruction> {
         const LOAD_BYTE: u16 = 0x30;
         const LOAD_HALF: u16 = 0x28;
@@ -160,35 +162,30 @@ impl Flow {
         const EQUAL: u16 = 0x15;
         const SET: u16 = 0x45;
         const RETURN: u16 = 0x06;
-        let [first, second] = self.source_ports.map(u32::from);
         let proto = u32::from(self.proto.number());
-        let take = SNAP as u32;
-        if self.source.is_ipv4() {
+        let n = self.source_ports.len() as u8;
+        let mut out: Vec<Instruction> = if self.source.is_ipv4() {
             vec![
                 (LOAD_HALF, 0, 0, 6),
-                (SET, 7, 0, 0x1fff), // a later fragment
+                (SET, n + 5, 0, 0x1fff), // a later fragment
                 (LOAD_BYTE, 0, 0, 9),
-                (EQUAL, 6, 0, 1), // ICMP
-                (EQUAL, 0, 4, proto),
+                (EQUAL, n + 4, 0, 1), // ICMP
+                (EQUAL, 0, n + 2, proto),
                 (HEADER_X, 0, 0, 0),
                 (LOAD_HALF_X, 0, 0, 2),
-                (EQUAL, 2, 0, first),
-                (EQUAL, 1, 0, second),
-                (RETURN, 0, 0, 0),
-                (RETURN, 0, 0, take),
             ]
         } else {
             vec![
                 (LOAD_BYTE, 0, 0, 6),
-                (EQUAL, 5, 0, 58), // ICMPv6
-                (EQUAL, 0, 3, proto),
+                (EQUAL, n + 3, 0, 58), // ICMPv6
+                (EQUAL, 0, n + 1, proto),
                 (LOAD_HALF, 0, 0, 42),
-                (EQUAL, 2, 0, first),
-                (EQUAL, 1, 0, second),
-                (RETURN, 0, 0, 0),
-                (RETURN, 0, 0, take),
             ]
-        }
+        };
+        let ports = (1..=n).rev().zip(&self.source_ports);
+        out.extend(ports.map(|(to_take, port)| (EQUAL, to_take, 0, u32::from(*port))));
+        out.extend([(RETURN, 0, 0, 0), (RETURN, 0, 0, SNAP as u32)]);
+        out
     }
 }
 
@@ -244,19 +241,19 @@ mod tests {
             proto,
             source: source.parse().expect("an address"),
             target: target.parse().expect("an address"),
-            source_ports: [40_001, 40_002],
+            source_ports: vec![40_001, 40_002],
         }
     }
 
     /// The answer that the target would send, as seen by whoever asked.
     fn answer(flow: &Flow, segment: &[u8]) -> Vec<u8> {
-        let back = Flow { source: flow.target, target: flow.source, ..*flow };
+        let back = Flow { source: flow.target, target: flow.source, ..flow.clone() };
         packet(&back, flow.proto.number(), segment)
     }
 
     fn packet(flow: &Flow, protocol: u8, payload: &[u8]) -> Vec<u8> {
         let mut out = Vec::new();
-        flow.probe(1, false, 0, &mut out);
+        flow.probe(1, 0, 0, &mut out);
         out.truncate(if flow.source.is_ipv4() { 20 } else { 40 });
         out[if flow.source.is_ipv4() { 9 } else { 6 }] = protocol;
         out.extend(payload);
@@ -277,7 +274,7 @@ mod tests {
             for proto in Proto::ALL {
                 let flow = flow(proto, six);
                 let mut out = Vec::new();
-                flow.probe(443, false, 0x1234_5678, &mut out);
+                flow.probe(443, 0, 0x1234_5678, &mut out);
                 let head = if six { 40 } else { 20 };
                 let mut sum = u32::from(proto.number()) + (out.len() - head) as u32;
                 for half in out[if six { 8 } else { 12 }..].chunks(2) {
@@ -295,11 +292,11 @@ mod tests {
     fn only_an_answer_to_our_own_probe_is_heard() {
         for six in [false, true] {
             let flow = flow(Proto::Tcp, six);
-            let hear = |bytes: &[u8]| flow.hear(bytes, |_, canary| COOKIE.wrapping_add(u32::from(canary)));
+            let hear = |bytes: &[u8]| flow.hear(bytes, |_, asker| COOKIE.wrapping_add(asker as u32));
             let good = answer(&flow, &segment(443, 40_001, COOKIE.wrapping_add(1), SYN | ACK));
-            assert_eq!(hear(&good), Some(Heard { port: 443, canary: false, answer: Answer::SynAck }));
+            assert_eq!(hear(&good), Some(Heard { port: 443, asker: 0, answer: Answer::SynAck }));
             let closed = answer(&flow, &segment(80, 40_002, COOKIE.wrapping_add(2), RST | ACK));
-            assert_eq!(hear(&closed), Some(Heard { port: 80, canary: true, answer: Answer::Reset }));
+            assert_eq!(hear(&closed), Some(Heard { port: 80, asker: 1, answer: Answer::Reset }));
             // A number that a stranger guessed, another port of ours, another sender, a plain ACK.
             for (bytes, what) in [
                 (answer(&flow, &segment(443, 40_001, COOKIE, SYN | ACK)), "cookie"),
@@ -321,23 +318,23 @@ mod tests {
             for proto in Proto::ALL {
                 let flow = flow(proto, six);
                 let mut probe = Vec::new();
-                flow.probe(25, false, COOKIE, &mut probe);
+                flow.probe(25, 0, COOKIE, &mut probe);
                 let hear = |bytes: &[u8]| flow.hear(bytes, |_, _| COOKIE);
                 let icmp = |quoted: &[u8], icmp_type: u8| {
                     let body = [&[icmp_type, code, 0, 0, 0, 0, 0, 0], quoted].concat();
-                    answer(&Flow { proto: Proto::Tcp, ..flow }, &body)
+                    answer(&Flow { proto: Proto::Tcp, ..flow.clone() }, &body)
                 };
                 let number = if six { 58 } else { 1 };
                 let mut good = icmp(&probe, icmp_type);
                 good[if six { 6 } else { 9 }] = number;
                 let answer = Answer::Unreachable { icmp_type, code };
-                assert_eq!(hear(&good), Some(Heard { port: 25, canary: false, answer }));
+                assert_eq!(hear(&good), Some(Heard { port: 25, asker: 0, answer }));
                 let mut echo = icmp(&probe, if six { 129 } else { 0 });
                 echo[if six { 6 } else { 9 }] = number;
                 assert_eq!(hear(&echo), None);
                 let mut stranger = Vec::new();
-                let other = Flow { target: flow.source, source: flow.target, ..flow };
-                other.probe(25, false, COOKIE, &mut stranger);
+                let other = Flow { target: flow.source, source: flow.target, ..flow.clone() };
+                other.probe(25, 0, COOKIE, &mut stranger);
                 let mut wrong = icmp(&stranger, icmp_type);
                 wrong[if six { 6 } else { 9 }] = number;
                 assert_eq!(hear(&wrong), None);

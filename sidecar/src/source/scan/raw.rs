@@ -4,6 +4,10 @@
 //! does are canaries: ports that answered once are asked again, from another port of ours,
 //! all the time. From how many of those come back follow the speed and how often a silent
 //! port must be asked before its silence counts.
+//!
+//! Linux answers a second SYN of the same connection at once, a third only after half a second
+//! (net.ipv4.tcp_invalid_ratelimit). Where both answers are lost, an open port would be as silent
+//! as a filtered one however often it is asked, so no source port asks the same port three times.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
@@ -21,24 +25,31 @@ use rustix::net::{
     ipproto, recv, send, socket_with, sockopt,
 };
 
+use super::loss::Loss;
 use super::packets::{Flow, Heard, SNAP};
-use super::{Answers, Count, Order};
-use crate::audit::Answer;
+use super::{Answers, Count, Found, Order};
+use crate::audit::{Answer, Effort};
 use crate::sys::filter;
 use crate::terms::Proto;
 
-/// Sockets to send with and to hear with, and two ports that nobody else can use meanwhile.
+/// Sockets to send with and to hear with, and ports that nobody else can use meanwhile.
 pub(super) struct Wire {
     flow: Flow,
     out: OwnedFd,
     back: OwnedFd,
-    _reserved: [OwnedFd; 2],
+    reserved: Vec<OwnedFd>,
     keys: RandomState,
 }
 
 const RECEIVE_BYTES: usize = 16 << 20;
 const BATCH: usize = 64;
+/// Kernels ask for a neighbour's address, and send a SYN-ACK, again after a second. Where nothing
+/// answered at all, that is waited for.
+const ASKED_AGAIN: Duration = Duration::from_millis(1050);
 const PASSES_MAX: u32 = 10;
+/// The same where few ports are left to ask, which costs little.
+const FEW_PASSES_MAX: u32 = 20;
+const FEW_LEFT: usize = 256;
 /// Probes a second at first, at most, and where nothing that answers tells how it goes.
 const RATE_START: f64 = 20_000.0;
 const RATE_MAX: f64 = 400_000.0;
@@ -48,8 +59,6 @@ const CANARY_EVERY: Duration = Duration::from_millis(8);
 /// A port that stays away so often in a row is limited or gone, and tells nothing any more.
 const CANARY_MISSES_MAX: u32 = 12;
 const CANARIES_MAX: usize = 64;
-/// How many open ports of a host a scan may expect to miss on a path that loses packets.
-const MISSED_MAX: f64 = 0.0001;
 /// Refused by our own host this often in a row: it will not get better.
 const REFUSED_MAX: u32 = 200;
 
@@ -65,32 +74,43 @@ impl Wire {
         bind(&out, &SocketAddr::new(source, 0)).with_context(|| format!("send from {source}"))?;
         connect(&out, &SocketAddr::new(target, 0)).with_context(|| format!("no route to {target}"))?;
         let _ = sockopt::set_socket_send_buffer_size(&out, 1 << 20);
-        let reserve = || -> anyhow::Result<(OwnedFd, u16)> {
-            let (kind, protocol) = match proto {
-                Proto::Tcp => (SocketType::STREAM, ipproto::TCP),
-                Proto::Udp => (SocketType::DGRAM, ipproto::UDP),
-            };
-            let socket = socket_with(family, kind, flags, Some(protocol)).context("open a socket")?;
-            bind(&socket, &SocketAddr::new(source, 0)).context("reserve a port")?;
-            let bound = SocketAddr::try_from(getsockname(&socket).context("which port was reserved")?)?;
-            Ok((socket, bound.port()))
-        };
-        let (first, second) = (reserve()?, reserve()?);
-        let flow = Flow { proto, source, target, source_ports: [first.1, second.1] };
         // Before every rule of this host: what it drops must not read as silence over there.
         let all = NonZeroU32::new(u32::from(ethertype.to_be())).map(Protocol::from_raw);
         let back = socket_with(AddressFamily::PACKET, SocketType::DGRAM, flags, all)
             .context("open a packet socket")?;
-        filter::attach(&back, &flow.filter()).context("filter a packet socket")?;
         // The first needs CAP_NET_ADMIN, the second is cut to the system's limit.
         if sockopt::set_socket_recv_buffer_size_force(&back, RECEIVE_BYTES).is_err() {
             let _ = sockopt::set_socket_recv_buffer_size(&back, RECEIVE_BYTES);
         }
-        Ok(Self { flow, out, back, _reserved: [first.0, second.0], keys: RandomState::new() })
+        let flow = Flow { proto, source, target, source_ports: Vec::new() };
+        let mut wire = Self { flow, out, back, reserved: Vec::new(), keys: RandomState::new() };
+        wire.reserve()?;
+        Ok(wire)
     }
 
-    fn cookie(&self, port: u16, canary: bool) -> u32 {
-        self.keys.hash_one((port, canary)) as u32
+    /// One source port more. Answers to the others are heard as before.
+    fn reserve(&mut self) -> anyhow::Result<()> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let (kind, protocol) = match self.flow.proto {
+            Proto::Tcp => (SocketType::STREAM, ipproto::TCP),
+            Proto::Udp => (SocketType::DGRAM, ipproto::UDP),
+        };
+        let family = if self.flow.source.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+        let socket = socket_with(family, kind, flags, Some(protocol)).context("open a socket")?;
+        bind(&socket, &SocketAddr::new(self.flow.source, 0)).context("reserve a port")?;
+        let bound = SocketAddr::try_from(getsockname(&socket).context("which port was reserved")?)?;
+        self.reserved.push(socket);
+        self.flow.source_ports.push(bound.port());
+        filter::attach(&self.back, &self.flow.filter()).context("filter a packet socket")
+    }
+
+    /// The source port that asks now.
+    fn asker(&self) -> usize {
+        self.flow.source_ports.len() - 1
+    }
+
+    fn cookie(&self, port: u16, asker: usize) -> u32 {
+        self.keys.hash_one((port, asker)) as u32
     }
 }
 
@@ -98,6 +118,9 @@ impl Wire {
 pub(super) fn is_refused(error: &anyhow::Error) -> bool {
     error.downcast_ref::<Errno>().is_some_and(|e| matches!(*e, Errno::PERM | Errno::ACCESS))
 }
+
+/// The source port of canaries; the one after it is the first that asks.
+const CANARY: usize = 0;
 
 struct Run<'a> {
     wire: Wire,
@@ -107,19 +130,20 @@ struct Run<'a> {
     path: Path,
     packet: Vec<u8>,
     refused: u32,
-    /// Ports that answered, for the first time, since the pass began.
-    fresh: usize,
-    answered: usize,
+    started: Instant,
+    passes: u32,
+    /// Ports that answered, for the first time, since the pass began; in all passes but the
+    /// first; in all.
+    fresh: u64,
+    late: u64,
+    answered: u64,
+    effort: Effort,
+    gap: Option<String>,
     /// Probes whose moment of sending is known, to learn the time there and back.
     timed: HashMap<u16, Instant>,
 }
 
-pub(super) fn run(
-    wire: Wire,
-    order: &Order,
-    rate: Option<f64>,
-    count: &Count,
-) -> anyhow::Result<(Answers, Option<String>)> {
+pub(super) fn run(wire: Wire, order: &Order, rate: Option<f64>, count: &Count) -> anyhow::Result<Found> {
     let now = Instant::now();
     let proto = wire.flow.proto;
     let mut run = Run {
@@ -130,69 +154,120 @@ pub(super) fn run(
         path: Path::new(now),
         packet: Vec::with_capacity(128),
         refused: 0,
+        started: now,
+        passes: 0,
         fresh: 0,
+        late: 0,
         answered: 0,
+        effort: Effort::default(),
+        gap: None,
         timed: HashMap::new(),
     };
     let total = order.first.len() + order.rest.len();
     let passes = if proto == Proto::Udp { 3 } else { 2 };
     count.expect(total * passes);
-    let gap = run.ask(order).err().map(|error| format!("{error:#}"));
-    Ok((run.answers, gap))
+    let failed = run.ask(order).err().map(|error| format!("{error:#}"));
+    let effort = run.effort();
+    Ok(Found { answers: run.answers, gap: failed.or(run.gap), effort: Some(effort) })
 }
 
 impl Run<'_> {
     fn ask(&mut self, order: &Order) -> anyhow::Result<()> {
+        let is_tcp = self.wire.flow.proto == Proto::Tcp;
         let many = order.rest.len() > 100;
+        self.wire.reserve()?;
         if many {
             // A first knock learns the neighbour's address, the time there and back, and who answers.
             self.send_all(&order.first)?;
             self.hear_for(Duration::from_millis(250), true)?;
+            if is_tcp {
+                self.wire.reserve()?;
+            }
         }
-        let mut late = 0;
-        for pass in 1..=PASSES_MAX {
+        loop {
             let all = order.first.iter().chain(&order.rest);
             let todo: Vec<u16> = all.copied().filter(|port| !self.answers.has(*port)).collect();
             if todo.is_empty() {
                 break;
             }
-            if pass > 2 {
+            let few = is_tcp && todo.len() <= FEW_LEFT;
+            let most = if few { FEW_PASSES_MAX } else { PASSES_MAX };
+            if self.passes >= most {
+                if is_tcp {
+                    self.give_up(&todo);
+                }
+                break;
+            }
+            self.passes += 1;
+            if self.passes > 2 {
                 self.count.expect(todo.len());
+                if is_tcp && self.passes % 2 == 1 {
+                    self.wire.reserve()?;
+                }
             }
             self.fresh = 0;
             self.send_all(&todo)?;
-            let last = pass > 1 && !self.needs_more(pass, late + self.fresh);
-            let wait = self.path.patience(last);
-            self.hear_for(wait, false)?;
-            if pass > 1 {
-                late += self.fresh;
+            let last = self.passes > 1 && !self.needs_more();
+            self.listen(self.path.patience(last))?;
+            if self.passes > 1 {
+                self.late += std::mem::take(&mut self.fresh);
             }
-            if !self.needs_more(pass, late) {
+            if !self.needs_more() {
                 break;
             }
         }
-        self.slowly(order)
+        self.slowly(order)?;
+        let all = order.first.iter().chain(&order.rest);
+        let unasked = all.filter(|port| self.answers.get(**port) == Answer::Unasked).count();
+        if unasked > 0 && self.gap.is_none() {
+            self.gap = Some(format!("this host's own rules held the probes of {unasked} ports back"));
+        }
+        Ok(())
+    }
+
+    /// Says what silence means on a path that loses too much to be sure.
+    fn give_up(&mut self, silent: &[u16]) {
+        let loss = self.loss();
+        self.gap = Some(format!(
+            "about {:.0} of 100 probes or their answers got lost: after {} passes, some of the {} silent ports \
+             may still be open",
+            loss.share() * 100.0,
+            self.passes,
+            silent.len()
+        ));
+        if loss.leaves_doubt(self.passes, silent.len()) {
+            silent.iter().for_each(|port| self.answers.doubt(*port));
+        }
+    }
+
+    fn loss(&self) -> Loss {
+        // What answered in a later pass was lost in the first.
+        let late = self.late + if self.passes > 1 { self.fresh } else { 0 };
+        let (canaries, lost) = (u64::from(self.path.canaries), u64::from(self.path.lost));
+        Loss { asked: self.answered + canaries, lost: late + lost, answered: self.answered }
+    }
+
+    fn effort(&self) -> Effort {
+        let overrun = filter::overrun(&self.wire.back).map_or(0, u64::from);
+        let loss = (self.loss().share() * 1000.0).round() / 1000.0;
+        Effort { passes: self.passes, loss, overrun, ..self.effort }
     }
 
     /// Whether a silent port may still be one whose packets were lost, after this many passes.
-    fn needs_more(&self, pass: u32, late: usize) -> bool {
+    fn needs_more(&self) -> bool {
         let seen_enough = self.path.canaries >= 20;
-        let lost = late as f64 + f64::from(self.path.lost);
-        if lost == 0.0 {
+        let loss = self.loss();
+        if loss.lost == 0 {
             let least = match self.wire.flow.proto {
                 Proto::Udp => 3,
+                Proto::Tcp if self.answered == 0 && self.started.elapsed() < ASKED_AGAIN => 3,
                 Proto::Tcp if seen_enough || self.answered == 0 => 2,
                 Proto::Tcp if self.answered > 100 => 2,
                 Proto::Tcp => 3,
             };
-            return pass < least;
+            return self.passes < least;
         }
-        let asked = self.answered as f64 + f64::from(self.path.canaries);
-        // Few were counted: the path may well be worse than it looked.
-        let loss = ((lost + lost.sqrt() + 1.0) / (asked + 1.0)).clamp(0.02, 0.9);
-        // How many would be missed still, if as many answer as did so far.
-        let missed = (self.answered.max(10) as f64) * loss.powi(i32::try_from(pass).unwrap_or(i32::MAX));
-        missed > MISSED_MAX
+        loss.may_miss(self.passes)
     }
 
     fn send_all(&mut self, ports: &[u16]) -> anyhow::Result<()> {
@@ -215,7 +290,7 @@ impl Run<'_> {
                 self.timed.clear();
             }
             for port in batch {
-                if self.send(*port, false)? {
+                if self.send(*port, self.wire.asker())? {
                     self.answers.put(*port, Answer::Silent);
                 }
             }
@@ -232,29 +307,32 @@ impl Run<'_> {
         // Within the limit, and a small part of it: it may be one of many hosts' shares.
         let every = CANARY_EVERY.max(Duration::from_secs_f64(10.0 / self.pace.most.max(1.0)));
         if let Some(port) = self.path.next_canary(now, every) {
-            self.send(port, true)?;
+            self.send(port, CANARY)?;
             self.pace.spend(1);
         }
         Ok(())
     }
 
     /// Whether it was sent. A full queue is waited for; what our own rules refuse is not sent.
-    fn send(&mut self, port: u16, canary: bool) -> anyhow::Result<bool> {
-        let cookie = self.wire.cookie(port, canary);
-        self.wire.flow.probe(port, canary, cookie, &mut self.packet);
+    fn send(&mut self, port: u16, asker: usize) -> anyhow::Result<bool> {
+        let cookie = self.wire.cookie(port, asker);
+        self.wire.flow.probe(port, asker, cookie, &mut self.packet);
         for _ in 0..100 {
             match send(&self.wire.out, &self.packet, SendFlags::DONTWAIT) {
                 Ok(_) => {
                     self.refused = 0;
+                    self.effort.sent += 1;
                     return Ok(true);
                 }
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN | Errno::NOBUFS) => {
+                    self.effort.queue_full += 1;
                     self.pace.back_off(Instant::now());
                     self.hear_for(Duration::from_millis(2), false)?;
                 }
                 Err(error @ (Errno::PERM | Errno::ACCESS)) => {
                     self.refused += 1;
+                    self.effort.refused += 1;
                     if self.refused > REFUSED_MAX {
                         return Err(error)
                             .context("this host's own rules or a full conntrack table hold the probes back");
@@ -286,7 +364,7 @@ impl Run<'_> {
                 Err(error) => return Err(io::Error::from(error)).context("receive answers"),
             };
             let wire = &self.wire;
-            let heard = wire.flow.hear(&buffer[..length], |port, canary| wire.cookie(port, canary));
+            let heard = wire.flow.hear(&buffer[..length], |port, asker| wire.cookie(port, asker));
             if let Some(heard) = heard {
                 self.take(heard);
             }
@@ -295,8 +373,8 @@ impl Run<'_> {
 
     fn take(&mut self, heard: Heard) {
         let now = Instant::now();
-        let Heard { port, canary, answer } = heard;
-        if canary {
+        let Heard { port, asker, answer } = heard;
+        if asker == CANARY {
             self.path.canary_came_back(port, now);
             return;
         }
@@ -314,6 +392,23 @@ impl Run<'_> {
         self.fresh += 1;
         self.answered += 1;
         self.path.answers_at(port, answer);
+    }
+
+    /// Listens for a while after a pass. Where packets get lost, canaries tell meanwhile how many.
+    fn listen(&mut self, time: Duration) -> anyhow::Result<()> {
+        let end = Instant::now() + time;
+        loop {
+            let now = Instant::now();
+            let left = end.saturating_duration_since(now);
+            if left.is_zero() {
+                return Ok(());
+            }
+            if self.loss().lost > 0 {
+                self.path.settle(now, &mut self.pace, self.wire.flow.proto);
+                self.canary(now)?;
+            }
+            self.hear_for(left.min(CANARY_EVERY), false)?;
+        }
     }
 
     /// Listens for a while; `any`: only until the first that answers.
@@ -359,7 +454,7 @@ impl Run<'_> {
                 break;
             }
             let end = Instant::now() + Duration::from_millis(1050);
-            self.send(port, false)?;
+            self.send(port, self.wire.asker())?;
             self.count.sent(1);
             // The limit is by time: an early answer makes the next one no earlier.
             self.hear_for(end.saturating_duration_since(Instant::now()), false)?;
