@@ -30,12 +30,12 @@ use rustix::fs::{FlockOperation, flock};
 
 use super::{ApplyError, Found, put_in_place, sealed};
 use crate::cli::Places;
-use crate::daemon::eventlog::write_atomically;
 use crate::desired::{Desired, TABLE, is_left_by_canary};
 use crate::policy::{self, Policy};
 use crate::ruleset::{Change, NamedSet, Statement, Table, compare, render};
 use crate::source::evidence::{self, Sought};
 use crate::source::nft;
+use crate::sys::file::replace_private;
 use crate::sys::{clock, netns};
 use crate::terms::printable;
 
@@ -519,7 +519,7 @@ impl Ledger {
                 if let Ok(text) = text
                     && read_text(&path).ok().as_ref() != Some(&text)
                 {
-                    write_atomically(&path, text.as_bytes())
+                    replace_private(&path, text.as_bytes())
                         .with_context(|| format!("write {}", path.display()))?;
                 }
                 let _ = fs::remove_file(self.copy(&id));
@@ -641,7 +641,7 @@ impl Ledger {
             if read_text(&path).ok().as_ref() == Some(&text) {
                 return Ok(());
             }
-            write_atomically(&path, text.as_bytes()).with_context(|| format!("write {}", path.display()))?;
+            replace_private(&path, text.as_bytes()).with_context(|| format!("write {}", path.display()))?;
             File::open(&self.state).and_then(|dir| dir.sync_all()).context("sync the state directory")
         };
         if let Some(text) = sealed::text_as(desired, &policy::sum(normal)) {
@@ -781,7 +781,7 @@ impl Ledger {
             // For a run directory that goes away with its service. The state directory may
             // be full or read-only: then that is not promised.
             let copy = self.copy(&id);
-            if let Err(error) = write_atomically(&copy, whole.as_bytes()) {
+            if let Err(error) = replace_private(&copy, whole.as_bytes()) {
                 log::warn!("{}: {error}; the way back lies in {} only", copy.display(), self.dir.display());
             }
             self.watch_over(&trial, within, &nft)
@@ -1093,7 +1093,7 @@ fn is_whole(text: &str) -> bool {
     sum.is_none_or(|(sum, policy)| sum == policy::sum(policy))
 }
 
-/// Whether a name is that of a file which [`write_atomically`] began, by a process that is gone.
+/// Whether a name is that of a file which [`replace_private`] began, by a process that is gone.
 fn is_abandoned(name: &str) -> bool {
     let writer = name.strip_prefix('.').and_then(|rest| rest.rsplit_once('.')?.1.parse::<u32>().ok());
     writer.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists())
@@ -1106,7 +1106,7 @@ fn unit(id: &str) -> String {
 
 /// Always a file of our own making, and whole or not at all.
 fn write_private(path: &Path, text: &str) -> anyhow::Result<()> {
-    write_atomically(path, text.as_bytes()).with_context(|| format!("write {}", path.display()))
+    replace_private(path, text.as_bytes()).with_context(|| format!("write {}", path.display()))
 }
 
 #[cfg(test)]

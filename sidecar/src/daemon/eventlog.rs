@@ -6,7 +6,6 @@
 //! memory, within a bound, until it is writable again.
 
 use std::collections::VecDeque;
-use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -190,12 +189,7 @@ impl EventLog {
 fn bounded(mut event: Event) -> Event {
     event.subject = printable(&event.subject, TEXT_MAX);
     event.found = printable(&event.found, TEXT_MAX);
-    if let Some(by) = &mut event.by {
-        by.process = printable(&by.process, TEXT_MAX);
-        for word in [&mut by.unit, &mut by.user].into_iter().flatten() {
-            *word = printable(word, TEXT_MAX);
-        }
-    }
+    event.by = event.by.map(|by| by.bounded(TEXT_MAX));
     event
 }
 
@@ -227,36 +221,6 @@ fn read(path: &Path) -> Vec<Event> {
         let _ = file.take(FILE_BYTES_MAX).read_to_end(&mut bytes);
     }
     bytes.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect()
-}
-
-/// Replaces a small state file as a whole: a reader, and whoever comes back after a power
-/// cut, finds either the old content or the new.
-pub fn write_atomically(path: &Path, content: &[u8]) -> io::Result<()> {
-    let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{} is not a file", path.display())));
-    };
-    fs::create_dir_all(dir)?;
-    // With the process's number in it, so that the daemon and a command never share one.
-    let mut temporary = OsString::from(".");
-    temporary.push(name);
-    temporary.push(format!(".{}", std::process::id()));
-    let temporary = dir.join(temporary);
-    let written = (|| {
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .custom_flags(libc::O_NOFOLLOW)
-            .open(&temporary)?;
-        file.write_all(content)?;
-        // Without it, some file systems order the rename before the content.
-        file.sync_data()?;
-        fs::rename(&temporary, path)
-    })();
-    written.inspect_err(|_| {
-        let _ = fs::remove_file(&temporary);
-    })
 }
 
 #[cfg(test)]
@@ -407,26 +371,5 @@ mod tests {
         std::os::unix::fs::symlink(&victim, dir.path().join(FILE)).expect("link");
         EventLog::open(dir.path()).append(event(1, "x")).expect_err("a link");
         assert_eq!(fs::read(&victim).expect("the file"), b"precious");
-    }
-
-    #[test]
-    fn a_state_file_is_replaced_as_a_whole() {
-        use std::os::unix::fs::PermissionsExt;
-
-        let dir = tempfile::tempdir().expect("a directory");
-        let path = dir.path().join("deep/first-seen.json");
-        write_atomically(&path, b"one").expect("write");
-        let mut held = File::open(&path).expect("open");
-        write_atomically(&path, b"two").expect("write");
-        // Whoever read the old one goes on reading the old one.
-        let mut old = String::new();
-        held.read_to_string(&mut old).expect("read");
-        assert_eq!((old.as_str(), fs::read(&path).expect("read").as_slice()), ("one", &b"two"[..]));
-        assert_eq!(fs::metadata(&path).expect("metadata").permissions().mode() & 0o777, 0o600);
-        // A failure leaves neither a new file nor a temporary one.
-        fs::create_dir(dir.path().join("deep/taken")).expect("create");
-        write_atomically(&dir.path().join("deep/taken"), b"x").expect_err("a directory is there");
-        assert_eq!(fs::read_dir(dir.path().join("deep")).expect("list").count(), 2);
-        write_atomically(Path::new("/"), b"x").expect_err("not a file");
     }
 }

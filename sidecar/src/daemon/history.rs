@@ -35,6 +35,6 @@ impl Stored {
 
     pub fn write(&self, state: &Path) -> anyhow::Result<()> {
         let text = serde_json::to_string(&self.history)?;
-        Ok(super::eventlog::write_atomically(&state.join(FILE), text.as_bytes())?)
+        Ok(crate::sys::file::replace_private(&state.join(FILE), text.as_bytes())?)
     }
 }

@@ -10,8 +10,8 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::eventlog::write_atomically;
 use crate::heartbeat::{Kept, kept};
+use crate::sys::file;
 
 const FILE: &str = "notices.json";
 /// Where the last one lies that could not be read.
@@ -105,11 +105,11 @@ impl Keeping {
     }
 }
 
-fn write(file: &Path, kept: &Kept) -> Written {
+fn write(path: &Path, kept: &Kept) -> Written {
     if !kept.is_empty() {
-        return write_atomically(file, &kept.to_json());
+        return file::replace_private(path, &kept.to_json());
     }
-    match fs::remove_file(file) {
+    match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }

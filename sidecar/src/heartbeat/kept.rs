@@ -62,12 +62,7 @@ impl Kept {
 fn bounded(mut notice: Notice) -> Notice {
     notice.subject = printable(&notice.subject, TEXT_MAX);
     notice.found = printable(&notice.found, TEXT_MAX);
-    if let Some(by) = &mut notice.by {
-        by.process = printable(&by.process, TEXT_MAX);
-        for word in [&mut by.unit, &mut by.user].into_iter().flatten() {
-            *word = printable(word, TEXT_MAX);
-        }
-    }
+    notice.by = notice.by.map(|by| by.bounded(TEXT_MAX));
     notice
 }
 

@@ -1,13 +1,14 @@
 //! Looks at the fleet that were kept, one file each, so many and no more.
 
 use std::fs::{self, DirBuilder, File};
-use std::io::{Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::io::Read;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 
 use crate::fleet::history::{SNAPSHOTS_MAX, Snapshot};
+use crate::sys::file;
 
 const PREFIX: &str = "fleet-";
 const SUFFIX: &str = ".json";
@@ -47,18 +48,9 @@ pub fn keep(folder: &Path, snapshot: &Snapshot) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Puts a file in place by one rename.
+/// Puts a file in place by one rename. The error names it.
 pub fn replace(path: &Path, bytes: &[u8], mode: u32) -> anyhow::Result<()> {
-    let what = || format!("write {}", path.display());
-    let name = path.file_name().with_context(what)?.to_string_lossy();
-    let beside = path.with_file_name(format!(".{name}.{}", std::process::id()));
-    let write = || -> std::io::Result<()> {
-        let mut file = File::options().write(true).create(true).truncate(true).mode(mode).open(&beside)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&beside, path)
-    };
-    write().inspect_err(|_| drop(fs::remove_file(&beside))).with_context(what)
+    file::replace(path, bytes, mode).with_context(|| format!("write {}", path.display()))
 }
 
 /// In the order of their times.

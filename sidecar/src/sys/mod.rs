@@ -5,6 +5,7 @@ pub mod attempt;
 pub mod bpf;
 pub mod clock;
 pub mod descriptors;
+pub mod file;
 pub mod filter;
 pub mod foreign;
 pub mod memory;

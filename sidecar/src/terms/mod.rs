@@ -277,6 +277,17 @@ pub struct Actor {
     pub user: Option<String>,
 }
 
+impl Actor {
+    /// The same with printable words of at most so many characters each.
+    #[must_use]
+    pub fn bounded(mut self, max: usize) -> Self {
+        for word in [Some(&mut self.process), self.unit.as_mut(), self.user.as_mut()].into_iter().flatten() {
+            *word = printable(word, max);
+        }
+        self
+    }
+}
+
 impl fmt::Display for Actor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} (pid {}", self.process, self.pid)?;

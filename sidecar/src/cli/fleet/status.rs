@@ -24,7 +24,7 @@ use crate::terms::PublicKey;
 pub struct Options {
     #[command(flatten)]
     selection: Selection,
-    /// Look again every so many seconds, until q or Ctrl-C
+    /// Look again every so many seconds (5 where none are said), until q or Ctrl-C
     #[arg(
         long,
         value_name = "SECONDS",
