@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Subcommand};
 
 use super::{FAILED, Format, Global, today};
+use crate::fleet::table::wrapped;
 use crate::fleet::{self, Filter, Inventory, Keys, Node};
 use crate::policy::{Role, read_text};
 use crate::sys::clock;
@@ -91,6 +92,13 @@ fn one<'i>(inventory: &'i Inventory, name: &str) -> anyhow::Result<&'i Node> {
     match filter.of(inventory)?.as_slice() {
         [node] => Ok(node),
         _ => anyhow::bail!("name one node of {}", inventory.file),
+    }
+}
+
+/// A word on the way, to stderr.
+fn say(global: &Global, text: &str) {
+    if !global.quiet {
+        eprint!("{}", wrapped(text, global.width(), 0));
     }
 }
 

@@ -79,8 +79,15 @@ impl Check {
     }
 
     fn new(what: What, outcome: Outcome, reason: impl Into<String>) -> Self {
-        Self { what, outcome, reason: printable(&reason.into(), 300) }
+        Self { what, outcome, reason: printable(&unnumbered(&reason.into()), 300) }
     }
+}
+
+/// Without the number that the kernel's words for an error end with: "(os error 111)".
+fn unnumbered(text: &str) -> String {
+    let mut parts = text.split(" (os error ");
+    let first = parts.next().unwrap_or_default().to_owned();
+    parts.fold(first, |said, part| said + part.split_once(')').map_or("", |(_, rest)| rest))
 }
 
 /// One node's checks.
@@ -285,6 +292,17 @@ mod tests {
         let short = certificate(1_700_000_000 + 13 * day, now, 14);
         assert_eq!((short.outcome, short.reason.as_str()), (Outcome::Fail, "13 d left, at least 14 wanted"));
         assert_eq!(certificate(1_700_000_000 - 1, now, 0).reason, "ended 1 d ago, at least 0 wanted");
+    }
+
+    #[test]
+    fn an_error_is_told_in_words() {
+        let reason = |text: &str| Check::fail(What::Ssh, text).reason;
+        assert_eq!(
+            reason("10.84.0.7:22: connect: Connection refused (os error 111)"),
+            "10.84.0.7:22: connect: Connection refused"
+        );
+        assert_eq!(reason("a (os error 1); b (os error 2): c"), "a; b: c");
+        assert_eq!(reason("says (no error) at all"), "says (no error) at all");
     }
 
     #[test]

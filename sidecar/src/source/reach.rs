@@ -12,6 +12,7 @@ use rustls::crypto::ring;
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 
+use crate::diff::listed;
 use crate::fleet::Node;
 use crate::fleet::health::{Check, What, certificate};
 use crate::policy::Bind;
@@ -30,6 +31,8 @@ const ECHOES: usize = 3;
 const HTTPS: u16 = 443;
 /// Of one node, asked side by side.
 const ADDRESSES_MAX: usize = 8;
+/// Where there was no page, and it is told why.
+const UNSEEN: &str = "none was seen";
 /// A status line or a banner is shorter.
 const LINE_BYTES_MAX: usize = 512;
 
@@ -117,18 +120,14 @@ pub fn trust() -> anyhow::Result<Trust> {
 /// One page and its certificate, at each public address: the name alone would ask wherever DNS
 /// leads, which may be another node.
 fn https(node: &Node, domain: Option<&str>, terms: &Terms, trust: &anyhow::Result<Trust>) -> Vec<Check> {
-    let both = |check: fn(What, String) -> Check, text: String| {
-        vec![check(What::Https, text.clone()), check(What::Certificate, text)]
-    };
+    let unknown =
+        |text: String| vec![Check::unknown(What::Https, text), Check::unknown(What::Certificate, UNSEEN)];
     let Some(domain) = domain else {
-        return both(
-            Check::unknown,
-            "it has no name below the fleet's domain: give it one, or --skip".to_owned(),
-        );
+        return unknown("it has no name below the fleet's domain: give it one, or --skip".to_owned());
     };
     let trust = match trust {
         Ok(trust) => trust,
-        Err(error) => return both(Check::unknown, format!("{error:#}")),
+        Err(error) => return unknown(format!("{error:#}")),
     };
     let addresses = match node.public_address.is_empty() {
         true => resolve(domain),
@@ -136,7 +135,7 @@ fn https(node: &Node, domain: Option<&str>, terms: &Terms, trust: &anyhow::Resul
     };
     let addresses = match addresses {
         Ok(addresses) => addresses,
-        Err(error) => return both(Check::unknown, format!("{error:#}")),
+        Err(error) => return unknown(format!("{error:#}")),
     };
     let mut ends: Vec<i64> = Vec::new();
     let mut failed = Vec::new();
@@ -149,7 +148,7 @@ fn https(node: &Node, domain: Option<&str>, terms: &Terms, trust: &anyhow::Resul
                 failed.push(format!("{address} answers {status} to {}", terms.path));
             }
             Err(error) if error.root_cause().downcast_ref::<io::Error>().is_some_and(is_no_way) => {
-                untried.push(format!("{address} can't be reached from here: {error:#}"));
+                untried.push(address.to_string());
             }
             Err(error) => failed.push(format!("{address}: {error:#}")),
         }
@@ -157,12 +156,12 @@ fn https(node: &Node, domain: Option<&str>, terms: &Terms, trust: &anyhow::Resul
     let asked = addresses.len() - untried.len();
     let page = match (failed.is_empty(), asked) {
         (false, _) => Check::fail(What::Https, failed.join("; ")),
-        (true, 0) => Check::unknown(What::Https, untried.join("; ")),
+        (true, 0) => Check::unknown(What::Https, no_way(&untried)),
         (true, asked) => Check::pass(What::Https, format!("200 at {asked} of {} addresses", addresses.len())),
     };
     let certificate = match ends.iter().min() {
         Some(end) => certificate(*end, clock::now(), terms.certificate_days),
-        None => Check { what: What::Certificate, ..page.clone() },
+        None => Check { what: What::Certificate, reason: UNSEEN.to_owned(), ..page.clone() },
     };
     vec![page, certificate]
 }
@@ -232,15 +231,19 @@ fn ssh_public(node: &Node) -> Check {
                 None => return Check::fail(What::SshPublic, format!("{at} lets this host in")),
             },
             Err(error) => match error.root_cause().downcast_ref::<io::Error>() {
-                Some(error) if is_no_way(error) => unknown.push(format!("{at}: {error}")),
+                Some(error) if is_no_way(error) => unknown.push(at.ip().to_string()),
                 _ => {}
             },
         }
     }
     match unknown.is_empty() {
         true => Check::pass(What::SshPublic, "nobody gets in from outside"),
-        false => Check::unknown(What::SshPublic, unknown.join("; ")),
+        false => Check::unknown(What::SshPublic, no_way(&unknown)),
     }
+}
+
+fn no_way(addresses: &[String]) -> String {
+    format!("this host has no way to {}", listed(addresses, ADDRESSES_MAX))
 }
 
 /// This host has no way there: that says nothing about the node.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::{Global, Selection, load_inventory, one, status};
+use super::{Global, Selection, load_inventory, one, say, status};
 use crate::fleet::health::{Check, Checkup, Health, Outcome, What, by_words};
 use crate::fleet::{Inventory, Node};
 use crate::source::hub;
@@ -83,8 +83,8 @@ pub fn gate(global: &Global, inventory: &Path, options: &Gate) -> anyhow::Result
             break checkup;
         }
         let complaints = checkup.complaints();
-        if complaints != told && !global.quiet {
-            eprintln!("not yet: {complaints}");
+        if complaints != told {
+            say(global, &format!("not yet: {complaints}"));
             told = complaints;
         }
         std::thread::sleep(AGAIN);

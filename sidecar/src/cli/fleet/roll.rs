@@ -14,9 +14,10 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::healthcheck::{AGAIN, Checks};
-use super::{Format, Global, Selection, load_inventory};
+use super::{Format, Global, Selection, load_inventory, say};
 use crate::fleet::health::Outcome;
 use crate::fleet::roll::{Plan, Roll};
+use crate::fleet::table::wrapped;
 use crate::fleet::{Inventory, Node, role_name};
 use crate::policy::read_text;
 use crate::source::looks::replace;
@@ -140,11 +141,9 @@ async fn turns(
             Turn::Failed(reason) => {
                 roll.fail(&reason);
                 keep(roll)?;
-                let text = format!(
-                    "stopped at {name}: {reason}\n  {}; the same command goes on there",
-                    roll.progress()
-                );
-                global.tell(&format!("{text}\n"), document(roll, Some(&name)))?;
+                let mut text = wrapped(&format!("stopped at {name}: {reason}"), global.width(), 0);
+                text += &format!("  {}; the same command goes on there\n", roll.progress());
+                global.tell(&text, document(roll, Some(&name)))?;
                 return Ok(1);
             }
             Turn::Interrupted => {
@@ -284,10 +283,4 @@ fn document(roll: &Roll, at: Option<&str>) -> serde_json::Value {
         "version": 1, "fleet": roll.plan.fleet, "done": roll.plan.order[..roll.done], "stopped_at": at,
         "reason": roll.stopped, "left": roll.plan.order[roll.done..],
     })
-}
-
-fn say(global: &Global, text: &str) {
-    if !global.quiet {
-        eprintln!("{text}");
-    }
 }
