@@ -223,6 +223,7 @@ fn fleet_view_of_good_and_of_bad_nodes() {
     let _daemon = lab.spoke.daemon(&fleet.policy("singapore").0).unwrap();
     let said = |name: &str, more: &str| Arc::new(Mutex::new(metrics(name, &fleet.policy(name).1, more)));
     let poison = "spokeguard_findings{code=\"\x1b]0;own\x07<script>alert(1)</script>\",severity=\"\x1b[31m\"} 1\n\
+                  spokeguard_wireguard_handshake_age_seconds{peer=\"hub\"} 900\n\
                   spokeguard_blind{facet=\"</td><img src=x onerror=alert(1)>\"} 1\n";
     let stubs = [
         Stub::Hangs,
@@ -353,6 +354,16 @@ fn health(lab: &Lab, fleet: &Fleet, authority: &Path) {
         .collect();
     let (json, code) = checked(&[&["stuck"], &skipped[..]].concat());
     assert_eq!((code, outcome(&json, "stuck", "ssh").as_str()), (Some(0), "none"), "{json:#}");
+    // A handshake that is too old, and a node that no echo comes from.
+    let gone = format!("{}/32 dev lo", stub_address(2));
+    lab.hub.sh(&format!("ip addr del {gone}")).unwrap();
+    let (json, code) = checked(&["poison", "resets"]);
+    lab.hub.sh(&format!("ip addr add {gone}")).unwrap();
+    let failed = [("poison", "ping", "pass"), ("poison", "handshake", "fail"), ("resets", "ping", "fail")];
+    for (name, check, wanted) in failed {
+        assert_eq!(outcome(&json, name, check), wanted, "{check} of {name}: {json:#}");
+    }
+    assert_eq!(code, Some(1));
 
     // A banner moves no cursor, as text and in a document.
     let sshd = lab.hub.inside(|| Ok(TcpListener::bind((stub_address(7), 22))?)).unwrap();
@@ -364,6 +375,9 @@ fn health(lab: &Lab, fleet: &Fleet, authority: &Path) {
     for format in ["text", "json"] {
         let told = fleet.run(lab, &["healthcheck", "liar", "--format", format]);
         assert!(told.stdout.contains("\u{fffd}[2J") && !told.all().contains(['\x1b', '\x07']), "{told:?}");
+        if format == "json" {
+            assert_eq!(outcome(&told.json().unwrap(), "liar", "ssh"), "fail", "no sshd: {told:?}");
+        }
     }
 
     // sshd that a stranger reaches.
@@ -404,7 +418,7 @@ fn roll(lab: &Lab, fleet: &Fleet, authority: &Path) {
     let script = format!("echo $SPOKEGUARD_NODE $SPOKEGUARD_ADDRESS $SPOKEGUARD_REGION >>{}", log.display());
     let roll = |more: &[&str], command: &[&str]| {
         let words =
-            [&["roll", "--wait", "1s", "--skip", "ssh-public", "singapore", "liar"], more, &["--"], command]
+            [&["roll", "--wait", "3s", "--skip", "ssh-public", "singapore", "liar"], more, &["--"], command]
                 .concat();
         fleet.run_after(lab, &["env", &trust], &words)
     };
@@ -497,7 +511,22 @@ fn report(lab: &Lab, fleet: &Fleet) {
     for name in some {
         assert!(page.contains(&format!("<td class=\"name\">{name}")), "{name}");
     }
-    assert_eq!(fs::read_dir(&looks).unwrap().count(), 1);
+    let count = || fs::read_dir(&looks).unwrap().count();
+    assert_eq!(count(), 1);
+    assert!(page.contains("from looks that were kept"), "{page}");
+    // The next look is kept beside it, and knows of one that is silent when it was last heard.
+    let poison = format!("{}/32 dev lo", stub_address(5));
+    lab.hub.sh(&format!("ip addr del {poison}")).unwrap();
+    let silent = wait_until(LONG, "a look of another second", || {
+        let silent = fleet.run(lab, &["status", "poison", "--history", &kept]);
+        (count() >= 2).then_some(silent)
+    });
+    let silent = silent.unwrap();
+    assert!(silent.code == Some(2) && silent.stdout.contains("last heard "), "{}", silent.all());
+    let report = fleet.run(lab, &["report", "--html", "-", "--history", &kept, "poison"]);
+    lab.hub.sh(&format!("ip addr add {poison}")).unwrap();
+    let row = report.stdout.split("<td class=\"name\">poison").nth(1).unwrap();
+    assert!(row.contains("drifting in 1"), "as it was before: {row}");
     let unwritten = fleet.run(lab, &["report", "liar", "--html", "/no/such/folder/x.html"]);
     assert!(
         unwritten.code == Some(2) && unwritten.stderr.contains("/no/such/folder/x.html"),
