@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -103,10 +104,11 @@ pub(crate) fn end(
     if kernel_has_it() {
         crate::ip(Some(&node.netns), "link add wg0 type wireguard\n")?;
     } else {
-        // Present once wireguard-go is ready for commands; seen through its keeper, as the folder is the node's own.
+        // Seen through its keeper, as the folder is the node's own. There before anybody answers at it, and wg
+        // takes away one that nobody answers at.
         let socket = node.path("/run/wireguard/wg0.sock");
-        wait_until(Duration::from_secs(5), "wireguard-go opens its socket", || {
-            socket.exists().then_some(())
+        wait_until(Duration::from_secs(30), "wireguard-go takes commands", || {
+            UnixStream::connect(&socket).ok()
         })?;
     }
     let key_file = node.dir.join(format!("{}.key", node.name));

@@ -285,6 +285,25 @@ mod tests {
     }
 
     #[test]
+    fn a_heartbeat_is_wanted_where_the_policy_has_one() {
+        let mut policy = samples::spoke();
+        let outcome = |policy: &Policy, age| {
+            let mut vitals = vitals("oslo", 0, "");
+            vitals.heartbeat_age = age;
+            let checks = by_words(&look("oslo", said(vitals)), policy);
+            checks.into_iter().find(|check| check.what == What::Heartbeat).map(|check| check.outcome)
+        };
+        assert_eq!(outcome(&policy, Some(5)), None);
+        policy.heartbeat.kuma_url_file = Some("kuma-url".into());
+        let most = 2 * policy.heartbeat.every.as_secs() + 10;
+        assert_eq!(outcome(&policy, Some(most)), Some(Outcome::Pass));
+        for late in [most + 1, u64::MAX] {
+            assert_eq!(outcome(&policy, Some(late)), Some(Outcome::Fail), "{late}");
+        }
+        assert_eq!(outcome(&policy, None), Some(Outcome::Unknown));
+    }
+
+    #[test]
     fn a_certificate_has_days() {
         let now = Stamp::from_unix(1_700_000_000);
         let day = 86_400;
