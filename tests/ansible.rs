@@ -18,13 +18,12 @@ struct Controller<'a> {
 }
 
 impl<'a> Controller<'a> {
-    fn new(lab: &'a Lab, machine: &Machine<'_>, policy: &Value) -> Self {
+    fn new(lab: &'a Lab, machine: &Machine<'_>, install: &str, policy: &Value) -> Self {
         let folder = lab.dir.join("controller");
         std::fs::create_dir_all(folder.join("home")).unwrap();
+        // The tar lies beside it.
         let package = crate::debian::package();
         let name = package.file_name().unwrap().to_str().unwrap();
-        std::fs::create_dir(folder.join("files")).unwrap();
-        std::fs::copy(&package, folder.join("files").join(name)).unwrap();
         let key = folder.join("key");
         lab.hub.ok(&["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key.to_str().unwrap()]).unwrap();
         machine.write_new(
@@ -35,7 +34,8 @@ impl<'a> Controller<'a> {
             "ansible_host": SPOKE_MESH, "ansible_user": "root", "ansible_python_interpreter": "/usr/bin/python3",
             "ansible_ssh_private_key_file": key, "ansible_ssh_common_args":
                 "-F none -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR",
-            "spokeguard_dist": folder.join("files"), "spokeguard_version": name.split('_').nth(1).unwrap(),
+            "spokeguard_install": install, "spokeguard_dist": package.parent().unwrap(),
+            "spokeguard_version": name.split('_').nth(1).unwrap(),
             "spokeguard_policy": policy, "spokeguard_confirm_timeout": 5,
         });
         let inventory = json!({ "all": { "hosts": { "singapore": host } } });
@@ -77,7 +77,7 @@ fn policy() -> Value {
                   "prefix": ["10.84.0.0/24", "fd84::/64"], "hub": { "address": lab::HUB_MESH } },
         "public": { "tcp": [80, 443] },
         "ssh": { "from": "hub" },
-        "enforce": { "confirm_within": "20s" },
+        "enforce": { "confirm_within": "60s" },
         "heartbeat": { "kuma_url_file": "/etc/spokeguard/secrets/kuma-url" },
     })
 }
@@ -90,7 +90,7 @@ fn a_fleet_run_by_ansible_gets_policies_that_prove_themselves() {
     let all = std::env::var_os("SPOKEGUARD_ALL").is_some();
     let lab = Lab::plain();
     let mut machine = Machine::new(&lab);
-    let controller = Controller::new(&lab, &machine, &policy());
+    let controller = Controller::new(&lab, &machine, "deb", &policy());
     std::fs::remove_dir_all(machine.path("etc/spokeguard")).unwrap();
     machine.forget_packages();
     machine.boot();
@@ -156,4 +156,58 @@ fn a_fleet_run_by_ansible_gets_policies_that_prove_themselves() {
         refused.stdout
     );
     assert_eq!(on_disk(&machine).unwrap(), good);
+}
+
+#[test]
+fn ansible_puts_the_tar_s_program_on_hosts_without_dpkg() {
+    const PROGRAM: &str = "/usr/local/sbin/spokeguard";
+    if lacking(&[Need::Lab, Need::Spokeguard, Need::Sshd, Need::Nspawn, Need::Debian, Need::Ansible]) {
+        return;
+    }
+    let all = std::env::var_os("SPOKEGUARD_ALL").is_some();
+    let lab = Lab::plain();
+    let mut machine = Machine::new(&lab);
+    let controller = Controller::new(&lab, &machine, "tar", &policy());
+    std::fs::remove_dir_all(machine.path("etc/spokeguard")).unwrap();
+    // Who would use either is told that there is none.
+    for program in ["dpkg", "dpkg-query", "apt-get"] {
+        std::fs::remove_file(machine.path(&format!("usr/bin/{program}"))).unwrap();
+    }
+    machine.boot();
+    let before = machine.left();
+    let secret = json!({ "spokeguard_secrets": { "kuma-url": SECRET } });
+    if all {
+        let (said, changes) = controller.changes(&["--check", "--diff"], &secret);
+        assert!(changes >= 3, "{said}");
+        assert_eq!(machine.left(), before);
+    }
+
+    let (said, _) = controller.changes(&["--diff"], &secret);
+    assert_eq!(machine.rules(), "confirmed", "{said}");
+    assert_eq!(machine.answer(22), Answer::Silent);
+    assert!(machine.hub_gets_in());
+    let pid = machine.property("spokeguard.service", "MainPID");
+    let running = machine.ok(&["readlink", &format!("/proc/{pid}/exe")]);
+    assert_eq!(running.trim(), PROGRAM);
+    assert_eq!(machine.ok(&["stat", "-c", "%U:%G %a", PROGRAM]), "root:root 755\n");
+    // The program alone, none of what else the tar has.
+    assert!(!machine.path("usr/local/sbin/README.md").exists());
+
+    let (said, changes) = controller.changes(&[], &secret);
+    assert_eq!(changes, 0, "{said}");
+    assert_eq!(machine.property("spokeguard.service", "MainPID"), pid);
+    if !all {
+        return;
+    }
+
+    // Another version is replaced, and the daemon is restarted with nothing open meanwhile.
+    machine.write_new(&PROGRAM[1..], "#!/bin/sh\necho spokeguard 0.0.1\n");
+    machine.nobody_answers_while(|_| {
+        let (said, changes) = controller.changes(&[], &secret);
+        assert!(changes >= 1, "{said}");
+    });
+    assert_eq!(machine.rules(), "confirmed");
+    assert_ne!(machine.property("spokeguard.service", "MainPID"), pid);
+    machine.ok(&[PROGRAM, "uninstall"]);
+    assert_eq!(machine.answer(22), Answer::Silent, "what is in force stays so");
 }

@@ -60,6 +60,12 @@ impl Arch {
         if here { "cc".into() } else { format!("{}-linux-gnu-gcc", self.name()) }
     }
 
+    /// Of binutils, which knows its own machine's files only.
+    fn strip(self) -> String {
+        let here = self.name() == std::env::consts::ARCH;
+        if here { "strip".into() } else { format!("{}-linux-gnu-strip", self.name()) }
+    }
+
     /// A command that runs its programs here.
     fn run(self, program: &Path) -> Command {
         if self.name() == std::env::consts::ARCH {
@@ -112,16 +118,17 @@ pub fn dist(arches: &[Arch], check: bool) -> Result<()> {
     Ok(())
 }
 
-/// The Debian package of a program that is there already, for tests: quick, and not for users.
+/// Tar and Debian package of a program that is there already, for tests: quick, and not for users.
 pub fn package_of(program: &Path, out: &Path) -> Result<()> {
-    let arch = Arch::named(std::env::consts::ARCH)?;
+    let arch = elf::arch(program)?;
     let folder = Scratch::new("spokeguard-package")?;
     let source = Source { tree: crate::root(), epoch: epoch()?, target: folder.0.clone() };
     fs::create_dir_all(out).with_context(|| format!("create {}", out.display()))?;
     // Nobody debugs it, and it is packed and unpacked often.
     let stripped = folder.0.join("stripped");
-    said(Command::new("strip").arg("-o").arg(&stripped).arg(program))?;
+    said(Command::new(arch.strip()).arg("-o").arg(&stripped).arg(program))?;
     let stage = package::Stage::new(&source, arch, &stripped, &package::Papers::default())?;
+    stage.tar(out, true)?;
     println!("{}", stage.deb(out, true)?.display());
     Ok(())
 }
@@ -146,7 +153,7 @@ fn make(source: &Source, arches: &[Arch], out: &Path, steps: &mut Steps) -> Resu
         steps.step(&format!("{name}: bill of materials, licences, archives"), || {
             let papers = bill::papers(source, arch)?;
             let stage = package::Stage::new(source, arch, &program, &papers)?;
-            stage.tar(out)?;
+            stage.tar(out, false)?;
             stage.deb(out, false)?;
             fs::write(out.join(format!("spokeguard-{}-{name}.cdx.json", stage.version)), &papers.bill)
                 .context("write the bill of materials")

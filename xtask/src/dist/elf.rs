@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
-use super::Arch;
+use super::{ARCHES, Arch};
 
 const PT_DYNAMIC: u32 = 2;
 const PT_INTERP: u32 = 3;
@@ -17,13 +17,28 @@ pub fn assert_static(path: &Path, arch: Arch) -> Result<()> {
     check(&bytes, arch).with_context(|| format!("{} is not what it should be", path.display()))
 }
 
-fn check(bytes: &[u8], arch: Arch) -> Result<()> {
-    ensure!(bytes.starts_with(b"\x7fELF\x02\x01"), "no 64-bit little-endian ELF file");
-    let machine = match arch {
+/// What a program is for.
+pub fn arch(path: &Path) -> Result<Arch> {
+    let bytes = fs::read(path).with_context(|| format!("read {}", path.display()))?;
+    let found = machine(&bytes).with_context(|| path.display().to_string())?;
+    let known = ARCHES.into_iter().find(|arch| number_of(*arch) == found);
+    known.with_context(|| format!("{} is for machine {found}, which is none of ours", path.display()))
+}
+
+fn number_of(arch: Arch) -> u64 {
+    match arch {
         Arch::X86_64 => 62,
         Arch::Aarch64 => 183,
-    };
-    let found = number(bytes, 18, 2)?;
+    }
+}
+
+fn machine(bytes: &[u8]) -> Result<u64> {
+    ensure!(bytes.starts_with(b"\x7fELF\x02\x01"), "no 64-bit little-endian ELF file");
+    number(bytes, 18, 2)
+}
+
+fn check(bytes: &[u8], arch: Arch) -> Result<()> {
+    let (found, machine) = (machine(bytes)?, number_of(arch));
     ensure!(found == machine, "for machine {found}, not {machine} ({})", arch.name());
     let (table, size, count) = (number(bytes, 32, 8)?, number(bytes, 54, 2)?, number(bytes, 56, 2)?);
     ensure!(count > 0, "no segments");
@@ -82,9 +97,11 @@ mod tests {
     }
 
     #[test]
-    fn a_test_program_is_linked_dynamically() {
-        let error =
-            assert_static(&std::env::current_exe().unwrap(), Arch::named(std::env::consts::ARCH).unwrap());
+    fn a_test_program_is_linked_dynamically_and_for_this_machine() {
+        let program = std::env::current_exe().unwrap();
+        let here = Arch::named(std::env::consts::ARCH).unwrap();
+        assert_eq!(arch(&program).unwrap(), here);
+        let error = assert_static(&program, here);
         assert!(format!("{:#}", error.unwrap_err()).contains("linked dynamically"));
     }
 }

@@ -107,14 +107,15 @@ impl Stage {
         ))
     }
 
-    /// The tar, with folders and times that say nothing of this machine.
-    pub fn tar(&self, out: &Path) -> Result<()> {
+    /// The tar, with folders and times that say nothing of this machine; quick ones are larger.
+    pub fn tar(&self, out: &Path, quick: bool) -> Result<()> {
         let name = format!("spokeguard-{}-{}", self.version, self.arch.name());
         let file = std::path::absolute(out.join(format!("{name}.tar.gz"))).context("a folder's path")?;
         let mut tar = Command::new("tar");
         tar.current_dir(&self.folder).env("LC_ALL", "C");
         tar.args(["--sort=name", "--format=gnu", "--owner=0", "--group=0", "--numeric-owner"]);
-        tar.args(["--mode=u+rw,go=rX", "--exclude=./debian", "--use-compress-program=gzip -9n"]);
+        tar.args(["--mode=u+rw,go=rX", "--exclude=./debian"]);
+        tar.arg(format!("--use-compress-program=gzip -{}n", if quick { 1 } else { 9 }));
         tar.arg(format!("--mtime=@{}", self.epoch)).arg(format!("--transform=s,^\\.,{name},"));
         tar.arg("--create").arg("--file").arg(&file).arg(".");
         said(&mut tar).map(|_| ())
