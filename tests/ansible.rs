@@ -201,7 +201,10 @@ fn ansible_puts_the_tar_s_program_on_hosts_without_dpkg() {
     }
 
     // Another version is replaced, and the daemon is restarted with nothing open meanwhile.
-    machine.write_new(&PROGRAM[1..], "#!/bin/sh\necho spokeguard 0.0.1\n");
+    let other = format!(
+        "printf '#!/bin/sh\\necho spokeguard 0.0.1\\n' >/tmp/other; chmod 755 /tmp/other; mv -f /tmp/other {PROGRAM}"
+    );
+    machine.ok(&["sh", "-ec", &other]);
     machine.nobody_answers_while(|_| {
         let (said, changes) = controller.changes(&[], &secret);
         assert!(changes >= 1, "{said}");
