@@ -14,7 +14,7 @@ use crate::cpio::Tree;
 use crate::packages::{self, Arch, Package, said};
 
 /// The recipe is part of the name, too.
-const RECIPE: &str = concat!(include_str!("image.rs"), include_str!("init.sh"));
+const RECIPE: &str = concat!(include_str!("image.rs"), include_str!("cpio.rs"), include_str!("init.sh"));
 
 /// What is run inside. What these need comes with them.
 const PACKAGES: &[&str] = &[

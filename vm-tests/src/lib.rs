@@ -11,6 +11,7 @@
 
 pub mod cpio;
 pub mod disk;
+mod foreign;
 pub mod image;
 pub mod machine;
 pub mod packages;

@@ -104,7 +104,9 @@ fn start(machine: &Machine, initrd: &Path, steps: &Path, serial: &Path) -> Resul
         Arch::Amd64 => "ttyS0",
         Arch::Arm64 => "ttyAMA0",
     };
-    let mut command = Command::new(program);
+    // Nobody else would end it, if this harness is killed.
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", program]);
     match machine.arch {
         Arch::Amd64 => command.args(["-cpu", "max"]),
         // The processor of the fleet's small machines.
@@ -136,7 +138,7 @@ fn start(machine: &Machine, initrd: &Path, steps: &Path, serial: &Path) -> Resul
     }
     let log = File::create(machine.folder.join("emulator.log")).context("create the emulator's log")?;
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
-    command.spawn().with_context(|| format!("start {program} (apt-get install {package})"))
+    command.spawn().with_context(|| format!("start {program} (apt-get install {package} util-linux)"))
 }
 
 /// Ticks a second in /proc, on all of our architectures.

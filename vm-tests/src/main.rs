@@ -34,7 +34,7 @@ fn command() -> Command {
         .arg(Arg::new("kernel").long("kernel").help("Only this series, such as 6.12"))
         .arg(Arg::new("arch").long("arch").value_parser(["amd64", "arm64", "all"]).default_value("amd64"))
         .arg(Arg::new("filter").long("filter").action(ArgAction::Append).help("For `tests`: only these"))
-        .arg(Arg::new("programs").long("programs").value_name("DIR").help("Programs of that architecture, built before"))
+        .arg(Arg::new("programs").long("programs").value_name("DIR").help("Programs and package of that architecture, built before"))
         .arg(flag("quick", "Only what is part of every `cargo xtask test`"))
         .arg(flag("list", "Say what there is, and end"))
 }
@@ -87,7 +87,7 @@ fn run(matches: &ArgMatches) -> Result<bool> {
             }
         }
     }
-    ensure!(count > 0, "no scenario fits");
+    ensure!(count > 0, "no machine is all of that: --list says which there are");
     println!("\nvm: {} of {count} machines passed", count - failed.len());
     for title in &failed {
         println!("  FAILED {title}");
@@ -99,7 +99,7 @@ fn run(matches: &ArgMatches) -> Result<bool> {
 fn make(arch: Arch, wanted: Wanted, built: Option<&String>) -> Result<(Programs, PathBuf)> {
     machine::assert_emulator(arch)?;
     let programs = match built {
-        Some(folder) => Ok(payload::built(arch, Path::new(folder))),
+        Some(folder) => payload::built(arch, Path::new(folder)),
         None => payload::build(arch, wanted),
     };
     Ok((programs?, image::root(arch)?))

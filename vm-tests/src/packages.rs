@@ -91,7 +91,11 @@ pub fn kernel(arch: Arch, series: &str) -> Result<Package> {
         let text = said(&mut command)?;
         return text.lines().find_map(listed).with_context(|| format!("apt-get lists no file for {image}"));
     }
-    bail!("apt offers no kernel {series} for {arch_name} (looked for linux-image-{series}-cloud-{arch_name})")
+    let foreign = if arch == Arch::HOST { "" } else { "dpkg --add-architecture arm64; " };
+    bail!(
+        "apt offers no kernel {series} for {arch_name}, which would be linux-image-{series}-cloud-{arch_name} \
+         ({foreign}apt-get update?)"
+    )
 }
 
 fn is_of(version: &str, series: &str) -> bool {

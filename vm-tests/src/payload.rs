@@ -72,11 +72,14 @@ pub fn build(arch: Arch, wanted: Wanted) -> Result<Programs> {
     Ok(Programs { product, release, lab, tests, package, strip: strip(arch) })
 }
 
-/// Programs that were built before, such as those that go to users.
-pub fn built(arch: Arch, folder: &Path) -> Programs {
+/// Programs that were built before, such as those that go to users, and the package that lies beside them.
+pub fn built(arch: Arch, folder: &Path) -> Result<Programs> {
     let product = folder.join(PRODUCT);
     let lab = [HELPER, GUEST].map(|name| folder.join(name)).to_vec();
-    Programs { release: Some(product.clone()), product, lab, tests: None, package: None, strip: strip(arch) }
+    let end = format!("_{}.deb", arch.name());
+    let entries = fs::read_dir(folder).with_context(|| format!("list {}", folder.display()))?.flatten();
+    let package = entries.map(|entry| entry.path()).find(|path| path.to_string_lossy().ends_with(&end));
+    Ok(Programs { release: Some(product.clone()), product, lab, tests: None, package, strip: strip(arch) })
 }
 
 fn strip(arch: Arch) -> &'static str {

@@ -81,6 +81,7 @@ pub const ALL: &[Scenario] = &[
     Scenario {
         name: "boot-window",
         about: "From power-on a stranger knocks at a host with systemd: nothing answers that may not, with our program and without",
+        arm64: &["6.12"],
         boots: 3,
         disk: Disk::Systemd,
         ..USUAL
@@ -96,6 +97,7 @@ pub const ALL: &[Scenario] = &[
     Scenario {
         name: "package",
         about: "Our Debian package under systemd: installed, upgraded, removed, purged",
+        arm64: &["6.12"],
         disk: Disk::Systemd,
         package: true,
         ..USUAL
