@@ -52,7 +52,7 @@ fn run(matches: &ArgMatches) -> Result<bool> {
             let kernels =
                 kernels.map(|arch| format!("{} {}", arch.name(), scenario.kernels(arch, false).join(" ")));
             let kernels = kernels.collect::<Vec<_>>().join(", ");
-            println!("{:<12} {kernels}\n{:13}{}", scenario.name, "", scenario.about);
+            println!("{:<12} {kernels}\n{}", scenario.name, indented(scenario.about));
         }
         return Ok(true);
     }
@@ -93,6 +93,21 @@ fn run(matches: &ArgMatches) -> Result<bool> {
         println!("  FAILED {title}");
     }
     Ok(failed.is_empty())
+}
+
+/// Below its name, in 80 columns.
+fn indented(text: &str) -> String {
+    let indent = " ".repeat(12);
+    let (mut out, mut column) = (indent.clone(), indent.len());
+    for word in text.split_whitespace() {
+        if column + 1 + word.len() > 80 {
+            out += &format!("\n{indent}");
+            column = indent.len();
+        }
+        out += &format!(" {word}");
+        column += 1 + word.len();
+    }
+    out
 }
 
 /// What all machines of an architecture share.
