@@ -176,6 +176,12 @@ fn send(lab: &Lab, stop: &AtomicBool) -> Result<Sent> {
     })
 }
 
+/// Between two packets of a sender. A processor that is emulated would do nothing but send.
+fn pause(ms: u64) -> Duration {
+    let factor = std::env::var("SPOKEGUARD_PAUSES").map_or(1, |times| times.parse().unwrap());
+    Duration::from_millis(ms * factor)
+}
+
 fn datagrams(node: &Node, to: [IpAddr; 2], port: u16, stop: &AtomicBool) -> Result<u64> {
     node.inside(|| {
         let sockets = [UdpSocket::bind("0.0.0.0:0")?, UdpSocket::bind("[::]:0")?];
@@ -186,7 +192,7 @@ fn datagrams(node: &Node, to: [IpAddr; 2], port: u16, stop: &AtomicBool) -> Resu
                     sent += u64::from(socket.send_to(b"count me", (to, port)).is_ok());
                 }
             }
-            std::thread::park_timeout(Duration::from_millis(3));
+            std::thread::park_timeout(pause(3));
         }
         Ok(sent)
     })
@@ -194,7 +200,7 @@ fn datagrams(node: &Node, to: [IpAddr; 2], port: u16, stop: &AtomicBool) -> Resu
 
 /// A thousand new connections a second, as far as this machine gets.
 fn connections(node: &Node, stop: &AtomicBool) -> Result<u64> {
-    const EACH: Duration = Duration::from_millis(1);
+    let each = pause(1);
     node.inside(|| {
         let mut due = Instant::now();
         let mut served = 0;
@@ -206,7 +212,7 @@ fn connections(node: &Node, stop: &AtomicBool) -> Result<u64> {
             stream.read_to_string(&mut said)?;
             ensure!(said == "web\n", "it said {said:?}");
             served += 1;
-            due = (due + EACH).max(Instant::now() - 50 * EACH);
+            due = (due + each).max(Instant::now() - 50 * each);
             std::thread::park_timeout(due.saturating_duration_since(Instant::now()));
         }
         Ok(served)
@@ -255,7 +261,7 @@ impl Held {
                 let mut heard = [0u8; 1];
                 stream.write_all(b"x")?;
                 stream.read_exact(&mut heard)?;
-                std::thread::park_timeout(Duration::from_millis(5));
+                std::thread::park_timeout(pause(5));
             }
             Ok(stream.shutdown(Shutdown::Both)?)
         })

@@ -32,6 +32,7 @@ pub struct Programs {
 const PRODUCT: &str = "spokeguard";
 const HELPER: &str = "sg-lab-helper";
 const GUEST: &str = "sg-vm-guest";
+const TESTS: &str = "integration-tests";
 
 /// What is built only where somebody needs it.
 #[derive(Clone, Copy, Debug)]
@@ -72,14 +73,16 @@ pub fn build(arch: Arch, wanted: Wanted) -> Result<Programs> {
     Ok(Programs { product, release, lab, tests, package, strip: strip(arch) })
 }
 
-/// Programs that were built before, such as those that go to users, and the package that lies beside them.
+/// Programs that were built before, such as those that go to users, with the package and the integration tests
+/// that lie beside them.
 pub fn built(arch: Arch, folder: &Path) -> Result<Programs> {
     let product = folder.join(PRODUCT);
     let lab = [HELPER, GUEST].map(|name| folder.join(name)).to_vec();
     let end = format!("_{}.deb", arch.name());
     let entries = fs::read_dir(folder).with_context(|| format!("list {}", folder.display()))?.flatten();
     let package = entries.map(|entry| entry.path()).find(|path| path.to_string_lossy().ends_with(&end));
-    Ok(Programs { release: Some(product.clone()), product, lab, tests: None, package, strip: strip(arch) })
+    let tests = Some(folder.join(TESTS)).filter(|path| path.is_file());
+    Ok(Programs { release: Some(product.clone()), product, lab, tests, package, strip: strip(arch) })
 }
 
 fn strip(arch: Arch) -> &'static str {
@@ -182,7 +185,7 @@ pub fn tree(programs: &Programs, scenario: &Scenario, scratch: &Path, words: &st
     fs::create_dir_all(scratch).with_context(|| format!("create {}", scratch.display()))?;
     let name = |path: &PathBuf| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let plain = programs.lab.iter().chain([product]).map(|path| (path, name(path)));
-    let named = plain.chain(tests.map(|path| (path, "integration-tests".to_owned())));
+    let named = plain.chain(tests.map(|path| (path, TESTS.to_owned())));
     for (path, name) in named {
         ensure!(path.is_file(), "{} was not built", path.display());
         // That is most of it.
