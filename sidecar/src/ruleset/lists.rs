@@ -180,6 +180,20 @@ mod tests {
     }
 
     #[test]
+    fn a_set_within_a_rule_that_was_left_out_is_missed() {
+        let lacks = |left: &str, right: &str| {
+            let json = format!(
+                r#"{{"nftables":[{{"chain":{{"family":"inet","table":"t","name":"c"}}}},{{"rule":{{"family":"inet",
+                "table":"t","chain":"c","expr":[{{"match":{{"op":"==","left":{left},"right":{right}}}}},{{"drop":null}}]}}}}]}}"#
+            );
+            lacks_values(&super::super::decode::ruleset(json.as_bytes()).expect("JSON"))
+        };
+        let port = r#"{"payload":{"protocol":"tcp","field":"dport"}}"#;
+        let asked = [r#"{"set":[]}"#, r#"{"set":[22]}"#, r#""@list""#, "22"];
+        assert_eq!(asked.map(|right| lacks(port, right)), [true, false, false, false]);
+    }
+
+    #[test]
     fn what_is_no_plain_list_is_left_to_nft() {
         assert_eq!(borders(&set("ipv4_addr", &["2001:db8::/32"])), None);
         assert_eq!(borders(&set("inet_service", &[])), None);
@@ -187,6 +201,9 @@ mod tests {
             let mut timed = set("ipv4_addr", &[]);
             timed.flags.push(flag.into());
             assert_eq!((family(&timed), borders(&timed)), (None, None));
+        }
+        for (flags, truncated) in [(vec![], false), (vec!["interval".to_owned()], true)] {
+            assert_eq!(borders(&NamedSet { flags, truncated, ..set("ipv4_addr", &["10.0.0.1"]) }), None);
         }
         let mut map = set("ipv4_addr", &[]);
         map.map = true;

@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use netlink_packet_core::{Emitable as _, NLA_TYPE_MASK};
 use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, SocketId, StateFlags};
 
-use super::netlink::{Netlink, NetlinkError, array_at, attributes, hint};
+use super::netlink::{Netlink, NetlinkError, array_at, attribute, attributes, hint};
 use crate::terms::{Family, Proto};
 use crate::top::Known;
 
@@ -289,16 +289,6 @@ fn about(proto: Proto, from: SocketAddr, to: SocketAddr) -> Vec<u8> {
     let mut request = vec![family, 0, 0, 0];
     request.extend(attribute(CTA_TUPLE_ORIG | NESTED, &tuple));
     request
-}
-
-/// The values are a few bytes each.
-fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(value.len() + 8);
-    bytes.extend_from_slice(&(4 + value.len() as u16).to_ne_bytes());
-    bytes.extend_from_slice(&kind.to_ne_bytes());
-    bytes.extend_from_slice(value);
-    bytes.resize(bytes.len().next_multiple_of(4), 0);
-    bytes
 }
 
 fn sockets(family: Family) -> Vec<u8> {

@@ -232,6 +232,21 @@ pub fn attributes(bytes: &[u8]) -> impl Iterator<Item = Result<(u16, &[u8]), Net
     })
 }
 
+/// An attribute as it is sent, with what fills it up to words. The value is far shorter than 64 KiB.
+pub fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(value.len() + 8);
+    bytes.extend_from_slice(&(4 + value.len() as u16).to_ne_bytes());
+    bytes.extend_from_slice(&kind.to_ne_bytes());
+    bytes.extend_from_slice(value);
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    bytes
+}
+
+/// A string, which ends with a zero byte as the kernel sends it.
+pub fn text(value: &[u8]) -> String {
+    String::from_utf8_lossy(value.strip_suffix(b"\0").unwrap_or(value)).into_owned()
+}
+
 pub fn array_at<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
     bytes.get(at..)?.first_chunk().copied()
 }

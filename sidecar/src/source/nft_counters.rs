@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
-use super::netlink::{Netlink, NetlinkError, attributes};
+use super::netlink::{Netlink, NetlinkError, attributes, text};
 use crate::desired::TABLE;
 use crate::observed::Amount;
 use crate::terms::printable;
@@ -66,31 +66,23 @@ pub(super) fn decode(payload: &[u8], out: &mut Vec<(String, Amount)>) -> Result<
     Ok(())
 }
 
-fn text(value: &[u8]) -> String {
-    String::from_utf8_lossy(value.strip_suffix(b"\0").unwrap_or(value)).into_owned()
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::netlink::attribute;
     use super::*;
 
-    fn nla(kind: u16, value: &[u8]) -> Vec<u8> {
-        let length = u16::try_from(4 + value.len()).expect("short");
-        let mut out = [length.to_ne_bytes(), kind.to_ne_bytes()].concat();
-        out.extend(value);
-        out.resize(out.len().next_multiple_of(4), 0);
-        out
-    }
-
     fn object(table: &str, kind: u32, packets: u64) -> Vec<u8> {
-        let data =
-            [nla(COUNTER_BYTES, &99u64.to_be_bytes()), nla(COUNTER_PACKETS, &packets.to_be_bytes())].concat();
+        let data = [
+            attribute(COUNTER_BYTES, &99u64.to_be_bytes()),
+            attribute(COUNTER_PACKETS, &packets.to_be_bytes()),
+        ]
+        .concat();
         [
             vec![FAMILY_INET, 0, 0, 0],
-            nla(OBJECT_TABLE, format!("{table}\0").as_bytes()),
-            nla(OBJECT_NAME, b"drop-mesh-ipv4\0"),
-            nla(OBJECT_TYPE, &kind.to_be_bytes()),
-            nla(OBJECT_DATA, &data),
+            attribute(OBJECT_TABLE, format!("{table}\0").as_bytes()),
+            attribute(OBJECT_NAME, b"drop-mesh-ipv4\0"),
+            attribute(OBJECT_TYPE, &kind.to_be_bytes()),
+            attribute(OBJECT_DATA, &data),
         ]
         .concat()
     }

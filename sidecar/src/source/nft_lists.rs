@@ -5,7 +5,7 @@
 use anyhow::Context as _;
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
-use super::netlink::{Netlink, NetlinkError, array_at, attributes};
+use super::netlink::{Netlink, NetlinkError, array_at, attribute, attributes, text};
 use super::nft_events::NFPROTO_INET;
 use super::nft_xt::family_of;
 use crate::ruleset::decode::OBJECTS_MAX;
@@ -19,22 +19,22 @@ const GET_ELEMENTS: u16 = 10 << 8 | 13;
 const TABLE: u16 = 1;
 const NAME: u16 = 2;
 const FLAGS: u16 = 3;
-const KEY_TYPE: u16 = 4;
+pub(crate) const KEY_TYPE: u16 = 4;
 /// NFT_SET_{ANONYMOUS, CONSTANT, INTERVAL}.
 const ANONYMOUS: u32 = 1;
 const CONSTANT: u32 = 2;
-const INTERVAL: u32 = 4;
+pub(crate) const INTERVAL: u32 = 4;
 /// nft's numbers for ipv4_addr and ipv6_addr.
-const ADDRESSES: [u32; 2] = [7, 8];
+pub(crate) const ADDRESSES: [u32; 2] = [7, 8];
 /// NFTA_SET_ELEM_LIST_ELEMENTS, NFTA_LIST_ELEM, NFTA_SET_ELEM_{KEY, FLAGS, KEY_END}, NFTA_DATA_VALUE.
-const ELEMENTS: u16 = 3;
-const ELEMENT: u16 = 1;
-const KEY: u16 = 1;
-const ELEMENT_FLAGS: u16 = 3;
+pub(crate) const ELEMENTS: u16 = 3;
+pub(crate) const ELEMENT: u16 = 1;
+pub(crate) const KEY: u16 = 1;
+pub(crate) const ELEMENT_FLAGS: u16 = 3;
 const KEY_END: u16 = 10;
-const VALUE: u16 = 1;
+pub(crate) const VALUE: u16 = 1;
 /// NFT_SET_ELEM_INTERVAL_END.
-const INTERVAL_END: u32 = 1;
+pub(crate) const INTERVAL_END: u32 = 1;
 
 /// A named set that the kernel has.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -137,13 +137,9 @@ fn elements<T>(
 /// struct nfgenmsg (family, version, resource id) and attributes of text.
 fn request(family: u8, attributes: &[(u16, &str)]) -> Vec<u8> {
     let mut out = vec![family, 0, 0, 0];
-    for (kind, text) in attributes {
+    for (kind, name) in attributes {
         // Names are shorter than 256 bytes in the kernel.
-        out.extend(u16::try_from(5 + text.len()).unwrap_or(u16::MAX).to_ne_bytes());
-        out.extend(kind.to_ne_bytes());
-        out.extend(text.as_bytes());
-        out.push(0);
-        out.resize(out.len().next_multiple_of(4), 0);
+        out.extend(attribute(*kind, &[name.as_bytes(), b"\0"].concat()));
     }
     out
 }
@@ -227,34 +223,25 @@ fn be32(value: &[u8]) -> Result<u32, NetlinkError> {
     array_at(value, 0).map(u32::from_be_bytes).ok_or(NetlinkError::Malformed("a short number"))
 }
 
-fn text(value: &[u8]) -> String {
-    String::from_utf8_lossy(value.strip_suffix(b"\0").unwrap_or(value)).into_owned()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::ruleset::render;
     use crate::terms::Family;
 
-    fn nla(kind: u16, value: &[u8]) -> Vec<u8> {
-        let length = u16::try_from(4 + value.len()).expect("short");
-        let mut out = [&length.to_ne_bytes()[..], &kind.to_ne_bytes(), value].concat();
-        out.resize(out.len().next_multiple_of(4), 0);
-        out
-    }
-
     fn key(address: &[u8]) -> Vec<u8> {
-        nla(KEY | 0x8000, &nla(VALUE, address))
+        attribute(KEY | 0x8000, &attribute(VALUE, address))
     }
 
     fn end() -> Vec<u8> {
-        nla(ELEMENT_FLAGS, &INTERVAL_END.to_be_bytes())
+        attribute(ELEMENT_FLAGS, &INTERVAL_END.to_be_bytes())
     }
 
     fn message(elements: &[Vec<u8>]) -> Vec<u8> {
-        let list: Vec<u8> = elements.iter().flat_map(|element| nla(ELEMENT | 0x8000, element)).collect();
-        [vec![1, 0, 0, 0], nla(1, b"t\0"), nla(2, b"s\0"), nla(ELEMENTS | 0x8000, &list)].concat()
+        let list: Vec<u8> =
+            elements.iter().flat_map(|element| attribute(ELEMENT | 0x8000, element)).collect();
+        [vec![1, 0, 0, 0], attribute(1, b"t\0"), attribute(2, b"s\0"), attribute(ELEMENTS | 0x8000, &list)]
+            .concat()
     }
 
     fn borders(payload: &[u8]) -> Result<Vec<Option<Border>>, NetlinkError> {
@@ -265,7 +252,7 @@ mod tests {
     #[test]
     fn elements_are_the_borders_of_intervals() {
         // The kernel's order, which is not that of addresses, and a comment that somebody gave one.
-        let comment = nla(6, b"\0\x02x\0");
+        let comment = attribute(6, b"\0\x02x\0");
         let elements = [
             [end(), key(&[10, 0, 1, 0])].concat(),
             [key(&[10, 0, 0, 0]), comment].concat(),
@@ -279,11 +266,18 @@ mod tests {
     }
 
     #[test]
+    fn addresses_of_both_families_are_read_and_nothing_of_another_length() {
+        let keys = [key(&[10, 0, 0, 1]), key(&[0; 16]), key(&[0, 0, 0, 0, 0, 0, 0, 1])];
+        let begins = |key| Some(Border { key, begins: true });
+        assert_eq!(borders(&message(&keys)).expect("sound"), [begins(0x0a00_0001), begins(0), None]);
+    }
+
+    #[test]
     fn what_says_more_than_an_address_is_none() {
         let strange = [
-            nla(ELEMENT_FLAGS, &2u32.to_be_bytes()),
-            [key(&[10, 0, 0, 0]), nla(ELEMENT_FLAGS, &2u32.to_be_bytes())].concat(),
-            [key(&[10, 0, 0, 0]), nla(KEY_END | 0x8000, &nla(VALUE, &[10, 0, 0, 9]))].concat(),
+            attribute(ELEMENT_FLAGS, &2u32.to_be_bytes()),
+            [key(&[10, 0, 0, 0]), attribute(ELEMENT_FLAGS, &2u32.to_be_bytes())].concat(),
+            [key(&[10, 0, 0, 0]), attribute(KEY_END | 0x8000, &attribute(VALUE, &[10, 0, 0, 9]))].concat(),
             key(&[0, 22, 0, 0, 10, 0, 0, 1]),
         ];
         assert_eq!(borders(&message(&strange)).expect("sound"), [None; 4]);
@@ -306,10 +300,10 @@ mod tests {
     fn only_sets_of_nothing_but_addresses_are_plain() {
         let set = |flags: u32, key: u32| {
             let attributes = [
-                nla(TABLE, b"t\0"),
-                nla(NAME, b"s\0"),
-                nla(FLAGS, &flags.to_be_bytes()),
-                nla(KEY_TYPE, &key.to_be_bytes()),
+                attribute(TABLE, b"t\0"),
+                attribute(NAME, b"s\0"),
+                attribute(FLAGS, &flags.to_be_bytes()),
+                attribute(KEY_TYPE, &key.to_be_bytes()),
             ];
             let mut out = Vec::new();
             place(&[vec![1, 0, 0, 0], attributes.concat()].concat(), &mut out).expect("sound");
@@ -322,7 +316,7 @@ mod tests {
         // A map, a timeout, a port; a set within a rule.
         assert_eq!((set(8, 7), set(0x14, 7), set(INTERVAL, 13)), (vec![false], vec![false], vec![false]));
         assert_eq!(set(ANONYMOUS | INTERVAL, 7), Vec::<bool>::new());
-        let nameless = [vec![1, 0, 0, 0], nla(FLAGS, &[0, 0, 0, 0])].concat();
+        let nameless = [vec![1, 0, 0, 0], attribute(FLAGS, &[0, 0, 0, 0])].concat();
         assert!(place(&nameless, &mut Vec::new()).is_err() && place(&[1], &mut Vec::new()).is_err());
     }
 }

@@ -4,7 +4,7 @@
 use anyhow::Context as _;
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
-use super::netlink::{Netlink, NetlinkError, array_at, attributes};
+use super::netlink::{Netlink, NetlinkError, array_at, attributes, text};
 use crate::ruleset::TableFamily;
 use crate::ruleset::xt::{Part, Parts};
 use crate::terms::printable;
@@ -123,10 +123,6 @@ fn expression(bytes: &[u8]) -> Result<Option<Part>, NetlinkError> {
         Some((name, revision)) => Ok(Some(Part { target, name, revision, info })),
         None => Err(NetlinkError::Malformed("an expression of xtables without its name")),
     }
-}
-
-fn text(value: &[u8]) -> String {
-    String::from_utf8_lossy(value.strip_suffix(b"\0").unwrap_or(value)).into_owned()
 }
 
 #[cfg(test)]

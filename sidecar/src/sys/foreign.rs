@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
 
-use super::probe::{BPF_PROG_TEST_RUN, call, descriptor};
+use super::probe::{BPF_PROG_TEST_RUN, TestRun, call, descriptor};
 
 const BPF_PROG_GET_FD_BY_ID: libc::c_long = 13;
 const BPF_PROG_QUERY: libc::c_long = 16;
@@ -61,23 +61,6 @@ pub fn by_id(id: u32) -> io::Result<OwnedFd> {
     let mut attr = ById { id, next: 0, flags: 0 };
     // SAFETY: the kernel reads the attributes and nothing that they point to; the descriptor is new.
     unsafe { descriptor(BPF_PROG_GET_FD_BY_ID, &mut attr) }
-}
-
-#[repr(C)]
-#[derive(Default)]
-struct TestRun {
-    program: u32,
-    retval: u32,
-    data_size_in: u32,
-    data_size_out: u32,
-    data_in: u64,
-    data_out: u64,
-    repeat: u32,
-    duration: u32,
-    context_size_in: u32,
-    context_size_out: u32,
-    context_in: u64,
-    context_out: u64,
 }
 
 /// How a program takes its packet.

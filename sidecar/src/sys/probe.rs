@@ -341,28 +341,32 @@ pub fn missed(socket: BorrowedFd<'_>) -> io::Result<u64> {
     if result == 0 { Ok(u64::from(stats[1])) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Kernels before 5.9 know no context and take the rest as long as it is zero.
+#[repr(C)]
+#[derive(Default)]
+pub(super) struct TestRun {
+    pub(super) program: u32,
+    pub(super) retval: u32,
+    pub(super) data_size_in: u32,
+    pub(super) data_size_out: u32,
+    pub(super) data_in: u64,
+    pub(super) data_out: u64,
+    pub(super) repeat: u32,
+    pub(super) duration: u32,
+    pub(super) context_size_in: u32,
+    pub(super) context_size_out: u32,
+    pub(super) context_in: u64,
+    pub(super) context_out: u64,
+}
+
 /// Runs a classifier `repeat` times over a packet, which starts with an Ethernet header.
 pub fn test_run(program: BorrowedFd<'_>, packet: &[u8], repeat: u32) -> io::Result<()> {
-    #[repr(C)]
-    struct TestRun {
-        program: u32,
-        retval: u32,
-        data_size_in: u32,
-        data_size_out: u32,
-        data_in: u64,
-        data_out: u64,
-        repeat: u32,
-        duration: u32,
-    }
     let mut attr = TestRun {
         program: program.as_raw_fd() as u32,
-        retval: 0,
         data_size_in: packet.len() as u32,
-        data_size_out: 0,
         data_in: packet.as_ptr() as u64,
-        data_out: 0,
         repeat,
-        duration: 0,
+        ..TestRun::default()
     };
     loop {
         // SAFETY: the kernel reads the packet, which outlives the call, and writes back
