@@ -3,6 +3,7 @@
 //! changes nothing for the rules that are there, and the transaction that follows finds it as it should be.
 //!
 //! Only sets that are not there are made, and what goes wrong is left to that transaction, which then says it all.
+//! Where that one fails they are taken out again.
 
 use std::io;
 
@@ -15,32 +16,36 @@ use crate::ruleset::lists::{self, Border};
 use crate::ruleset::{NamedSet, Table, TableFamily};
 use crate::source::nft;
 use crate::source::nft_events::TABLE_NAME;
+use crate::source::nft_lists::{
+    ADDRESSES, ELEMENT, ELEMENT_FLAGS, ELEMENTS, INTERVAL, INTERVAL_END, KEY, KEY_TYPE, VALUE,
+};
 use crate::terms::Family;
 
 const NEWSET: u8 = 9;
+const DELTABLE: u8 = 2;
+const DELSET: u8 = 11;
 const NEWSETELEM: u8 = 12;
-/// NFTA_SET_{KEY_TYPE, KEY_LEN, USERDATA}.
-const SET_KEY_TYPE: u16 = 4;
+/// NFTA_SET_{KEY_LEN, USERDATA}.
 const SET_KEY_LENGTH: u16 = 5;
 const SET_USERDATA: u16 = 13;
-/// NFT_SET_INTERVAL.
-const INTERVAL: u32 = 4;
 /// What nft notes for itself: NFTNL_UDATA_SET_KEYBYTEORDER, its length, BYTEORDER_BIG_ENDIAN.
 const KEY_BYTE_ORDER: [u8; 2] = [0, 4];
 const BIG_ENDIAN: u32 = 2;
-/// NFTA_SET_ELEM_LIST_ELEMENTS, NFTA_LIST_ELEM, NFTA_SET_ELEM_{KEY, FLAGS}, NFTA_DATA_VALUE, NFT_SET_ELEM_INTERVAL_END.
-const LIST_ELEMENTS: u16 = 3;
-const LIST_ELEMENT: u16 = 1;
-const ELEMENT_KEY: u16 = 1;
-const ELEMENT_FLAGS: u16 = 3;
-const VALUE: u16 = 1;
-const INTERVAL_END: u32 = 1;
 const NESTED: u16 = 0x8000;
 /// An attribute ends before 64 KiB; an element takes 40 bytes at most.
 const BORDERS_AT_ONCE: usize = 1500;
 
-/// Puts the long lists of `desired` that `found` lacks into the kernel, and into `found`. `false`: nothing was done.
-pub(super) fn put(desired: &Table, found: &mut Option<Table>) -> bool {
+/// Lists that are in the kernel ahead of the rules that ask for them.
+pub(super) struct Ahead {
+    names: Vec<String>,
+    /// Of the rules, once they were there; `None`: it could not be read.
+    pub(super) generation: Option<u32>,
+    /// There was no table before.
+    alone: bool,
+}
+
+/// Puts the long lists of `desired` that `found` lacks into the kernel, and into `found`. `None`: nothing was done.
+pub(super) fn put(desired: &Table, found: &mut Option<Table>) -> Option<Ahead> {
     let there = found.as_ref().map_or(&[][..], |table| &table.sets);
     let sets: Vec<&NamedSet> = (desired.sets.iter())
         .filter(|set| !set.elements.is_empty() && !there.iter().any(|there| there.name == set.name))
@@ -49,16 +54,48 @@ pub(super) fn put(desired: &Table, found: &mut Option<Table>) -> bool {
         .filter_map(|set| lists::borders(set).map(|(family, borders)| (set, family, borders)))
         .collect();
     if encoded.is_empty() {
-        return false;
+        return None;
     }
     nft::committing();
     let sent = replay::open().and_then(|socket| replay::send(&socket, &batch(&encoded)?));
     if let Err(error) = sent {
         log::debug!("nft puts the lists of addresses in: {error}");
-        return false;
+        return None;
     }
+    let ahead = Ahead {
+        names: encoded.iter().map(|(set, ..)| set.name.clone()).collect(),
+        generation: super::generation(),
+        alone: found.is_none(),
+    };
     found.get_or_insert_with(bare).sets.extend(encoded.into_iter().map(|(set, ..)| set.clone()));
-    true
+    Some(ahead)
+}
+
+impl Ahead {
+    /// Takes them out again, and the table where they are all that it holds. Only where the rules are still of
+    /// this generation; and the kernel keeps lists that rules ask for by now.
+    pub(super) fn take_back(&self, now: Option<u32>) -> io::Result<()> {
+        let now = now.ok_or_else(|| io::Error::other("the generation of the rules can't be read"))?;
+        nft::committing();
+        replay::send(&replay::open()?, &self.removal(now))
+    }
+
+    fn removal(&self, now: u32) -> Vec<u8> {
+        let table = || (TABLE_NAME, [TABLE.as_bytes(), b"\0"].concat());
+        let mut out = Builder(Vec::new());
+        out.begin_at(now);
+        if self.alone && self.generation == Some(now) {
+            out.message(DELTABLE, NLM_F_ACK, &[table()]);
+        } else {
+            for (at, name) in (1..).zip(&self.names) {
+                let ack = if at == self.names.len() { NLM_F_ACK } else { 0 };
+                let name = (SET_NAME, [name.as_bytes(), b"\0"].concat());
+                out.message(DELSET, ack, &[table(), name]);
+            }
+        }
+        out.marker(BATCH_END);
+        out.0
+    }
 }
 
 /// Our table with nothing in it.
@@ -79,17 +116,16 @@ fn batch(sets: &[(&NamedSet, Family, Vec<Border>)]) -> io::Result<Vec<u8>> {
     out.marker(BATCH_BEGIN);
     out.message(NEWTABLE, NLM_F_CREATE, std::slice::from_ref(&table));
     for (id, (set, family, borders)) in (1u32..).zip(sets) {
-        // nft's numbers for ipv4_addr and ipv6_addr.
         let (key_type, length) = match family {
-            Family::Ipv4 => (7u32, 4u32),
-            Family::Ipv6 => (8, 16),
+            Family::Ipv4 => (ADDRESSES[0], 4u32),
+            Family::Ipv6 => (ADDRESSES[1], 16),
         };
         let name = (SET_NAME, [set.name.as_bytes(), b"\0"].concat());
         let declared = [
             table.clone(),
             name.clone(),
             (SET_FLAGS, INTERVAL.to_be_bytes().to_vec()),
-            (SET_KEY_TYPE, key_type.to_be_bytes().to_vec()),
+            (KEY_TYPE, key_type.to_be_bytes().to_vec()),
             (SET_KEY_LENGTH, length.to_be_bytes().to_vec()),
             (SET_ID, id.to_be_bytes().to_vec()),
             (SET_USERDATA, [&KEY_BYTE_ORDER[..], &BIG_ENDIAN.to_ne_bytes()].concat()),
@@ -100,7 +136,7 @@ fn batch(sets: &[(&NamedSet, Family, Vec<Border>)]) -> io::Result<Vec<u8>> {
         for (at, piece) in (1..).zip(pieces) {
             let list = piece.iter().fold(Vec::new(), |list, border| element(list, *border, length as usize));
             let ack = if id as usize == sets.len() && at == last { NLM_F_ACK } else { 0 };
-            let elements = [table.clone(), name.clone(), (LIST_ELEMENTS | NESTED, list)];
+            let elements = [table.clone(), name.clone(), (ELEMENTS | NESTED, list)];
             out.message(NEWSETELEM, NLM_F_CREATE | ack, &elements);
         }
     }
@@ -122,11 +158,11 @@ fn element(mut list: Vec<u8>, border: Border, length: usize) -> Vec<u8> {
         list.extend_from_slice(&kind.to_ne_bytes());
         list.extend_from_slice(value);
     };
-    attribute(LIST_ELEMENT | NESTED, of_flags + 8 + length, &[]);
+    attribute(ELEMENT | NESTED, of_flags + 8 + length, &[]);
     if !flags.is_empty() {
         attribute(ELEMENT_FLAGS, flags.len(), flags);
     }
-    attribute(ELEMENT_KEY | NESTED, 4 + length, &[]);
+    attribute(KEY | NESTED, 4 + length, &[]);
     attribute(VALUE, length, key);
     list
 }
@@ -167,7 +203,7 @@ mod tests {
         let kinds: Vec<u16> = Messages(&batch).map(|message| message.kind).collect();
         assert_eq!(kinds, [BATCH_BEGIN, 0xa00, 0xa09, 0xa0c, BATCH_END]);
         let elements = Messages(&batch).nth(3).and_then(|message| message.nftables()).expect("elements");
-        let list = attribute(elements.2, LIST_ELEMENTS).expect("a list");
+        let list = attribute(elements.2, ELEMENTS).expect("a list");
         let hex: String = list.iter().map(|byte| format!("{byte:02x}")).collect();
         // Of nft 1.0.6, but for numbers that it gives elements and nobody reads.
         let nft = [
@@ -176,6 +212,22 @@ mod tests {
             "1800018008000300000000010c0001800800010010000100",
         ];
         assert_eq!(hex, nft.concat());
+    }
+
+    #[test]
+    fn a_table_goes_with_its_lists_only_while_they_are_all_that_changed() {
+        let kinds = |alone: bool, now: u32| {
+            let ahead = Ahead { names: vec!["a".into(), "b".into()], generation: Some(7), alone };
+            let batch = ahead.removal(now);
+            let generation = Messages(&batch).next().map(|begin| begin.body[8..].to_vec());
+            assert_eq!(generation, Some(now.to_be_bytes().to_vec()));
+            let messages: Vec<_> =
+                Messages(&batch).map(|message| (message.kind, message.flags & NLM_F_ACK)).collect();
+            messages[1..messages.len() - 1].to_vec()
+        };
+        assert_eq!(kinds(true, 7), [(0xa02, NLM_F_ACK)]);
+        let lists = [(0xa0b, 0), (0xa0b, NLM_F_ACK)];
+        assert_eq!((kinds(true, 8), kinds(false, 7)), (lists.to_vec(), lists.to_vec()));
     }
 
     #[test]

@@ -11,7 +11,7 @@ pub mod trial;
 
 use std::net::UdpSocket;
 
-use crate::desired::Desired;
+use crate::desired::{Desired, TABLE};
 use crate::ruleset::{Change, Table, compare, encode};
 use crate::source::nft;
 use crate::source::nft_events::NftQueries;
@@ -76,12 +76,14 @@ pub(crate) fn put_in_place(desired: &Desired, found: Found) -> Result<Applied, A
     let Some(table) = &desired.table else { return Ok(Applied::NotWanted) };
     let changes = compare::changes(table, found.as_ref());
     let mut left = changes.clone();
+    let mut ahead = None;
     for round in 1..=ROUNDS {
         if left.is_empty() {
             break;
         }
-        if round == 1 && lists::put(table, &mut found) {
-            written_for = generation();
+        if round == 1 {
+            ahead = lists::put(table, &mut found);
+            written_for = ahead.as_ref().map_or(written_for, |ahead| ahead.generation);
         }
         let text = encode::transaction(table, found.as_ref());
         let sent = nft::run_transaction(&text);
@@ -90,6 +92,11 @@ pub(crate) fn put_in_place(desired: &Desired, found: Found) -> Result<Applied, A
         if let Err(error) = sent
             && (now == written_for || round == ROUNDS)
         {
+            if let Some(Err(stay)) = ahead.map(|ahead| ahead.take_back(now)) {
+                log::warn!(
+                    "lists of addresses stay in table inet {TABLE} until the next apply: take them out: {stay}"
+                );
+            }
             return Err(ApplyError::Act(error));
         }
         written_for = now;

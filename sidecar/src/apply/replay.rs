@@ -13,6 +13,7 @@ use netlink_packet_core::NLA_TYPE_MASK;
 use rustix::net::{RecvFlags, SendFlags};
 
 use crate::desired::TABLE;
+use crate::source::netlink;
 use crate::source::nft_events::{
     self, Messages, NFPROTO_INET, NftQueries, NftSocketError, SUBSYSTEM, TABLE_NAME, attribute,
 };
@@ -250,10 +251,7 @@ impl Builder {
         let mut body = vec![NFPROTO_INET, 0, 0, 0];
         for (kind, value) in attributes {
             // Values come out of attributes, so they are no longer than one can be.
-            body.extend_from_slice(&(4 + value.len() as u16).to_ne_bytes());
-            body.extend_from_slice(&kind.to_ne_bytes());
-            body.extend_from_slice(value);
-            body.resize(body.len().next_multiple_of(4), 0);
+            body.extend(netlink::attribute(*kind, value));
         }
         self.raw((SUBSYSTEM << 8) | u16::from(kind), flags, &body);
     }
@@ -262,6 +260,14 @@ impl Builder {
     pub(super) fn marker(&mut self, kind: u16) {
         let [high, low] = SUBSYSTEM.to_be_bytes();
         self.raw(kind, 0, &[0, 0, high, low]);
+    }
+
+    /// The begin of a batch that the kernel refuses (ERESTART) where the rules are of another generation. Linux 4.11.
+    pub(super) fn begin_at(&mut self, generation: u32) {
+        const BATCH_GENERATION: u16 = 1;
+        let [high, low] = SUBSYSTEM.to_be_bytes();
+        let asked = netlink::attribute(BATCH_GENERATION, &generation.to_be_bytes());
+        self.raw(BATCH_BEGIN, 0, &[&[0, 0, high, low][..], &asked].concat());
     }
 
     fn raw(&mut self, kind: u16, flags: u16, body: &[u8]) {
