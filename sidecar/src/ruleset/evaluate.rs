@@ -8,6 +8,11 @@
 //! passes reverse-path filters (`fib saddr . iif oif` finds a route), carries no options,
 //! fragments or extension headers that matter, has no mark before a rule sets one (tc
 //! programs could), and is a plain SYN where it is TCP.
+//!
+//! A rule is what nft lists. nft 1.0.6 takes some questions for its own and leaves them out: in an `inet` table the
+//! family (`meta nfproto`, `meta protocol`) that a rule with `reject with tcp reset` asks for, so that it reads as one
+//! of both families; in `ip` and `ip6` a `meta protocol` of another family before a match of the table's own header,
+//! by which the rule matches nothing. `check` lets a probe decide where the two differ.
 
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -131,6 +136,7 @@ impl<'a> Evaluator<'a> {
             overrun: false,
             drop: None,
             reject: None,
+            decided: false,
             accepted: false,
             rewritten: vec![],
             alone,
@@ -337,8 +343,11 @@ struct Walk<'a> {
     /// Why something was not clear; the first reason is the one reported.
     doubt: Option<String>,
     overrun: bool,
+    /// What may end it, or does.
     drop: Option<Place>,
     reject: Option<Place>,
+    /// Nothing gets past what is named so.
+    decided: bool,
     accepted: bool,
     /// What the ways that were walked to their end were rewritten to.
     rewritten: Vec<Option<Rewritten>>,
@@ -544,8 +553,15 @@ impl<'a> Walk<'a> {
                 self.doubt("the device of an ingress chain, which this nft does not print");
             }
             let goes_on = ends.accept || elsewhere;
-            self.drop = self.drop.take().or(ends.drop);
-            self.reject = self.reject.take().or(ends.reject);
+            if !ends.accept && !self.decided {
+                // Whatever may have ended it before, this does, on its device.
+                self.decided = true;
+                self.drop = ends.drop.or(self.drop.take());
+                self.reject = ends.reject.or(self.reject.take());
+            } else {
+                self.drop = self.drop.take().or(ends.drop);
+                self.reject = self.reject.take().or(ends.reject);
+            }
             if !goes_on {
                 return None;
             }
@@ -1843,6 +1859,21 @@ mod tests {
         let accept = r#",{"rule":{"family":"inet","table":"t","chain":"c","expr":[{"accept":null}]}}"#;
         assert_eq!(rules(""), Verdict::Drop);
         assert!(matches!(rules(accept), Verdict::Unknown(why) if why.contains("limit")));
+    }
+
+    #[test]
+    fn who_decides_is_who_lets_nothing_past_and_not_who_may_have() {
+        let by = |policy: &str| {
+            let json = format!(
+                r#"{{"nftables":[{{"chain":{{"family":"inet","table":"may","name":"c","type":"filter","hook":"input","prio":0,"policy":"accept"}}}},
+                {{"rule":{{"family":"inet","table":"may","chain":"c","expr":[{{"limit":{{"rate":1}}}},{{"drop":null}}]}}}},
+                {{"chain":{{"family":"inet","table":"does","name":"c","type":"filter","hook":"input","prio":1,"policy":"{policy}"}}}}]}}"#
+            );
+            let ruleset = decode::ruleset(json.as_bytes()).expect("JSON");
+            let judgement = judge(&ruleset, &packet("tcp/22 from 203.0.113.9"), &here);
+            (judgement.verdict == Verdict::Drop, judgement.by.expect("a chain").table)
+        };
+        assert_eq!((by("drop"), by("accept")), ((true, "does".to_owned()), (false, "may".to_owned())));
     }
 
     /// As a published port of Docker looks through iptables-nft: neither when nor where to.
