@@ -233,7 +233,8 @@ fn is_late(text: &str) -> bool {
 }
 
 fn table(dice: &mut Dice, family: &str, number: usize) -> String {
-    let (a, b) = (rules(dice, Depth::First, MATCHES), rules(dice, Depth::Second, MATCHES));
+    let rules = |dice: &mut Dice, depth| listed_faithfully(&rules(dice, depth, MATCHES), family);
+    let (a, b) = (rules(dice, Depth::First), rules(dice, Depth::Second));
     let mut out = format!(
         "table {family} t{number} {{\n{SETS}\tchain a {{\n{}\t}}\n\tchain b {{\n{}\t}}\n\
          \tmap ruling {{\n\t\ttype inet_service : verdict\n\t\tflags interval\n\
@@ -253,7 +254,7 @@ fn table(dice: &mut Dice, family: &str, number: usize) -> String {
         let priority = *dice.pick(&priorities);
         // One that drops what it does not know would hide all others too often.
         let policy = if dice.below(5) == 0 && hook != "prerouting" { "drop" } else { "accept" };
-        let mut body = rules(dice, Depth::Base, MATCHES);
+        let mut body = rules(dice, Depth::Base);
         if policy == "drop" {
             body += &format!("\t\t{} accept\n\t\t{} accept\n", dice.pick(MATCHES), dice.pick(MATCHES));
         }
@@ -279,6 +280,26 @@ fn table(dice: &mut Dice, family: &str, number: usize) -> String {
     }
     out + "}\n"
 }
+
+/// Without what nft (1.0.6) loads and leaves out when it lists, as if it had put it there itself; no reader of the
+/// listing can know. In an `ip` table (in `ip6` with `meta protocol ip`) that is a `meta protocol` of another family
+/// before a match of the table's own header, by which the rule matches nothing. In an `inet` table it is the family that
+/// a rule with `reject` asks for: `meta nfproto ipv4 tcp dport 22 reject with tcp reset` is listed as one of both
+/// families. All other contradictions of families and layers are refused or listed.
+fn listed_faithfully(rules: &str, family: &str) -> String {
+    let line = |line: &str| {
+        let asks_a_header = |(_, rest): (&str, &str)| rest.split(' ').any(|word| word == "ip");
+        let left_out: &[&str] = match family {
+            "ip" if line.split_once(OF_IPV6).is_some_and(asks_a_header) => &[OF_IPV6],
+            "inet" if line.contains(" reject") => &[OF_IPV6, "meta nfproto ipv4 "],
+            _ => &[],
+        };
+        left_out.iter().fold(line.to_owned(), |line, left_out| line.replace(left_out, "")) + "\n"
+    };
+    rules.lines().map(line).collect()
+}
+
+const OF_IPV6: &str = "meta protocol ip6 ";
 
 /// A reject is for input, forward and output.
 fn without_rejects(rules: &str) -> String {
