@@ -164,7 +164,12 @@ fn ansible_puts_the_tar_s_program_on_hosts_without_dpkg() {
     if lacking(&[Need::Lab, Need::Spokeguard, Need::Sshd, Need::Nspawn, Need::Debian, Need::Ansible]) {
         return;
     }
-    let all = std::env::var_os("SPOKEGUARD_ALL").is_some();
+    if std::env::var_os("SPOKEGUARD_ALL").is_none() {
+        eprintln!(
+            "skipped: another machine set up by the role takes minutes; cargo xtask test --all does it"
+        );
+        return;
+    }
     let lab = Lab::plain();
     let mut machine = Machine::new(&lab);
     let controller = Controller::new(&lab, &machine, "tar", &policy());
@@ -176,11 +181,9 @@ fn ansible_puts_the_tar_s_program_on_hosts_without_dpkg() {
     machine.boot();
     let before = machine.left();
     let secret = json!({ "spokeguard_secrets": { "kuma-url": SECRET } });
-    if all {
-        let (said, changes) = controller.changes(&["--check", "--diff"], &secret);
-        assert!(changes >= 3, "{said}");
-        assert_eq!(machine.left(), before);
-    }
+    let (said, changes) = controller.changes(&["--check", "--diff"], &secret);
+    assert!(changes >= 3, "{said}");
+    assert_eq!(machine.left(), before);
 
     let (said, _) = controller.changes(&["--diff"], &secret);
     assert_eq!(machine.rules(), "confirmed", "{said}");
@@ -196,9 +199,6 @@ fn ansible_puts_the_tar_s_program_on_hosts_without_dpkg() {
     let (said, changes) = controller.changes(&[], &secret);
     assert_eq!(changes, 0, "{said}");
     assert_eq!(machine.property("spokeguard.service", "MainPID"), pid);
-    if !all {
-        return;
-    }
 
     // Another version is replaced, and the daemon is restarted with nothing open meanwhile.
     let other = format!(

@@ -68,13 +68,18 @@ fn all_ports_of_another_host_are_as_nmap_sees_them() {
     let _database = lab.spoke.listen("postgres", &["tcp/0.0.0.0:5432"]).unwrap();
     let _in_container = lab.container.as_ref().unwrap().listen("app", &["tcp/[::]:8000"]).unwrap();
     lab.publish(8080, 8000).unwrap();
-    for (name, rules) in CASES {
+    // nmap takes most of two minutes for all of it.
+    let all = std::env::var_os("SPOKEGUARD_ALL").is_some();
+    for (number, (name, rules)) in CASES.iter().enumerate() {
         lab.spoke.nft(&format!("add table inet t\ndelete table inet t\n{rules}")).unwrap();
         let (v4, v6) = (SPOKE_PUBLIC.to_string(), SPOKE_PUBLIC_V6.to_string());
         let found = audit(&lab.internet, &["--format", "json", "--tcp", &v4, &v6]);
         assert_eq!(found.code, Some(0), "{name}: {}", found.all());
         let found = found.json().unwrap();
-        for address in [SPOKE_PUBLIC, SPOKE_PUBLIC_V6] {
+        for (family, address) in [SPOKE_PUBLIC, SPOKE_PUBLIC_V6].into_iter().enumerate() {
+            if !all && number % 2 != family {
+                continue;
+            }
             let ours = states(&found, address, "tcp");
             let mut theirs = lab.internet.nmap_states(address, "1-65535").unwrap();
             // At that pace nmap loses answers; it gets a second and a third look at what is in dispute.
