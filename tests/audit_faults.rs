@@ -328,14 +328,14 @@ fn a_thousand_connections_a_second_are_not_disturbed() {
     let listener = lab.spoke.inside(|| Ok(TcpListener::bind(SocketAddr::new(SPOKE_PUBLIC, 443))?)).unwrap();
     lab.spoke.drop_all_but("ct state established accept; tcp dport 443 accept;").unwrap();
     let run_dir = lab.dir.join("run");
-    let over = AtomicBool::new(false);
+    let (over, all_made) = (AtomicBool::new(false), AtomicBool::new(false));
     let (noted, strange, failed, made) =
         (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
     let to = SocketAddr::new(SPOKE_PUBLIC, 443);
     let (seconds, audits) = std::thread::scope(|scope| {
         scope.spawn(|| {
             listener.set_nonblocking(true).unwrap();
-            while !over.load(Ordering::Relaxed)
+            while !all_made.load(Ordering::Relaxed)
                 || noted.load(Ordering::Relaxed) < made.load(Ordering::Relaxed)
             {
                 match listener.accept() {
@@ -350,11 +350,11 @@ fn a_thousand_connections_a_second_are_not_disturbed() {
             }
         });
         let start = Instant::now();
-        for part in 0..2u32 {
+        let strangers = [0, 1].map(|part| {
             let (over, failed, made, lab) = (&over, &failed, &made, &lab);
             scope.spawn(move || {
                 lab.internet.inside(|| {
-                    let mut next = Instant::now() + Duration::from_millis(u64::from(part));
+                    let mut next = Instant::now() + Duration::from_millis(part);
                     while !over.load(Ordering::Relaxed) {
                         match std::net::TcpStream::connect_timeout(&to, Duration::from_secs(5)) {
                             Ok(_) => made.fetch_add(1, Ordering::Relaxed),
@@ -366,8 +366,8 @@ fn a_thousand_connections_a_second_are_not_disturbed() {
                     }
                     Ok(())
                 })
-            });
-        }
+            })
+        });
         let mut audits = 0;
         while audits < 3 || start.elapsed() < Duration::from_secs(3) {
             let words = ["--address", V4, "--format", "json"];
@@ -383,6 +383,10 @@ fn a_thousand_connections_a_second_are_not_disturbed() {
         }
         let seconds = start.elapsed().as_secs_f64();
         over.store(true, Ordering::Relaxed);
+        for stranger in strangers {
+            stranger.join().unwrap().unwrap();
+        }
+        all_made.store(true, Ordering::Relaxed);
         (seconds, audits)
     });
     let made = made.into_inner();
