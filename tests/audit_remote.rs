@@ -164,6 +164,48 @@ fn what_a_bad_path_leaves_open_is_said() {
     assert!(effort["loss"].as_f64() > Some(0.5) && effort["passes"].as_u64() >= Some(10), "{effort}");
 }
 
+#[test]
+fn a_host_that_is_not_there_is_not_called_filtered() {
+    if lacking(&[Need::Lab, Need::Spokeguard]) {
+        return;
+    }
+    let lab = Lab::plain();
+    let there = SPOKE_PUBLIC.to_string();
+    let drop_all = |but: &str| {
+        lab.spoke
+            .nft(&format!(
+                "add table inet t\ndelete table inet t\n
+                 table inet t {{ chain i {{ type filter hook input priority filter; policy drop; {but} }}; }}"
+            ))
+            .unwrap();
+    };
+    drop_all("icmp type echo-request accept;");
+    let asked = |what: &str, target: &str| audit(&lab.internet, &[what, "--ports", "1-300", target]);
+    for (protocol, says) in
+        [("--tcp", "All 300 tcp ports filtered"), ("--udp", "All 300 udp ports open|filtered")]
+    {
+        let silent = asked(protocol, &there);
+        assert_eq!(silent.code, Some(0), "{}", silent.all());
+        assert!(silent.stdout.contains(says), "{}", silent.stdout);
+    }
+    drop_all("");
+    let neighbour = there.replace(".7", ".77");
+    for target in [&there, &neighbour] {
+        let nothing = asked("--tcp", target);
+        assert_eq!(nothing.code, Some(2), "{}", nothing.all());
+        let said = nothing.stdout.split_whitespace().collect::<Vec<_>>().join(" ");
+        let why = "no port answered, nor did an echo request: a host that is down looks like one that drops everything";
+        assert!(said.contains(&format!("tcp of {target}: {why}")), "{}", nothing.stdout);
+    }
+    // One that is there and one that isn't are told apart, in one run.
+    drop_all("icmp type echo-request accept;");
+    let both = audit(&lab.internet, &["--tcp", "--ports", "1-300", "--format", "json", &there, &neighbour]);
+    let both = both.json().unwrap();
+    let blind = both["blind"].as_array().unwrap();
+    assert_eq!((blind.len(), &both["verdict"]), (1, &"unknown".into()), "{both}");
+    assert!(blind[0]["reason"].as_str().unwrap().contains(&neighbour), "{both}");
+}
+
 /// Packets, or only these, get lost between the spoke and the internet, so many of a hundred each way.
 fn lose(lab: &Lab, what: &str, percent: u32) {
     for (node, device) in [(&lab.spoke, "eth0"), (&lab.internet, "spoke0")] {

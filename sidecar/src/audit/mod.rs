@@ -39,6 +39,23 @@ pub struct Scan {
     pub effort: Option<Effort>,
 }
 
+impl Scan {
+    /// Whether the host itself said something, of any port. That a network or host can't be reached is said
+    /// by others.
+    #[must_use]
+    pub fn is_heard(&self) -> bool {
+        let away = |icmp_type, code| match self.address {
+            IpAddr::V4(_) => icmp_type == 3 && code < 2,
+            IpAddr::V6(_) => icmp_type == 1 && matches!(code, 0 | 3),
+        };
+        self.answers.iter().any(|(_, answer)| match *answer {
+            Answer::Silent | Answer::Unasked => false,
+            Answer::Unreachable { icmp_type, code } => !away(icmp_type, code),
+            Answer::SynAck | Answer::Connected | Answer::Reset | Answer::Datagram => true,
+        })
+    }
+}
+
 /// What it took to ask over a path that may lose packets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Effort {

@@ -424,6 +424,20 @@ fn another_host_is_compared_with_its_own_policy_and_only_then() {
 }
 
 #[test]
+fn who_says_that_a_host_is_away_is_not_that_host() {
+    let heard = |address: &str, answer| Scan { address: ip(address), ..scan(&[(22, answer)]) }.is_heard();
+    let told = |address: &str, icmp_type, code| heard(address, Answer::Unreachable { icmp_type, code });
+    for answer in [Answer::SynAck, Answer::Connected, Answer::Reset, Answer::Datagram] {
+        assert!(heard("203.0.113.7", answer), "{answer:?}");
+    }
+    assert!(!heard("203.0.113.7", Answer::Silent) && !heard("203.0.113.7", Answer::Unasked));
+    // Network and host unreachable; then port unreachable and what firewalls say.
+    assert_eq!([0, 1, 3, 10, 13].map(|code| told("203.0.113.7", 3, code)), [false, false, true, true, true]);
+    // No route and address unreachable; prohibited and port unreachable.
+    assert_eq!([0, 3, 1, 4].map(|code| told("2001:db8::7", 1, code)), [false, false, true, true]);
+}
+
+#[test]
 fn the_json_is_the_contracts_and_reads_back() {
     let mut sweeps = good();
     sweeps[0].fates[5431].1 = here("203.0.113.7", 5432);

@@ -1,4 +1,4 @@
-//! The round trip through the tunnel: one ICMP echo to the hub's mesh address.
+//! ICMP echoes: the round trip to the hub's mesh address, and whether a host is there at all.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -12,6 +12,9 @@ const MARK: usize = 16;
 /// Replies to others that may lie before ours.
 const STRANGERS_MAX: usize = 64;
 const BUFFER: usize = 4096;
+/// How often, and how long each time, a host is asked before it is called silent.
+pub const TRIES: usize = 3;
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// A socket for echoes. Made while raw sockets may still be: which kind a process may have
 /// without a privilege is `net.ipv4.ping_group_range`'s to say, and it is nobody's by default.
@@ -23,6 +26,11 @@ pub struct Ping {
 
 impl Ping {
     pub fn open(to: IpAddr) -> io::Result<Self> {
+        Self::open_from(None, to)
+    }
+
+    /// `source`: an address of this host to send from; `None`: the kernel's choice.
+    pub fn open_from(source: Option<IpAddr>, to: IpAddr) -> io::Result<Self> {
         let (family, protocol) = match to {
             IpAddr::V4(_) => (AddressFamily::INET, ipproto::ICMP),
             IpAddr::V6(_) => (AddressFamily::INET6, ipproto::ICMPV6),
@@ -32,6 +40,9 @@ impl Ping {
             Err(_) => (open(family, SocketType::RAW, protocol)?, true),
         };
         sockopt::set_socket_recv_buffer_size(&socket, BUFFER)?;
+        if let Some(source) = source {
+            rustix::net::bind(&socket, &SocketAddr::new(source, 0))?;
+        }
         // By way of std, whose connect, send and receive are the same for every kind of socket.
         let socket = UdpSocket::from(socket);
         // The kernel keeps what others send from it.
@@ -41,6 +52,11 @@ impl Ping {
 
     pub fn to(&self) -> IpAddr {
         self.to
+    }
+
+    /// Milliseconds there and back, of the first of [`TRIES`] that came back within a second.
+    pub fn first_round_trip_ms(&self) -> Option<f64> {
+        (0..TRIES).find_map(|_| self.round_trip_ms(PATIENCE))
     }
 
     /// Milliseconds there and back. `None`: no reply within `patience`.

@@ -17,7 +17,7 @@ use crate::fleet::Node;
 use crate::fleet::health::{Check, What, certificate};
 use crate::policy::Bind;
 use crate::source::hub;
-use crate::source::ping::Ping;
+use crate::source::ping::{Ping, TRIES};
 use crate::sys::clock;
 use crate::terms::printable;
 
@@ -25,9 +25,6 @@ use crate::terms::printable;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// A port that stays silent for so long is shut to us.
 const SHUT: Duration = Duration::from_secs(2);
-/// An echo that does not come is asked for again.
-const ECHO: Duration = Duration::from_secs(1);
-const ECHOES: usize = 3;
 const HTTPS: u16 = 443;
 /// Of one node, asked side by side.
 const ADDRESSES_MAX: usize = 8;
@@ -80,9 +77,9 @@ fn ping(node: &Node) -> Check {
         }
         Err(error) => return Check::fail(What::Ping, format!("{address}: {error}")),
     };
-    match (0..ECHOES).find_map(|_| ping.round_trip_ms(ECHO)) {
+    match ping.first_round_trip_ms() {
         Some(took) => Check::pass(What::Ping, format!("{took:.1} ms")),
-        None => Check::fail(What::Ping, format!("no echo from {address} in {ECHOES} tries")),
+        None => Check::fail(What::Ping, format!("no echo from {address} in {TRIES} tries")),
     }
 }
 

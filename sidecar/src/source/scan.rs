@@ -6,6 +6,7 @@ mod loss;
 pub(super) mod packets;
 mod raw;
 
+use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,6 +15,7 @@ use std::time::Duration;
 use anyhow::Context;
 
 use crate::audit::{Answer, Effort, Scan};
+use crate::source::ping::Ping;
 use crate::terms::{Port, Proto};
 
 /// What to ask, and how.
@@ -47,6 +49,10 @@ const SHORT_JOBS_MAX: usize = 48;
 const FEW_PORTS: usize = 1024;
 /// Targets of one run, so that a prefix given by mistake does not ask for memory.
 pub const TARGETS_MAX: usize = 1024;
+
+/// What is said of an address that nothing came from.
+const ABSENT: &str =
+    "no port answered, nor did an echo request: a host that is down looks like one that drops everything";
 
 /// What the jobs tell about themselves while they run.
 #[derive(Default)]
@@ -118,7 +124,36 @@ pub fn scan(request: &Request, progress: &mut dyn FnMut(Progress)) -> anyhow::Re
             progress(count.progress(started.elapsed()));
         }
     });
-    done.into_iter().map(|scan| scan.context("a scanning thread ended early")).collect()
+    let mut scans: Vec<Scan> = (done.into_iter().map(|scan| scan.context("a scanning thread ended early")))
+        .collect::<anyhow::Result<_>>()?;
+    tell_silence_from_absence(&mut scans);
+    Ok(scans)
+}
+
+/// A host that nobody heard anything of may drop everything, or not be there: whoever answers an echo is there.
+fn tell_silence_from_absence(scans: &mut [Scan]) {
+    let heard: HashSet<IpAddr> =
+        scans.iter().filter(|scan| scan.gap.is_some() || scan.is_heard()).map(|scan| scan.address).collect();
+    let mut silent: Vec<(IpAddr, Option<IpAddr>)> =
+        scans.iter().map(|scan| (scan.address, scan.source)).filter(|(to, _)| !heard.contains(to)).collect();
+    silent.sort_unstable();
+    silent.dedup();
+    let mut absent = HashSet::new();
+    for some in silent.chunks(SHORT_JOBS_MAX) {
+        let asked = std::thread::scope(|scope| {
+            let asking = some.iter().map(|(to, source)| (*to, scope.spawn(|| ping(*source, *to))));
+            let asking: Vec<_> = asking.collect();
+            asking.into_iter().map(|(to, asked)| (to, asked.join().unwrap_or(false))).collect::<Vec<_>>()
+        });
+        absent.extend(asked.into_iter().filter(|(_, came)| !came).map(|(to, _)| to));
+    }
+    for scan in scans.iter_mut().filter(|scan| absent.contains(&scan.address)) {
+        scan.gap = Some(ABSENT.to_owned());
+    }
+}
+
+fn ping(source: Option<IpAddr>, to: IpAddr) -> bool {
+    Ping::open_from(source, to).is_ok_and(|ping| ping.first_round_trip_ms().is_some())
 }
 
 fn one(
@@ -240,7 +275,7 @@ pub(crate) struct Order {
 impl Order {
     fn new(ports: &[Port], likely: &[Port]) -> Self {
         const KNOWN: [u16; 10] = [443, 80, 22, 53, 25, 8080, 8443, 993, 3389, 21];
-        let asked: std::collections::HashSet<u16> = ports.iter().map(|p| p.get()).collect();
+        let asked: HashSet<u16> = ports.iter().map(|p| p.get()).collect();
         let mut first: Vec<u16> = Vec::new();
         for port in likely.iter().map(|p| p.get()).chain(KNOWN) {
             if asked.contains(&port) && !first.contains(&port) && first.len() < 32 {
