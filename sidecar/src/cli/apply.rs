@@ -13,6 +13,7 @@ use crate::desired::Desired;
 use crate::ruleset::Change;
 use crate::source::evidence::{self, Sought};
 use crate::sys::clock;
+use crate::terms::counted;
 
 /// A daemon puts its rules right within milliseconds, at its own pace within this.
 const REPAIR: Duration = Duration::from_secs(1);
@@ -89,7 +90,8 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
                 global.tell("in force already: nothing changed\n", said("unchanged", &changes))?;
                 return Ok(0);
             }
-            let text = format!("in force: {}; there is nothing to confirm\n", counted(&changes));
+            let text =
+                format!("in force: {}; there is nothing to confirm\n", counted(changes.len(), "change"));
             return stays(global, text, said("applied", &changes)).map(|()| 0);
         }
         Ok(Brought::OnTrial { changes, again }) => (changes, again),
@@ -109,7 +111,7 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
         (true, []) => "in force already, and not confirmed yet: nothing changed\n".to_owned(),
         (_, some) => format!(
             "in force: {}; {}, else it is rolled back in {}{}\n",
-            counted(some),
+            counted(some.len(), "change"),
             keeps(&places, &desired, options.wait),
             humantime::format_duration(Duration::from_secs(left.as_secs_f64().round() as u64)),
             if is_first { " to what was there before: no policy was confirmed yet" } else { "" }
@@ -135,10 +137,6 @@ fn keeps(places: &Places, desired: &Desired, wait: bool) -> String {
         }
         None => by_hand.to_owned(),
     }
-}
-
-fn counted(changes: &[Change]) -> String {
-    if changes.len() == 1 { "1 change".to_owned() } else { format!("{} changes", changes.len()) }
 }
 
 /// The one document of `--format json`.

@@ -24,7 +24,7 @@ use crate::observed::Facet;
 use crate::policy;
 use crate::source::evidence::{self, Sought};
 use crate::sys::clock;
-use crate::terms::Stamp;
+use crate::terms::{Stamp, counted};
 
 /// How often connections are looked at during a trial: sshd is done with a short one in
 /// less than a second.
@@ -252,7 +252,7 @@ impl Daemon {
                 match changes.len() {
                     0 => log::info!("the rules were in force already"),
                     count => {
-                        log::info!("rules put in force: {count} changes in {took:.1?}");
+                        log::info!("rules put in force: {} in {took:.1?}", counted(count, "change"));
                         self.glass.closed();
                     }
                 }
@@ -262,7 +262,7 @@ impl Daemon {
                 });
             }
             Ok(Brought::OnTrial { changes, .. }) => {
-                log::info!("rules put in force: {} changes in {took:.1?}", changes.len());
+                log::info!("rules put in force: {} in {took:.1?}", counted(changes.len(), "change"));
             }
             Ok(Brought::NotWanted { taken_back }) => {
                 log::info!("[enforce] firewall = false: no rules of ours are kept");

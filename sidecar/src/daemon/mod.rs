@@ -34,7 +34,7 @@ use crate::source::nft_events::{NftEvent, NftEvents, NftQueries};
 use crate::source::{Eyes, bpf, links, nft, nft_counters, owners, wireguard};
 use crate::sys::clock::{self, Uptime};
 use crate::sys::memory;
-use crate::terms::{Port, Proto, Scope, Stamp};
+use crate::terms::{Port, Proto, Scope, Stamp, counted};
 
 pub mod canary;
 pub mod confirm;
@@ -512,7 +512,7 @@ impl Daemon {
         match apply::apply_table(&self.desired) {
             Ok(Applied::Changed(changes)) => {
                 let (policy, today) = (&self.policy_hash, self.desired.today);
-                let text = format!("policy {policy} as of {today}: {} changes", changes.len());
+                let text = format!("policy {policy} as of {today}: {}", counted(changes.len(), "change"));
                 self.note_text(EventKind::PolicyLoaded, text);
                 self.close_what_is_closed();
             }

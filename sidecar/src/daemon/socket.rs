@@ -265,6 +265,10 @@ async fn converse(mut stream: tokio::net::UnixStream, board: &Board) -> io::Resu
 /// Asks the daemon of a run directory; what it says is one JSON document. Blocks for a few
 /// seconds at most.
 pub fn ask(run_dir: &Path, request: &str) -> anyhow::Result<String> {
+    ask_within(TIMEOUT, run_dir, request)
+}
+
+fn ask_within(patience: Duration, run_dir: &Path, request: &str) -> anyhow::Result<String> {
     let path = run_dir.join(SOCKET);
     let mut stream = match connect(&path) {
         Ok(stream) => stream,
@@ -277,16 +281,22 @@ pub fn ask(run_dir: &Path, request: &str) -> anyhow::Result<String> {
         },
     };
     let mut answer = String::new();
-    (|| {
+    let told = (|| {
         stream.set_nonblocking(false)?;
-        stream.set_read_timeout(Some(TIMEOUT))?;
-        stream.set_write_timeout(Some(TIMEOUT))?;
+        stream.set_read_timeout(Some(patience))?;
+        stream.set_write_timeout(Some(patience))?;
         // A daemon that is too busy refuses before it reads, and closes: what it said counts.
         let asked = stream.write_all(format!("{request}\n").as_bytes());
         let read = stream.take(ANSWER_BYTES_MAX).read_to_string(&mut answer);
         if answer.is_empty() { asked.and(read.map(drop)) } else { Ok(()) }
-    })()
-    .with_context(|| format!("ask the daemon on {}", path.display()))?;
+    })();
+    match told {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => bail!(
+            "the daemon on {} has not answered for {patience:?}: it hangs or is stopped",
+            path.display()
+        ),
+        told => told.with_context(|| format!("ask the daemon on {}", path.display()))?,
+    }
     let json: serde_json::Value = serde_json::from_str(&answer)
         .with_context(|| format!("the daemon on {} closed before its answer was complete", path.display()))?;
     if let Some(reason) = json.get("error").and_then(|reason| reason.as_str()) {
@@ -408,6 +418,9 @@ mod tests {
         let lock = Lock::take(dir.path()).expect("the lock");
         let refused = StatusSocket::bind(dir.path(), &lock).expect_err("somebody answers");
         says(&refused, "a daemon without our lock answers there");
+        let patience = Duration::from_millis(20);
+        let late = ask_within(patience, dir.path(), "status").expect_err("deaf");
+        says(&late, "has not answered for 20ms: it hangs or is stopped");
         let mut queued = Vec::new();
         while let Ok(stream) = connect(&dir.path().join(SOCKET)) {
             queued.push(stream);
@@ -453,6 +466,9 @@ mod tests {
     fn a_daemon_that_hangs_does_not_hang_its_clients() {
         let dir = tempfile::tempdir().expect("a directory");
         let _deaf = listen(&dir.path().join(SOCKET)).expect("listen");
+        let patience = Duration::from_millis(20);
+        let late = ask_within(patience, dir.path(), "status").expect_err("deaf");
+        says(&late, "has not answered for 20ms: it hangs or is stopped");
         let mut queued = Vec::new();
         while let Ok(stream) = connect(&dir.path().join(SOCKET)) {
             queued.push(stream);

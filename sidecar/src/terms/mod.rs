@@ -301,6 +301,12 @@ impl fmt::Display for Actor {
     }
 }
 
+/// So many of these, whose plural takes an s: "1 change".
+#[must_use]
+pub fn counted(n: usize, word: &str) -> String {
+    if n == 1 { format!("1 {word}") } else { format!("{n} {word}s") }
+}
+
 /// Replaces control characters and bidi overrides, so that a name chosen by a stranger
 /// can neither move a terminal's cursor nor pass for another name. At most `max` chars.
 pub fn printable(text: &str, max: usize) -> String {
