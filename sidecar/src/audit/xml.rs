@@ -4,7 +4,7 @@
 use std::fmt::Write;
 
 use super::{Audit, PortState, Ports, Protocol, State, Target, Vantage};
-use crate::terms::{Proto, Stamp, printable};
+use crate::terms::{Proto, printable};
 
 pub(super) fn render(audit: &Audit, arguments: &str, asked: &Ports) -> String {
     let mut out = String::new();
@@ -22,7 +22,7 @@ fn write(audit: &Audit, arguments: &str, asked: &Ports, out: &mut String) -> std
         out,
         r#"<nmaprun scanner="nmap" args="{}" start="{start}" startstr="{}" version="{}" xmloutputversion="1.05">"#,
         escaped(arguments),
-        moment(audit.started),
+        audit.started.to_the_second(),
         env!("CARGO_PKG_VERSION"),
     )?;
     for proto in Proto::ALL {
@@ -47,7 +47,7 @@ fn write(audit: &Audit, arguments: &str, asked: &Ports, out: &mut String) -> std
     writeln!(
         out,
         r#"<runstats><finished time="{end}" timestr="{}" elapsed="{:.2}" summary="{}" exit="success"/><hosts up="{hosts}" down="0" total="{hosts}"/></runstats>"#,
-        moment(audit.started),
+        audit.started.to_the_second(),
         audit.seconds,
         escaped(&summary(audit)),
     )?;
@@ -141,12 +141,6 @@ fn summary(audit: &Audit) -> String {
         audit.targets.len(),
         audit.seconds
     )
-}
-
-/// "2026-11-21 08:27:03 UTC".
-fn moment(at: Stamp) -> String {
-    let text = at.to_string();
-    format!("{} {} UTC", text.get(..10).unwrap_or(&text), text.get(11..19).unwrap_or_default())
 }
 
 /// For an attribute or text. What XML 1.0 has no way to write is replaced.

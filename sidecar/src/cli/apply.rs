@@ -90,8 +90,10 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
                 global.tell("in force already: nothing changed\n", said("unchanged", &changes))?;
                 return Ok(0);
             }
-            let text =
-                format!("in force: {}; there is nothing to confirm\n", counted(changes.len(), "change"));
+            let text = format!(
+                "in force: {}; there is nothing to confirm\n",
+                counted(changes.len() as u64, "change")
+            );
             return stays(global, text, said("applied", &changes)).map(|()| 0);
         }
         Ok(Brought::OnTrial { changes, again }) => (changes, again),
@@ -111,7 +113,7 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
         (true, []) => "in force already, and not confirmed yet: nothing changed\n".to_owned(),
         (_, some) => format!(
             "in force: {}; {}, else it is rolled back in {}{}\n",
-            counted(some.len(), "change"),
+            counted(some.len() as u64, "change"),
             keeps(&places, &desired, options.wait),
             humantime::format_duration(Duration::from_secs(left.as_secs_f64().round() as u64)),
             if is_first { " to what was there before: no policy was confirmed yet" } else { "" }

@@ -6,7 +6,9 @@ use anyhow::Context;
 
 use super::{Format, Global};
 use crate::daemon::socket::{self, Rules, Status};
+use crate::fleet::table::wrapped;
 use crate::policy::Mode;
+use crate::terms::counted;
 
 /// The newest events come first; more are in the event log.
 const EVENTS: usize = 8;
@@ -31,11 +33,11 @@ pub fn run(global: &Global) -> anyhow::Result<u8> {
 fn about(status: &Status, width: usize) -> String {
     let daemon = &status.daemon;
     let mut text = format!(
-        "\nDaemon {} since {}: {} looks, {} repairs{}\n",
+        "\nDaemon {} since {}: {}, {}{}\n",
         daemon.pid,
-        daemon.started,
-        daemon.cycle,
-        daemon.repairs,
+        daemon.started.to_the_second(),
+        counted(daemon.cycle, "look"),
+        counted(daemon.repairs, "repair"),
         if daemon.mode == Mode::Audit { "; audit mode counts and drops nothing" } else { "" }
     );
     if !daemon.guard.is_empty() {
@@ -44,7 +46,8 @@ fn about(status: &Status, width: usize) -> String {
     let stands = match daemon.rules {
         Rules::Confirmed => String::new(),
         Rules::OnTrial => {
-            let until = daemon.until.map(|until| format!(" at {until}")).unwrap_or_default();
+            let until =
+                daemon.until.map(|until| format!(" at {}", until.to_the_second())).unwrap_or_default();
             let back_to = match &daemon.before {
                 Some(policy) => format!(" to policy {policy}"),
                 None => "\n  to NO rules of ours, since none was ever confirmed".to_owned(),
@@ -69,12 +72,13 @@ fn about(status: &Status, width: usize) -> String {
     };
     text.push_str(&stands);
     let _ = match &daemon.audit {
-        Some(audit) => writeln!(text, "Probed from outside at {}, in {:.2} s", audit.at, audit.seconds),
+        Some(audit) => {
+            writeln!(text, "Probed from outside at {}, in {:.2} s", audit.at.to_the_second(), audit.seconds)
+        }
         None => writeln!(text, "Not probed from outside yet"),
     };
     for event in daemon.events.iter().rev().take(EVENTS) {
-        let line: String = event.to_line().chars().take(width.saturating_sub(2)).collect();
-        let _ = writeln!(text, "  {line}");
+        text.push_str(&wrapped(&format!("{} {}", event.at.to_the_second(), event.told()), width, 2));
     }
     text
 }

@@ -252,7 +252,7 @@ impl Daemon {
                 match changes.len() {
                     0 => log::info!("the rules were in force already"),
                     count => {
-                        log::info!("rules put in force: {} in {took:.1?}", counted(count, "change"));
+                        log::info!("rules put in force: {} in {took:.1?}", counted(count as u64, "change"));
                         self.glass.closed();
                     }
                 }
@@ -262,7 +262,7 @@ impl Daemon {
                 });
             }
             Ok(Brought::OnTrial { changes, .. }) => {
-                log::info!("rules put in force: {} in {took:.1?}", counted(changes.len(), "change"));
+                log::info!("rules put in force: {} in {took:.1?}", counted(changes.len() as u64, "change"));
             }
             Ok(Brought::NotWanted { taken_back }) => {
                 log::info!("[enforce] firewall = false: no rules of ours are kept");

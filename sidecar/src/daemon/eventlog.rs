@@ -43,22 +43,25 @@ pub struct Event {
 }
 
 impl Event {
-    /// For a person: when, what, who, how fast.
+    /// For a log: when, and what a person wants to know of it.
     pub fn to_line(&self) -> String {
-        let mut line = format!("{} {}", self.at, self.kind.name());
-        for part in [self.code.map_or("", Code::name), &self.subject, &self.found] {
-            if !part.is_empty() {
-                line.push(' ');
-                line.push_str(part);
-            }
+        format!("{} {}", self.at, self.told())
+    }
+
+    /// What, who, how fast.
+    pub fn told(&self) -> String {
+        let words = [self.kind.name(), self.code.map_or("", Code::name), &self.subject];
+        let mut text = words.into_iter().filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ");
+        if !self.found.is_empty() {
+            text += &format!(": {}", self.found);
         }
         if let Some(actor) = &self.by {
-            line.push_str(&format!(" by {actor}"));
+            text += &format!(", by {actor}");
         }
         if let Some(took) = self.took_ms {
-            line.push_str(&format!(" in {took} ms"));
+            text += &format!(", in {took} ms");
         }
-        printable(&line, 2 * TEXT_MAX)
+        printable(&text, 2 * TEXT_MAX)
     }
 }
 
@@ -242,6 +245,18 @@ mod tests {
 
     fn cycles(events: &[Event]) -> Vec<u64> {
         events.iter().map(|event| event.cycle).collect()
+    }
+
+    #[test]
+    fn an_event_is_told_in_one_line() {
+        let whole = event(1, "a listener");
+        assert_eq!(
+            whole.to_line(),
+            "2025-10-09T08:53:20.000Z drift-appeared listener-exposed tcp/0.0.0.0:5432: a listener, by postgres \
+             (pid 812), in 3 ms"
+        );
+        let bare = Event { code: None, subject: String::new(), by: None, took_ms: None, ..event(1, "") };
+        assert_eq!(bare.told(), "drift-appeared");
     }
 
     #[test]

@@ -114,8 +114,8 @@ mod tests {
         let mut buffer = [0; 4096];
         let length = journal.recv(&mut buffer).expect("a datagram");
         let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
-        let expected = "MESSAGE=2026-11-18T11:06:40.000Z drift-appeared listener-exposed a\u{fffd}PRIORITY=0 \
-                        anyone gets in\u{fffd}PRIORITY=0 by postgres (pid 812)\n\
+        let expected = "MESSAGE=2026-11-18T11:06:40.000Z drift-appeared listener-exposed a\u{fffd}PRIORITY=0: \
+                        anyone gets in\u{fffd}PRIORITY=0, by postgres (pid 812)\n\
                         MESSAGE_ID=2f1c0c5b6f0f4c1e9c0a7a3d5e8b1d01\n\
                         PRIORITY=2\nSYSLOG_IDENTIFIER=spokeguard\nSPOKEGUARD_EVENT=drift-appeared\n\
                         SPOKEGUARD_CODE=listener-exposed\n\

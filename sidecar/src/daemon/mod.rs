@@ -512,7 +512,8 @@ impl Daemon {
         match apply::apply_table(&self.desired) {
             Ok(Applied::Changed(changes)) => {
                 let (policy, today) = (&self.policy_hash, self.desired.today);
-                let text = format!("policy {policy} as of {today}: {}", counted(changes.len(), "change"));
+                let text =
+                    format!("policy {policy} as of {today}: {}", counted(changes.len() as u64, "change"));
                 self.note_text(EventKind::PolicyLoaded, text);
                 self.close_what_is_closed();
             }

@@ -51,7 +51,7 @@ fn headline(report: &Report, page: &mut Page) {
         (Verdict::Unknown, false) => ("could not tell", YELLOW),
     };
     let node = printable(&report.node, page.width - 1);
-    let at = moment(report.at);
+    let at = report.at.to_the_second();
     let mut used = node.chars().count() + 1;
     page.paint(&node, BOLD);
     page.text.push(':');
@@ -102,12 +102,6 @@ fn shade(severity: Severity) -> &'static str {
     }
 }
 
-/// "2026-11-21 08:27:03 UTC": to the second is what a person reads.
-fn moment(at: Stamp) -> String {
-    let text = at.to_string();
-    format!("{} {} UTC", text.get(..10).unwrap_or(&text), text.get(11..19).unwrap_or_default())
-}
-
 struct Page {
     text: String,
     width: usize,
@@ -132,7 +126,7 @@ impl Page {
         if let Some(since) = finding.since {
             let text = match at.seconds_since(since) {
                 0 => "just now".to_owned(),
-                seconds => format!("{}, {} ago", moment(since), lasting(seconds)),
+                seconds => format!("{}, {} ago", since.to_the_second(), lasting(seconds)),
             };
             self.field(6, "since   ", Some(DIM), &text);
         }

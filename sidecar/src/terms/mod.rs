@@ -237,6 +237,13 @@ impl Stamp {
         Self(jiff::Timestamp::from_second(seconds).unwrap_or(jiff::Timestamp::UNIX_EPOCH))
     }
 
+    /// "2026-11-21 08:27:03 UTC": to the second is what a person reads.
+    #[must_use]
+    pub fn to_the_second(self) -> String {
+        let text = self.to_string();
+        format!("{} {} UTC", text.get(..10).unwrap_or(&text), text.get(11..19).unwrap_or_default())
+    }
+
     /// Whole seconds since `earlier`; 0 when the clock was set back in between.
     pub fn seconds_since(self, earlier: Stamp) -> u64 {
         u64::try_from(self.0.as_second().saturating_sub(earlier.0.as_second())).unwrap_or(0)
@@ -303,7 +310,7 @@ impl fmt::Display for Actor {
 
 /// So many of these, whose plural takes an s: "1 change".
 #[must_use]
-pub fn counted(n: usize, word: &str) -> String {
+pub fn counted(n: u64, word: &str) -> String {
     if n == 1 { format!("1 {word}") } else { format!("{n} {word}s") }
 }
 
