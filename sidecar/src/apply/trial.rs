@@ -208,15 +208,16 @@ impl Ledger {
     }
 
     /// Which trial there is, the live one first.
-    pub fn glance(&self) -> io::Result<Glance> {
+    pub fn glance(&self) -> anyhow::Result<Glance> {
+        let doing = || format!("look for a trial in {}", self.dir.display());
         let entries = match fs::read_dir(&self.dir) {
             Ok(entries) => entries,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error),
+            Err(error) => return Err(error).with_context(doing),
         };
         let mut found: Glance = None;
         for entry in entries {
-            let name = entry?.file_name();
+            let name = entry.with_context(doing)?.file_name();
             let Some((phase, id)) = name.to_str().and_then(|name| name.split_once('.')) else { continue };
             let Some(phase) = Phase::ALL.into_iter().find(|p| p.name() == phase) else { continue };
             if found.as_ref().is_none_or(|(before, _)| phase < *before) {
@@ -372,7 +373,7 @@ impl Ledger {
         let changes = compare::changes(table, found.table.as_ref());
         let normal = policy::show(&desired.policy);
         let fingerprint = policy::sum(&normal);
-        let glance = self.glance().context("look for a trial").map_err(before)?;
+        let glance = self.glance().map_err(before)?;
         let trial = self.read(&glance).filter(|_| matches!(glance, Some((Phase::Armed, _))));
         let confirmed = self.last_or(desired.today, Some((&normal, desired))).unwrap_or_else(|error| {
             log::warn!("{error:#}");
@@ -419,7 +420,7 @@ impl Ledger {
     /// killed before they went in, or nft may have failed. What is missing, where they are not; `None`: no
     /// trial is armed.
     pub fn look(&self, _lock: &Lock, today: Date) -> anyhow::Result<Option<Result<InForce, Vec<Change>>>> {
-        let glance = self.glance().context("look for a trial")?;
+        let glance = self.glance()?;
         let Some((Phase::Armed, id)) = &glance else { return Ok(None) };
         // One that can't be read is for whoever settles.
         let Some(trial) = self.read(&glance) else { return Ok(None) };
@@ -456,7 +457,7 @@ impl Ledger {
 
     /// Ends the armed trial now, as if its time had run out.
     pub fn roll_back(&self, lock: &Lock, today: Date) -> anyhow::Result<()> {
-        let Some((Phase::Armed, id)) = self.glance().context("look for a trial")? else { return Ok(()) };
+        let Some((Phase::Armed, id)) = self.glance()? else { return Ok(()) };
         if let Err(error) = self.fire(Phase::Armed, &id) {
             // Its watchdog tries again, in its time.
             let _ = fs::rename(self.token(Phase::Firing, &id), self.token(Phase::Armed, &id));
@@ -496,7 +497,7 @@ impl Ledger {
             self.record(&last.policy, today)?;
         }
         self.sweep();
-        let glance = self.glance().context("look for a trial")?;
+        let glance = self.glance()?;
         let Some((phase, id)) = &glance else { return Ok(()) };
         let Some(trial) = self.read(&glance) else {
             return if self.token(*phase, id).exists() { self.settle_unreadable(*phase, id) } else { Ok(()) };
@@ -695,7 +696,7 @@ impl Ledger {
         if let Err(error) = self.settle(lock, today) {
             log::warn!("{error:#}");
         }
-        let glance = self.glance().context("look for a trial")?;
+        let glance = self.glance()?;
         let Some((phase @ (Phase::Armed | Phase::Firing), id)) = &glance else { return Ok(None) };
         let fingerprint = self.read(&glance).map_or_else(|| "?".to_owned(), |trial| trial.fingerprint);
         self.fire(*phase, id)?;
@@ -737,7 +738,7 @@ impl Ledger {
         within: Duration,
     ) -> anyhow::Result<Trial> {
         let nft = nft::program()?;
-        let earlier = self.glance().context("look for a trial")?;
+        let earlier = self.glance()?;
         let fingerprint = policy::fingerprint(&desired.policy);
         let armed_at = clock::monotonic();
         let id = format!("{fingerprint}-{}-{}", std::process::id(), armed_at.as_nanos());

@@ -228,7 +228,7 @@ impl Joined {
             let text = site.reason(&fates[at].1, &cells[at], asked <= ASKED_MAX);
             match (unproven.binary_search(&fates[at].0), &fates[at].1) {
                 (Err(_), _) => text,
-                (Ok(_), Fate::Lost) => "unknown; not probed, and the rules leave it open".to_owned(),
+                (Ok(_), Fate::Lost) => "unknown; not probed, and the rules don't tell".to_owned(),
                 (Ok(_), _) if text.contains("; ") => text + ", unproven",
                 (Ok(_), _) => text + "; unproven",
             }

@@ -314,7 +314,7 @@ impl Daemon {
         let glance = match self.standing.ledger.glance() {
             Ok(glance) => glance,
             Err(error) => {
-                log::debug!("trials: {error}");
+                log::debug!("trials: {error:#}");
                 return false;
             }
         };
