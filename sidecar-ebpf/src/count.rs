@@ -10,7 +10,6 @@ use aya_ebpf::helpers::generated::bpf_fib_lookup;
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::info;
-use sidecar_ebpf::sweep::{COUNTED, MARK};
 use sidecar_ebpf::{
     ANYONE, CANARY_CLASS, IN, IPV4, LISTED, NO_CLASS, SOURCE_KEY_HEAD_BITS, SourceKey, TCP, UDP,
     attempt_index, cell_index, port_index, row_index,
@@ -74,9 +73,7 @@ enum Probe {
 #[inline(always)]
 fn probe(ctx: &TcContext) -> Probe {
     let is_probe = packet::is_probe(ctx);
-    // SAFETY: readable fields of the context.
-    let block = unsafe { (*ctx.skb.skb).cb };
-    if block[0] == MARK[0] && block[1] == MARK[1] && block[2] == COUNTED {
+    if packet::is_canary(ctx) {
         Probe::Canary
     } else if is_probe {
         Probe::Uncounted

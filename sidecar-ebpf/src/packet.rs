@@ -5,7 +5,7 @@
 
 use aya_ebpf::programs::TcContext;
 use aya_ebpf::programs::sk_buff::SkBuff;
-use sidecar_ebpf::sweep::{PRIORITY, TC_INDEX, TC_INDEX_PLAIN};
+use sidecar_ebpf::sweep::{COUNTED, MARK, PRIORITY, TC_INDEX, TC_INDEX_PLAIN};
 use sidecar_ebpf::{ICMP, IN, IPV4, IPV6, OTHER, TCP, UDP, notes};
 
 const ETHERNET_BYTES: usize = 14;
@@ -298,4 +298,13 @@ pub fn is_probe(ctx: &TcContext) -> bool {
         }
     }
     true
+}
+
+/// Whether it was sent to see that this program works: counted apart, by the counters alone. The only sign of a test
+/// run, whose context has no `tc_index`.
+#[inline(always)]
+pub fn is_canary(ctx: &TcContext) -> bool {
+    // SAFETY: readable fields of the context.
+    let block = unsafe { (*ctx.skb.skb).cb };
+    block[0] == MARK[0] && block[1] == MARK[1] && block[2] == COUNTED
 }

@@ -82,8 +82,9 @@ fn guard<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
     if reason == reasons::PASSES || is_answer(ctx, &packet, &syn) {
         return TC_ACT_UNSPEC;
     }
-    // What an audit of our own sends is refused as a stranger's, and is no attack.
+    // What we send ourselves is refused as a stranger's, and is no attack.
     if !packet::is_probe(ctx)
+        && !packet::is_canary(ctx)
         && let Some(count) = GUARD_REFUSED.get_ptr_mut(refused_index(reason, packet.family & 1, audit))
     {
         // SAFETY: a value of this map that belongs to this CPU; the receive path doesn't

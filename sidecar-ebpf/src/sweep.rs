@@ -178,7 +178,7 @@ pub const TC_INDEX_PLAIN: u32 = 0x5348;
 pub const PRIORITY: u32 = 0x7370_6f6b;
 
 /// Left by `arrive` in the control block of a frame that is [`canary::COUNTED`], for the
-/// counters behind it. Nothing from outside can write there.
+/// counters behind it, and in that of every test run. Nothing from outside can write there.
 pub const MARK: [u32; 2] = [0x7370_6f6b, 0x6567_7561];
 pub const COUNTED: u32 = 0x7264_6331;
 

@@ -125,8 +125,8 @@ pub enum SweepError {
 pub struct Means {
     /// By netfilter programs (Linux 6.4), or by a table of our own.
     pub programs: bool,
-    /// What arrives is seen by tcx programs (Linux 6.6), which also tell our counters; or
-    /// by a packet socket's filter, and then probes are counted as packets.
+    /// What arrives is seen by tcx programs (Linux 6.6), which also tell our table; or by a
+    /// packet socket's filter, and then our counters or the guard tell it.
     pub tcx: bool,
 }
 

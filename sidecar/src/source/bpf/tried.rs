@@ -51,7 +51,7 @@ impl TestFrame<'_> {
         self.run(&root(pin_dir), program, repeat).map(|_| ())
     }
 
-    /// Whether the guard refuses it. It doesn't count it.
+    /// Whether the guard refuses it, which it counts nowhere.
     pub fn is_refused(&self, pin_dir: &Path) -> anyhow::Result<bool> {
         const TC_ACT_SHOT: u32 = 2;
         let program = gate::PROGRAMS[if self.ethernet { 0 } else { 1 }];
