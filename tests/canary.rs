@@ -12,13 +12,14 @@ use serde_json::Value;
 use spokeguard::diff::canary::{Outcome, counters, firewall, guard};
 use spokeguard::observed::Flight;
 use spokeguard::policy::Mode;
+use spokeguard::source::bpf::guard::Guard;
 use spokeguard::source::links;
 use spokeguard::source::probe::Means;
 use spokeguard::source::probe::canary::{Target, Trial, fly};
 use spokeguard::sys::probe::{Direction, Kind, Rank, attach_tcx, load};
 use spokeguard::terms::Port;
 
-use crate::daemon::{Events, LONG, UNGUARDED, findings, plain_policy, status};
+use crate::daemon::{Events, LONG, SHORT, UNGUARDED, findings, plain_policy, status};
 use crate::metrics::{fresh, sum};
 
 const CONTROLS: [&str; 5] = ["firewall", "guard", "counters", "repair", "binds"];
@@ -81,6 +82,17 @@ fn flown(lab: &Lab, means: Means) -> Vec<Flight> {
     let mut flights = Vec::new();
     lab.spoke.inside(|| fly(means, &trial(eth0()?), &mut flights)).unwrap();
     flights
+}
+
+/// Packets that the guard and our table have counted as refused.
+fn refused(lab: &Lab) -> (u64, u64) {
+    let pins = lab.spoke.path("/sys/fs/bpf/spokeguard");
+    let guard = lab.spoke.inside(|| Guard::open(&pins)?.expect("a guard").refused()).unwrap();
+    let listed = lab.spoke.ok(&["nft", "-j", "list", "counters", "table", "inet", "spokeguard"]).unwrap();
+    let document: Value = serde_json::from_str(&listed).unwrap();
+    let packets = |object: &Value| object["counter"]["packets"].as_u64();
+    let table = document["nftables"].as_array().unwrap().iter().filter_map(packets).sum();
+    (guard.iter().flat_map(|counts| counts.values()).sum(), table)
 }
 
 fn is_failed(outcome: &Outcome, how: &str) {
@@ -174,7 +186,12 @@ fn a_control_that_reads_back_well_is_defeated_and_found_out() {
         let flights = flown(&lab, means);
         assert_eq!(judged(&flights), proven, "{means:?}: {flights:#?}");
         assert_eq!(flights.len(), 6, "SYN, past the guard, datagram; of two families");
+        assert_eq!(refused(&lab), (0, 0), "{means:?}: strangers alone are counted");
     }
+    // They would be.
+    assert_eq!(lab.internet.connect(SocketAddr::new(SPOKE_PUBLIC, 29_999), SHORT), Answer::Silent);
+    let (guard, table) = refused(&lab);
+    assert!(guard > 0 && table == 0, "{guard} {table}");
 
     // Somebody in front of ours: who lets in leads around ours, who refuses proves nothing.
     let stranger = stranger_program(&lab, PASS);
@@ -229,7 +246,6 @@ fn a_control_that_reads_back_well_is_defeated_and_found_out() {
     // The guard off the interface, and a port that its rules let in.
     let pins = lab.spoke.path("/sys/fs/bpf/spokeguard");
     let state = lab.spoke.inside(|| {
-        use spokeguard::source::bpf::guard::Guard;
         let mut guard = Guard::open(&pins)?.expect("a guard");
         let now = spokeguard::desired::guard::Boot(spokeguard::sys::clock::since_boot_ns() + 60_000_000_000);
         let from = ["0.0.0.0/0", "::/0"].map(|net| net.parse().unwrap()).to_vec();

@@ -16,6 +16,8 @@ pub enum Need {
     MemoryGroup,
     /// Sets the clock that one program sees.
     Faketime,
+    /// A C compiler, which whoever builds Rust has.
+    Compiler,
     /// Only for the benchmark.
     Masscan,
     /// Python with the package libnmap, which reads nmap's XML.
@@ -110,6 +112,7 @@ pub fn missing(needs: &[Need]) -> Vec<String> {
                 program("prometheus-alertmanager", "prometheus-alertmanager");
                 program("amtool", "prometheus-alertmanager");
             }
+            Need::Compiler => program("cc", "gcc"),
             Need::Openssl => program("openssl", "openssl"),
             Need::Nspawn => {
                 program("systemd-nspawn", "systemd-container");
