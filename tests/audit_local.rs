@@ -17,6 +17,8 @@ use spokeguard::source::probe::{Means, Mode, Request, SweepError, sweep, sweep_b
 use spokeguard::source::{links, listeners, owners};
 use spokeguard::terms::{Port, Proto};
 
+use crate::canary::dropped;
+
 const SOON: Duration = Duration::from_secs(10);
 
 /// A firewall of the spoke, in nft's words. Its listeners are those of [`spoke`].
@@ -253,6 +255,27 @@ fn our_own_counters_do_not_count_the_probes() {
     lab.internet.flood_udp(SocketAddr::new(SPOKE_PUBLIC, 9), 1000).unwrap();
     let after = incoming(before + 1000);
     assert!(after < before + 3000, "{before} packets, then {after}");
+}
+
+#[test]
+fn our_rules_know_probes_where_no_program_of_ours_can_stand() {
+    if lacking(&[Need::Lab, Need::Spokeguard]) {
+        return;
+    }
+    let lab = Lab::plain();
+    let mut daemon = lab.spoke.daemon(&lab.plain_policy()).unwrap();
+    assert!(daemon.running.stop().unwrap().success());
+    // Somebody else has the place of its filters on the device, or there is no bpffs.
+    lab.spoke.sh("rm -r /sys/fs/bpf/spokeguard").unwrap();
+    let ports = vec![1..=3000];
+    let all = Request { ports, ..request(&lab, &[SPOKE_PUBLIC, SPOKE_PUBLIC_V6], &Proto::ALL) };
+    let sweeps = lab.spoke.inside(|| sweep_by(OLDER, &all, &mut |_| ())).unwrap();
+    let is_held =
+        |sweep: &Sweep| sweep.fates.iter().filter(|(_, fate)| *fate == Fate::Dropped).count() > 2900;
+    assert!(sweeps.len() == 4 && sweeps.iter().all(is_held), "{sweeps:?}");
+    assert_eq!(dropped(&lab.spoke), 0);
+    lab.internet.flood_udp(SocketAddr::new(SPOKE_PUBLIC, 9), 1000).unwrap();
+    wait_until(SOON, "the stranger is counted", || (dropped(&lab.spoke) == 1000).then_some(())).unwrap();
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::Duration;
 
 use aya_obj::generated::bpf_insn;
-use lab::{Answer, Daemon, Lab, Need, SPOKE_PUBLIC, SPOKE_PUBLIC_V6, lacking, wait_until};
+use lab::{Answer, Daemon, Lab, Need, Node, SPOKE_PUBLIC, SPOKE_PUBLIC_V6, lacking, wait_until};
 use serde_json::Value;
 use spokeguard::diff::canary::{Outcome, counters, firewall, guard};
 use spokeguard::observed::Flight;
@@ -88,11 +88,15 @@ fn flown(lab: &Lab, means: Means) -> Vec<Flight> {
 fn refused(lab: &Lab) -> (u64, u64) {
     let pins = lab.spoke.path("/sys/fs/bpf/spokeguard");
     let guard = lab.spoke.inside(|| Guard::open(&pins)?.expect("a guard").refused()).unwrap();
-    let listed = lab.spoke.ok(&["nft", "-j", "list", "counters", "table", "inet", "spokeguard"]).unwrap();
+    (guard.iter().flat_map(|counts| counts.values()).sum(), dropped(&lab.spoke))
+}
+
+/// Packets that our table has counted.
+pub fn dropped(node: &Node) -> u64 {
+    let listed = node.ok(&["nft", "-j", "list", "counters", "table", "inet", "spokeguard"]).unwrap();
     let document: Value = serde_json::from_str(&listed).unwrap();
     let packets = |object: &Value| object["counter"]["packets"].as_u64();
-    let table = document["nftables"].as_array().unwrap().iter().filter_map(packets).sum();
-    (guard.iter().flat_map(|counts| counts.values()).sum(), table)
+    document["nftables"].as_array().unwrap().iter().filter_map(packets).sum()
 }
 
 fn is_failed(outcome: &Outcome, how: &str) {

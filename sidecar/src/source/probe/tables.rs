@@ -12,15 +12,18 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use serde::Deserialize;
-use sidecar_ebpf::sweep::{Order, Trace, ends};
+use sidecar_ebpf::sweep::{Order, Trace, canary, ends};
 
 use super::super::nft;
+use crate::desired::PROBE_PRIORITY;
 use crate::sys::probe::Mapped;
 
 /// The audit's own, for as long as one sweep takes.
 pub const TABLE: &str = "spokeguard_audit";
 /// Behind every chain of others, and before conntrack confirms what passed.
 const PRIORITY: i32 = i32::MAX - 7;
+/// Before every chain of others, and still before conntrack.
+const FIRST: i32 = i32::MIN + 7;
 const READY: Duration = Duration::from_secs(10);
 
 /// The rules for one sweep; gone when dropped.
@@ -121,11 +124,21 @@ fn script(order: &Order) -> String {
     for (name, kind) in &sets {
         let _ = writeln!(text, "add set inet {TABLE} {name} {{ typeof {kind}; size 65536; flags dynamic; }}");
     }
-    for (name, hook) in [("delivered", "input"), ("forwarded", "forward"), ("out", "postrouting")] {
+    for (name, hook, priority) in [
+        ("arrived", "prerouting", FIRST),
+        ("delivered", "input", PRIORITY),
+        ("forwarded", "forward", PRIORITY),
+        ("out", "postrouting", PRIORITY),
+    ] {
         let _ = writeln!(
             text,
-            "add chain inet {TABLE} {name} {{ type filter hook {hook} priority {PRIORITY}; policy accept; }}"
+            "add chain inet {TABLE} {name} {{ type filter hook {hook} priority {priority}; policy accept; }}"
         );
+    }
+    let mine = format!("meta nfproto {family} meta l4proto {l4} {}", probe(0));
+    if order.canary & canary::PLAIN == 0 {
+        // Our rules are told, also where none of our programs stands on the device.
+        let _ = writeln!(text, "add rule inet {TABLE} arrived {mine} meta priority set {PROBE_PRIORITY}");
     }
     let mut rule = |chain: &str, rule: &str| {
         let _ = writeln!(text, "add rule inet {TABLE} {chain} meta nfproto {family} {rule} drop");
@@ -274,8 +287,11 @@ mod tests {
                     }
                     assert_eq!(text.contains("delivered meta"), reply == 0, "{text}");
                     assert!(text.contains("flags owner") && text.ends_with(" ready\n"), "{text}");
+                    assert_eq!(text.matches("meta priority set 7370:6f6b").count(), 1, "{text}");
                 }
             }
         }
+        let plain = script(&Order { head: 0xffff, proto: 6, canary: canary::PLAIN, ..Order::default() });
+        assert!(!plain.contains("priority set"), "{plain}");
     }
 }
