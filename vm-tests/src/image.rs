@@ -147,7 +147,10 @@ pub fn kernel(arch: Arch, series: &str) -> Result<Kernel> {
         packages::unpack(&files[0], &unpacked)?;
         write(&chosen_modules(&unpacked, &scratch.0.join("modules"), &release)?, &modules)?;
         let image = unpacked.join(format!("boot/vmlinuz-{release}"));
-        fs::copy(&image, &vmlinuz).with_context(|| format!("copy {}", image.display()))?;
+        // At once, and only when all of it is there.
+        let half = vmlinuz.with_extension("half");
+        fs::copy(&image, &half).with_context(|| format!("copy {}", image.display()))?;
+        fs::rename(&half, &vmlinuz).with_context(|| format!("name {}", vmlinuz.display()))?;
         forget(&format!("kernel-{}-{series}-", arch.name()), &name)?;
     }
     Ok(Kernel { vmlinuz, modules, release })

@@ -57,6 +57,11 @@ fn run(matches: &ArgMatches) -> Result<bool> {
         return Ok(true);
     }
     let filters: Vec<String> = matches.get_many("filter").into_iter().flatten().cloned().collect();
+    ensure!(
+        filters.is_empty() || names.iter().all(|name| *name == "tests") && !names.is_empty(),
+        "--filter chooses among the integration tests: write `vm tests --filter {}`",
+        filters.join(" --filter ")
+    );
     let (mut count, mut failed) = (0, Vec::new());
     for arch in Arch::ALL {
         if ![Some(arch.name()), Some("all")].contains(&matches.get_one::<String>("arch").map(|name| &**name))
@@ -219,7 +224,8 @@ fn show(line: &Line) {
     let Line::Step { name, ok, seconds, detail } = line else { return };
     let word = if *ok { "ok  " } else { "FAIL" };
     let mut detail = detail.trim_end().lines();
-    println!("  {word} {seconds:6.1} s  {name}: {}", detail.next().unwrap_or_default());
+    let first = detail.next().map(|line| format!(": {line}")).unwrap_or_default();
+    println!("  {word} {seconds:6.1} s  {name}{first}");
     for more in detail {
         println!("                 {more}");
     }

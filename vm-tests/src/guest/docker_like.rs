@@ -151,6 +151,8 @@ pub fn run(steps: &mut Steps) -> Result<()> {
             &[&[lab::spokeguard()?.display().to_string()], &*daemon.arguments(&["check", "--no-probe"])]
                 .concat(),
         )?;
+        // One that could not look finds nothing either.
+        ensure!(matches!(check.code, Some(0 | 1)), "exit {:?}: {}", check.code, check.all());
         ensure!(!check.stdout.contains("firewall-"), "{}", check.all());
         ensure!(
             !check.stdout.contains("listener-exposed") && !check.stdout.contains("dnat-exposed"),

@@ -99,7 +99,7 @@ fn module(steps: &mut Steps, filter: &str) -> Result<()> {
         steps.tell(name, Err(anyhow::anyhow!("{}", section(&text, name))))?;
     }
     let seconds = begun.elapsed().as_secs_f64();
-    steps.step(filter, || {
+    steps.step(&format!("all of {}", filter.trim_end_matches(':')), || {
         ensure!(count > 0, "no test is called so\n{text}");
         ensure!(status.success() || !failed.is_empty(), "{status}\n{text}");
         Ok(format!("{count} tests, {} failed, {seconds:.0} s", failed.len()))

@@ -162,6 +162,8 @@ fn after(steps: &mut Steps) -> Result<()> {
     fs::remove_dir_all(folder.join("run")).context("empty the run directory, as a boot does")?;
     let spoke = steps.make("the same lab after a boot", Spoke::new)?;
     steps.step("the sealed rules, by nft alone: the hub gets in, strangers don't", || {
+        let answer = spoke.lab.internet.connect(SocketAddr::new(SPOKE_PUBLIC, 5432), SOON);
+        ensure!(answer == Answer::Open, "5432 is not open without them, so this proves nothing: {answer:?}");
         spoke.lab.spoke.ok(&["nft", "-f", &sealed])?;
         spoke.knocked_at(|| spoke.hub_gets_in())?;
         Ok(sealed.clone())
