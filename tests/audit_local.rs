@@ -13,7 +13,7 @@ use lab::{
 };
 use spokeguard::audit::{Fate, Sweep};
 use spokeguard::observed::{Link, Listener};
-use spokeguard::source::probe::{Means, Mode, Request, SweepError, sweep, sweep_by};
+use spokeguard::source::probe::{Means, Mode, Request, SweepError, TABLE, sweep, sweep_by};
 use spokeguard::source::{links, listeners, owners};
 use spokeguard::terms::{Port, Proto};
 
@@ -381,7 +381,7 @@ fn an_audit_that_is_killed_leaves_nothing_and_a_second_one_waits_its_turn() {
     let few = Request { ports: vec![1..=100], ..request(&lab, &[SPOKE_PUBLIC], &[Proto::Tcp]) };
     let busy = lab.spoke.inside(|| sweep(&few, &mut |_| ())).unwrap_err();
     assert!(matches!(busy.downcast_ref(), Some(SweepError::Busy(_))), "{busy:#}");
-    assert_eq!(attached(&lab.spoke), 2, "tc, both ways");
+    assert_eq!(attached(&lab.spoke), if Means::of_this_kernel().tcx { 2 } else { 1 });
     slow.signal(Signal::KILL).unwrap();
     slow.wait(SOON).unwrap();
     wait_until(SOON, "the programs leave", || (attached(&lab.spoke) == 0).then_some(())).unwrap();
@@ -531,19 +531,15 @@ fn quiet_listener(node: &Node, at: SocketAddr) -> TcpListener {
     .unwrap()
 }
 
-/// Programs on the spoke's public interface. Those of netfilter end with the same process.
+/// Programs of an audit on the spoke's public interface, both ways; those of netfilter end with the same process.
+/// By the older means its table.
 fn attached(node: &Node) -> usize {
-    let both = [TcAttachType::Ingress, TcAttachType::Egress];
-    let links = node.inside(|| Ok(both.map(|way| SchedClassifier::query_tcx("eth0", way))));
-    let links: Result<Vec<_>, _> = links.unwrap().into_iter().collect();
-    match links {
-        Ok(links) => links.iter().map(|(_, programs)| programs.len()).sum(),
-        // Linux before 6.6 knows filters only.
-        Err(_) => {
-            let shown = node.sh("tc filter show dev eth0 ingress; tc filter show dev eth0 egress").unwrap();
-            shown.lines().filter(|line| line.contains(" bpf ") && line.contains("handle")).count()
-        }
+    if !Means::of_this_kernel().tcx {
+        return node.ok(&["nft", "list", "tables"]).unwrap().matches(TABLE).count();
     }
+    let both = [TcAttachType::Ingress, TcAttachType::Egress];
+    let programs = |way| SchedClassifier::query_tcx("eth0", way).map(|(_, programs)| programs.len());
+    node.inside(|| Ok(programs(both[0])? + programs(both[1])?)).unwrap()
 }
 
 /// Conntrack's table, but for what bridges say to multicast routers.

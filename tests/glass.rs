@@ -12,6 +12,7 @@ use serde_json::Value;
 
 use crate::daemon::{Events, UNGUARDED, findings, plain_policy, status};
 use crate::enforce::Guard;
+use crate::guard::unguard;
 use crate::metrics::{fresh, sum};
 
 /// For an answer that must not come.
@@ -304,7 +305,7 @@ fn a_daemon_tells_of_openings_and_neither_lengthens_nor_revives_them() {
     daemon.running.signal(Signal::STOP).unwrap();
     lab.spoke.sh("nft insert rule inet spokeguard input tcp dport 2225 accept").unwrap();
     assert_eq!(reaches(2225), Answer::Silent, "the second layer holds");
-    lab.spoke.sh("rm /sys/fs/bpf/spokeguard/guard1/links/*").unwrap();
+    unguard(&lab.spoke);
     // The kernel lets go of a program a moment after its pin.
     wait_until(LONG, "the second layer is gone", || (reaches(2225) == Answer::Open).then_some(())).unwrap();
     let mut slipped = call(&lab.internet, SocketAddr::new(SPOKE_PUBLIC, 2225));
