@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, TcpListener};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use aya::programs::{SchedClassifier, TcAttachType};
 use lab::{
@@ -17,7 +17,7 @@ use spokeguard::source::probe::{Means, Mode, Request, SweepError, TABLE, sweep, 
 use spokeguard::source::{links, listeners, owners};
 use spokeguard::terms::{Port, Proto};
 
-use crate::canary::dropped;
+use crate::canary::{SHOT, dropped, stranger_program};
 
 const SOON: Duration = Duration::from_secs(10);
 
@@ -431,6 +431,29 @@ fn devices_of_every_kind() {
     let request = Request { link: down, ..request(&lab, &["10.8.0.1".parse().unwrap()], &[Proto::Tcp]) };
     let error = lab.spoke.inside(|| sweep(&request, &mut |_| ())).unwrap_err();
     assert!(matches!(error.downcast_ref(), Some(SweepError::Down(_))), "{error:#}");
+}
+
+/// As of a host that is too busy for a moment to take what arrives.
+#[test]
+fn probes_that_are_not_seen_for_a_moment_are_sent_again_and_those_that_never_are_are_told_of() {
+    if lacking(&[Need::Lab]) || !Means::of_this_kernel().tcx {
+        return;
+    }
+    let lab = Lab::plain();
+    let all = Request { threads: 1, ..request(&lab, &[SPOKE_PUBLIC], &[Proto::Tcp]) };
+    let silenced = |moment: Duration| {
+        let mut program = None;
+        let mut tell = |_| match &program {
+            None => program = Some((Instant::now(), Some(stranger_program(&lab, SHOT)))),
+            Some((since, Some(_))) if since.elapsed() > moment => program = Some((Instant::now(), None)),
+            Some(_) => {}
+        };
+        lab.spoke.inside(|| sweep(&all, &mut tell))
+    };
+    let fates = silenced(Duration::from_millis(300)).unwrap().remove(0).fates;
+    assert_eq!(fates.iter().filter(|(_, fate)| *fate == Fate::Lost).count(), 0);
+    let error = silenced(Duration::MAX).unwrap_err();
+    assert!(matches!(error.downcast_ref(), Some(SweepError::Lost { .. })), "{error:#}");
 }
 
 fn request(lab: &Lab, addresses: &[IpAddr], protos: &[Proto]) -> Request {

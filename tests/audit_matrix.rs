@@ -6,7 +6,7 @@
 //! public ones); `options` of the audit; `udp`, ports that are compared with `nmap -sU`; `spawn`, a command that
 //! stays; `full = true`, to compare all 65,535 ports in each run and not only under `cargo xtask test --all` (else:
 //! the lower 256, all that the rules name with their neighbours, and a sample); `thorough = true`, for one that is
-//! run there alone, or by its name (SPOKEGUARD_AUDIT_CASE, a part of it); `needs`, a command without whose
+//! run there alone, or by its name (SPOKEGUARD_AUDIT_CASE, or a part of some); `needs`, a command without whose
 //! success the case is skipped, with what is missing. Where our
 //! answer is not nmap's, `[[differs]]` says for which `ports` (of `proto`, at `address`), what `ours` is, what
 //! `nmap` says (may be left out where that changes from run to run), and `why` ours is right.
@@ -88,7 +88,9 @@ fn every_case_is_what_a_real_nmap_says_or_explained() {
     let all = std::env::var_os("SPOKEGUARD_AUDIT_CASES").is_some_and(|value| value == "all");
     let mut cases = cases();
     assert!(cases.len() > 20, "the cases were not found");
-    cases.retain(|case| case.name.contains(&only) && (!case.thorough || all || !only.is_empty()));
+    let is_name = cases.iter().any(|case| case.name == only);
+    let chosen = |name: &str| if is_name { name == only } else { name.contains(&only) };
+    cases.retain(|case| chosen(&case.name) && (!case.thorough || all || !only.is_empty()));
     let report = Mutex::new(Report::default());
     let (full, dense): (Vec<Case>, Vec<Case>) = cases.into_iter().partition(|case| case.full || all);
     // A scan of all ports takes all that two cores have to give.

@@ -37,7 +37,7 @@ fn await_enforced(lab: &Lab, daemon: &Daemon, wanted: [f64; 5]) {
 }
 
 /// A program that says this of every packet, first of all on the way in by eth0.
-fn stranger_program(lab: &Lab, verdict: i32) -> OwnedFd {
+pub fn stranger_program(lab: &Lab, verdict: i32) -> OwnedFd {
     let code = [
         // r0 = verdict; exit
         bpf_insn { code: 0xb7, imm: verdict, ..blank() },
@@ -57,7 +57,7 @@ fn blank() -> bpf_insn {
 }
 
 const PASS: i32 = 0;
-const SHOT: i32 = 2;
+pub const SHOT: i32 = 2;
 
 fn eth0() -> anyhow::Result<spokeguard::observed::Link> {
     links::read()?.into_iter().find(|link| link.name == "eth0").ok_or_else(|| anyhow::anyhow!("no eth0"))

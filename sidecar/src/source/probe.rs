@@ -114,7 +114,9 @@ pub enum SweepError {
     Down(String),
     #[error("{0} is a loopback interface: nothing from outside arrives there")]
     Loopback(String),
-    #[error("probes put into {interface} never arrive at its tc ingress: an XDP program may drop them")]
+    #[error(
+        "probes put into {interface} never arrive at its tc ingress: an XDP program may drop them, or a flood"
+    )]
     Lost { interface: String },
     #[error("no route back to any outsider through {0} for {1}")]
     NoWay(String, IpAddr),
@@ -287,8 +289,10 @@ const SHARE: usize = 4 * CHUNK as usize;
 const TRIES: u32 = 3;
 /// A chunk arrives within microseconds, unless the CPU is busy elsewhere.
 const ARRIVAL: Duration = Duration::from_millis(20);
-/// So many chunks in a row of which nothing arrived, and none will.
+/// Nothing arrived of so many chunks in a row and for so long, or till the end, and nothing will. While a flood fills
+/// the queue of the only CPU, some gets through by then.
 const LOST_CHUNKS: u32 = 4;
+const LOST: Duration = Duration::from_secs(1);
 /// How long a socket or a container may take to answer (reply mode).
 const ANSWER: Duration = Duration::from_millis(500);
 /// A SYN-ACK that did not get out is sent once more after a second, and then given up.
@@ -467,17 +471,18 @@ impl Way<'_> {
             (None, Some(_)) => queues::CHUNK,
             (None, None) => CHUNK as usize,
         };
-        let mut lost = 0;
-        for chunk in ports.chunks(chunk) {
+        let (mut lost, mut heard) = (0, Instant::now());
+        let mut chunks = ports.chunks(chunk);
+        while let Some(chunk) = chunks.next() {
             let start = Instant::now();
             self.inject(lane, chunk, Kind::Probe)?;
             if self.wait(chunk, ARRIVAL, |trace| trace.seen != 0) == 0 {
                 lost += 1;
-                if lost >= LOST_CHUNKS {
+                if lost >= LOST_CHUNKS && (heard.elapsed() >= LOST || chunks.len() == 0) {
                     bail!(SweepError::Lost { interface: self.request.link.name.clone() });
                 }
             } else {
-                lost = 0;
+                (lost, heard) = (0, Instant::now());
             }
             queues.iter_mut().for_each(Queues::drain);
             if self.request.mode == Mode::Reply {
