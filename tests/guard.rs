@@ -19,7 +19,7 @@ use spokeguard::source::links;
 use spokeguard::sys::bpf;
 use spokeguard::terms::Port;
 
-use crate::daemon::{LONG, SHORT, plain_policy};
+use crate::daemon::{LONG, SHORT, findings, plain_policy, status};
 use crate::metrics::{fresh, sum};
 
 const FAMILIES: [(IpAddr, IpAddr); 2] = [(OUTSIDER, SPOKE_PUBLIC), (OUTSIDER_V6, SPOKE_PUBLIC_V6)];
@@ -194,6 +194,12 @@ fn guard_refuses_while_the_rules_are_away_and_nobody_is_alive() {
     lab.spoke.sh("ip link add new0 type veth peer name new1 && ip link set new0 up").unwrap();
     wait_until(LONG, "new interfaces are guarded", || (on(&lab) == ["eth0", "new0", "new1"]).then_some(()))
         .unwrap();
+    wait_until(LONG, "and known to be", || {
+        let told = status(&lab.spoke, &daemon);
+        let is_known = told["daemon"]["guard"] == "on eth0, new0, new1";
+        (is_known && findings(&told, "guard-missing").is_empty()).then_some(())
+    })
+    .unwrap();
     unguard(&lab.spoke);
     wait_until(LONG, "the guard is back", || (on(&lab) == ["eth0", "new0", "new1"]).then_some(())).unwrap();
     // Taken away altogether, it is loaded anew.

@@ -958,7 +958,12 @@ impl Daemon {
     /// The guard has no events: it is looked at, and put right, at every tick.
     fn keep_guard(&mut self, links: Option<&[Link]>) {
         let (Some(rules), Some(links)) = (&self.desired.guard, links) else { return };
+        let before = self.guarding.told();
         let mut kept = self.guarding.keep(rules, links, self.standing.is_on_trial());
+        // What it was last seen on is not what it is on.
+        if self.guarding.told() != before {
+            self.wake([Facet::Counters], Duration::ZERO);
+        }
         // Somebody took the pins away: what we hold of it can't be attached again.
         if let Kept::Failed(_) = kept
             && let Some(again) = self.keep_pins()
