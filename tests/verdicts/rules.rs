@@ -25,7 +25,9 @@ const MATCHES: &[&str] = &[
     "meta l4proto != tcp",
     "meta l4proto { tcp, udp } th dport 8080",
     "meta nfproto ipv4",
+    "meta nfproto ipv6",
     "meta nfproto != ipv4",
+    "meta protocol ip",
     "meta protocol ip6",
     "iifname eth0",
     "iifname != eth0",
@@ -71,6 +73,7 @@ const MATCHES: &[&str] = &[
     "ct status dnat",
     "ct status ! dnat",
     "ct status & dnat == dnat",
+    "ct protocol tcp",
     "ct direction original",
     "ct direction reply",
     "meta l4proto tcp ct original proto-dst { 80, 8080 }",
@@ -233,7 +236,7 @@ fn is_late(text: &str) -> bool {
 }
 
 fn table(dice: &mut Dice, family: &str, number: usize) -> String {
-    let rules = |dice: &mut Dice, depth| listed_faithfully(&rules(dice, depth, MATCHES), family);
+    let rules = |dice: &mut Dice, depth| rules(dice, depth, MATCHES);
     let (a, b) = (rules(dice, Depth::First), rules(dice, Depth::Second));
     let mut out = format!(
         "table {family} t{number} {{\n{SETS}\tchain a {{\n{}\t}}\n\tchain b {{\n{}\t}}\n\
@@ -281,26 +284,6 @@ fn table(dice: &mut Dice, family: &str, number: usize) -> String {
     out + "}\n"
 }
 
-/// Without what nft (1.0.6) loads and leaves out when it lists, as if it had put it there itself; no reader of the
-/// listing can know. In an `ip` table (in `ip6` with `meta protocol ip`) that is a `meta protocol` of another family
-/// before a match of the table's own header, by which the rule matches nothing. In an `inet` table it is the family that
-/// a rule with `reject` asks for: `meta nfproto ipv4 tcp dport 22 reject with tcp reset` is listed as one of both
-/// families. All other contradictions of families and layers are refused or listed.
-fn listed_faithfully(rules: &str, family: &str) -> String {
-    let line = |line: &str| {
-        let asks_a_header = |(_, rest): (&str, &str)| rest.split(' ').any(|word| word == "ip");
-        let left_out: &[&str] = match family {
-            "ip" if line.split_once(OF_IPV6).is_some_and(asks_a_header) => &[OF_IPV6],
-            "inet" if line.contains(" reject") => &[OF_IPV6, "meta nfproto ipv4 "],
-            _ => &[],
-        };
-        left_out.iter().fold(line.to_owned(), |line, left_out| line.replace(left_out, "")) + "\n"
-    };
-    rules.lines().map(line).collect()
-}
-
-const OF_IPV6: &str = "meta protocol ip6 ";
-
 /// A reject is for input, forward and output.
 fn without_rejects(rules: &str) -> String {
     let line = |line: &str| {
@@ -329,6 +312,8 @@ fn rules(dice: &mut Dice, depth: Depth, matches: &[&str]) -> String {
         match dice.below(24) {
             0 | 1 => line = line + *dice.pick(LIMITS) + " ",
             2 if matches.len() == MATCHES.len() => line = line + *dice.pick(OPAQUE) + " ",
+            // Set for whatever goes no further in this rule, too.
+            3 => line = format!("meta mark set 7 {line}"),
             _ => {}
         }
         let ends = match dice.below(6) {
@@ -347,7 +332,9 @@ fn rules(dice: &mut Dice, depth: Depth, matches: &[&str]) -> String {
             Depth::Second => jumps("b"),
             Depth::Base => false,
         };
-        out += &format!("\t\t{line}{}\n", if loops { "drop" } else { ends });
+        // Not for what the map has nothing for.
+        let behind = if !loops && ends.contains(" vmap ") && dice.below(3) == 0 { " drop" } else { "" };
+        out += &format!("\t\t{line}{}{behind}\n", if loops { "drop" } else { ends });
     }
     out
 }

@@ -13,7 +13,9 @@ use serde_json::{Map, Value};
 
 use super::{
     Base, Chain, Hook, Match, NamedSet, Nat, Op, Operand, Rule, Ruleset, Statement, Table, TableFamily, Term,
-    Timed, VerdictMap, xt,
+    Timed, VerdictMap,
+    unlisted::{self, Held, Unlisted},
+    xt,
 };
 use crate::observed::Amount;
 
@@ -37,12 +39,12 @@ pub enum DecodeError {
 
 /// Reads what `nft -j list ruleset` (or `list table`) prints.
 pub fn ruleset(json: impl io::Read) -> Result<Ruleset, DecodeError> {
-    ruleset_with(json, xt::Parts::default())
+    ruleset_with(json, Unlisted::default())
 }
 
-/// The same, with what the kernel says of the parts that nft does not print.
-pub fn ruleset_with(json: impl io::Read, xt: xt::Parts) -> Result<Ruleset, DecodeError> {
-    let mut building = Building { xt, ..Building::default() };
+/// The same, with what the kernel says of what nft does not print.
+pub fn ruleset_with(json: impl io::Read, unlisted: Unlisted) -> Result<Ruleset, DecodeError> {
+    let mut building = Building { unlisted, ..Building::default() };
     let mut reader = serde_json::Deserializer::from_reader(io::BufReader::new(json));
     let read = Document(&mut building).deserialize(&mut reader).and_then(|()| reader.end());
     // The bound is noticed inside the visitor, whose errors are JSON errors.
@@ -56,7 +58,7 @@ pub fn ruleset_with(json: impl io::Read, xt: xt::Parts) -> Result<Ruleset, Decod
 #[derive(Default)]
 struct Building {
     ruleset: Ruleset,
-    xt: xt::Parts,
+    unlisted: Unlisted,
     tables: HashMap<(TableFamily, String), usize>,
     chains: HashMap<(usize, String), usize>,
     /// Tables whose flags could not be read.
@@ -136,11 +138,10 @@ impl Building {
                 }
                 let at = self.table(family, text("table"));
                 let handle = body.get("handle").and_then(Value::as_u64);
-                let parts =
-                    handle.and_then(|handle| self.xt.take(family, text("table"), text("chain"), handle));
+                let held = self.unlisted.take(family, text("table"), text("chain"), handle);
                 let rule = match self.limits.is_empty() {
-                    true => rule(body, family, parts.as_deref()),
-                    false => rule(&self.with_limits(at, body), family, parts.as_deref()),
+                    true => rule(body, family, held.as_deref()),
+                    false => rule(&self.with_limits(at, body), family, held.as_deref()),
                 };
                 self.chain(at, text("chain")).rules.push(rule);
             }
@@ -445,10 +446,10 @@ fn strings(value: Option<&Value>) -> Vec<String> {
     }
 }
 
-fn rule(body: &Value, family: TableFamily, parts: Option<&[xt::Part]>) -> Rule {
+fn rule(body: &Value, family: TableFamily, held: Option<&Held>) -> Rule {
     let mut statements = vec![];
     match body.get("expr") {
-        Some(Value::Array(list)) => match parts.filter(|parts| xt::fit(list, parts)) {
+        Some(Value::Array(list)) => match held.map(|held| &held.parts).filter(|parts| xt::fit(list, parts)) {
             Some(parts) => {
                 let mut parts = parts.iter();
                 for json in list {
@@ -466,6 +467,10 @@ fn rule(body: &Value, family: TableFamily, parts: Option<&[xt::Part]>) -> Rule {
     if let Some(rejects) = family_rejected(body, family) {
         let at = statements.iter().position(|s| matches!(s, Statement::Reject { .. }));
         statements.insert(at.unwrap_or(statements.len()), Statement::Match(rejects));
+    }
+    match held {
+        Some(held) => unlisted::complete(&mut statements, held, family),
+        None => unlisted::doubted(&mut statements),
     }
     Rule {
         comment: body.get("comment").and_then(Value::as_str).map(str::to_owned),
@@ -519,12 +524,16 @@ fn family_rejected(rule: &Value, family: TableFamily) -> Option<Match> {
     }
     let kind =
         rule.get("expr")?.as_array()?.iter().find_map(|json| json.get("reject")?.get("type")?.as_str());
-    let only = match kind? {
-        "icmp" => "ipv4",
-        "icmpv6" => "ipv6",
+    let (only, ethernet) = match kind? {
+        "icmp" => ("ipv4", "ip"),
+        "icmpv6" => ("ipv6", "ip6"),
         _ => return None,
     };
-    Some(of_family(only))
+    // Where a chain is not of a family that packets have, nft asks for what the link says.
+    Some(match family {
+        TableFamily::Inet => of_family(only),
+        _ => Match { left: Term::Meta("protocol".into()), op: Op::Eq, right: Operand::Text(ethernet.into()) },
+    })
 }
 
 /// One statement of a rule, or the verdict of a map.

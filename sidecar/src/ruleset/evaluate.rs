@@ -9,10 +9,7 @@
 //! fragments or extension headers that matter, has no mark before a rule sets one (tc
 //! programs could), and is a plain SYN where it is TCP.
 //!
-//! A rule is what nft lists. nft 1.0.6 takes some questions for its own and leaves them out: in an `inet` table the
-//! family (`meta nfproto`, `meta protocol`) that a rule with `reject with tcp reset` asks for, so that it reads as one
-//! of both families; in `ip` and `ip6` a `meta protocol` of another family before a match of the table's own header,
-//! by which the rule matches nothing. `check` lets a probe decide where the two differ.
+//! nft lists rules without some of what they ask for; `unlisted` puts that back before a rule gets here.
 
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -825,8 +822,13 @@ impl<'a> Walk<'a> {
                 Statement::CounterRef(_) | Statement::Counter(_) => continue,
                 Statement::Vmap { key, map } => {
                     match self.vmap(table, site, way, key, map) {
-                        // Whatever no key is found for goes on in this rule.
-                        Some(Lookup::Missing) => continue,
+                        // Whatever no key is found for ends the rule.
+                        Some(Lookup::Missing) => {
+                            if sure_so_far {
+                                self.doubt = None;
+                            }
+                            return After::NEXT;
+                        }
                         Some(Lookup::Found(verdict)) => verdict,
                         None => {
                             self.doubt(&format!("`{}`", rendered(statement)));
@@ -1098,7 +1100,8 @@ impl<'a> Walk<'a> {
                 interface.map_or(Seen::Unclear, Seen::text)
             }
             "l4proto" => Seen::number(self.packet.proto.number().into()),
-            "nfproto" if site.netdev => Seen::Unclear,
+            // Of the chain, not of the packet: NFPROTO_NETDEV.
+            "nfproto" if site.netdev => Seen::number(5),
             "nfproto" => Seen::number(if v4 { 2 } else { 10 }),
             "protocol" => Seen::number(if v4 { 0x0800 } else { 0x86dd }),
             "mark" => way.mark.map_or(Seen::Unclear, |m| Seen::number(m.into())),
@@ -1711,6 +1714,30 @@ mod tests {
             out += &format!("{text}: {verdict:?}{}{}\n", by.unwrap_or_default(), to.unwrap_or_default());
         }
         want.assert_eq(&out);
+    }
+
+    #[test]
+    fn what_a_map_has_nothing_for_gets_no_further_in_its_rule() {
+        let verdict = |elements: &str, packet: &Packet| {
+            let json = format!(
+                r#"{{"nftables":[{{"table":{{"family":"inet","name":"t"}}}},{{"chain":{{"family":"inet","table":"t",
+                "name":"c","type":"filter","hook":"input","prio":0,"policy":"accept"}}}},{{"rule":{{"family":"inet",
+                "table":"t","chain":"c","handle":2,"expr":[{{"vmap":{{"key":{{"payload":{{"protocol":"tcp",
+                "field":"dport"}}}},"data":{{"set":[{elements}]}}}}}},{{"drop":null}}]}}}}]}}"#
+            );
+            judge(&decode::ruleset(json.as_bytes()).expect("JSON"), packet, &here).verdict
+        };
+        let (asked, other) = (packet("tcp/22 from 198.51.100.9"), packet("tcp/23 from 198.51.100.9"));
+        let udp = packet("udp/22 from 198.51.100.9");
+        for (elements, asked_for) in
+            [(r#"[22,{"accept":null}]"#, Verdict::Accept), (r#"[22,{"continue":null}]"#, Verdict::Drop)]
+        {
+            assert_eq!(verdict(elements, &asked), asked_for);
+            assert_eq!(
+                [verdict(elements, &other), verdict(elements, &udp)],
+                [Verdict::Accept, Verdict::Accept]
+            );
+        }
     }
 
     #[test]

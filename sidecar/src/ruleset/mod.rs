@@ -14,6 +14,7 @@ pub mod glass;
 pub mod lists;
 pub mod normal;
 pub mod render;
+pub mod unlisted;
 pub mod xt;
 
 #[cfg(test)]

@@ -407,7 +407,8 @@ fn implied(list: &[Statement], at: usize, family: TableFamily) -> bool {
             .any(implies)
 }
 
-fn term_implies(term: &Term, key: &str, wanted: u64) -> bool {
+/// Whether only packets of which `meta KEY` is this have a value for the term.
+pub(super) fn term_implies(term: &Term, key: &str, wanted: u64) -> bool {
     match term {
         Term::Payload { protocol, .. } => match (key, protocol.as_str()) {
             ("l4proto", "tcp") => wanted == 6,
@@ -416,6 +417,11 @@ fn term_implies(term: &Term, key: &str, wanted: u64) -> bool {
             ("l4proto", "icmpv6") => wanted == 58,
             ("nfproto", "ip" | "icmp") => wanted == 2,
             ("nfproto", "ip6" | "icmpv6") => wanted == 10,
+            _ => false,
+        },
+        Term::Ct { key: of, .. } => match (key, of.split_once(' ')) {
+            ("nfproto", Some(("ip", _))) => wanted == 2,
+            ("nfproto", Some(("ip6", _))) => wanted == 10,
             _ => false,
         },
         Term::And { term, .. } => term_implies(term, key, wanted),

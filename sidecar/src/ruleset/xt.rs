@@ -6,7 +6,6 @@
 //! Taken for granted in addition to what `evaluate` says: the stranger came without IPsec,
 //! and has not knocked often enough before to be on a list of `recent` with a hit count.
 
-use std::collections::HashMap;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -22,30 +21,6 @@ pub struct Part {
     pub revision: u32,
     /// Its struct, padded to the alignment of a `u64`.
     pub info: Vec<u8>,
-}
-
-/// The parts of all rules that have any, in the order in which the rules hold them.
-#[derive(Debug, Default)]
-pub struct Parts(HashMap<(TableFamily, String, String), HashMap<u64, Vec<Part>>>);
-
-impl Parts {
-    pub fn add(&mut self, family: TableFamily, table: String, chain: String, handle: u64, parts: Vec<Part>) {
-        self.0.entry((family, table, chain)).or_default().insert(handle, parts);
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    pub(super) fn take(
-        &mut self,
-        family: TableFamily,
-        table: &str,
-        chain: &str,
-        handle: u64,
-    ) -> Option<Vec<Part>> {
-        self.0.get_mut(&(family, table.to_owned(), chain.to_owned()))?.remove(&handle)
-    }
 }
 
 /// Whether these are the parts of the rule that nft lists so. nft may leave out their names.

@@ -18,7 +18,7 @@ pub mod nft;
 pub mod nft_counters;
 pub mod nft_events;
 pub mod nft_lists;
-pub mod nft_xt;
+pub mod nft_unlisted;
 pub mod outside;
 pub mod owners;
 pub mod ping;

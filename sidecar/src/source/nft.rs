@@ -13,9 +13,9 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::{legacy, nft_events, nft_lists, nft_xt};
+use super::{legacy, nft_events, nft_lists, nft_unlisted};
 use crate::desired::TABLE;
-use crate::ruleset::xt::Parts;
+use crate::ruleset::unlisted::Unlisted;
 use crate::ruleset::{Ruleset, Table, TableFamily, decode};
 use crate::sys::memory;
 use crate::terms::printable;
@@ -65,17 +65,17 @@ fn list_nftables() -> anyhow::Result<Ruleset> {
     }
     let args = ["-j", "list", "ruleset"];
     // The numbers of rules that were there before and after mean the same rules; else what
-    // is in them stays unknown.
+    // nft does not say of them stays unknown.
     let mut tries = 0..TRIES;
     while let (Some(_), Ok(before)) = (tries.next(), generation()) {
-        let Ok(parts) = nft_xt::read() else { break };
-        let some = !parts.is_empty();
-        let ruleset = list(&args, parts, DEADLINE)?;
-        if !some || generation().is_ok_and(|after| after == before) {
+        let Ok(unlisted) = nft_unlisted::read() else { break };
+        let matters = unlisted.matters();
+        let ruleset = list(&args, unlisted, DEADLINE)?;
+        if !matters || generation().is_ok_and(|after| after == before) {
             return Ok(ruleset);
         }
     }
-    list(&args, Parts::default(), DEADLINE)
+    list(&args, nft_unlisted::nothing(), DEADLINE)
 }
 
 /// The same where nft need not say what is in long lists of addresses, in this table of ours or in any. `None`: there
@@ -85,8 +85,8 @@ fn list_filled(table: Option<&str>, args: &[&str], limit: Duration) -> anyhow::R
         for _ in 0..TRIES {
             let before = generation()?;
             let Some(mut lists) = nft_lists::find(table)? else { return Ok(None) };
-            let parts = if table.is_none() { nft_xt::read()? } else { Parts::default() };
-            let mut ruleset = list(args, parts, limit)?;
+            let unlisted = if table.is_none() { nft_unlisted::read()? } else { Unlisted::default() };
+            let mut ruleset = list(args, unlisted, limit)?;
             if !lists.fill(&mut ruleset)? {
                 return Ok(None);
             }
@@ -135,7 +135,7 @@ pub fn list_sets() -> anyhow::Result<Option<Table>> {
 }
 
 fn list_own(args: &[&str], limit: Duration) -> anyhow::Result<Option<Table>> {
-    match list(args, Parts::default(), limit) {
+    match list(args, Unlisted::default(), limit) {
         Ok(ruleset) => Ok(own(ruleset)),
         Err(e) if matches!(e.downcast_ref(), Some(NftError::NotFound { .. })) => Ok(None),
         Err(e) => Err(e),
@@ -239,12 +239,12 @@ pub fn committed(pid: u32) -> bool {
     COMMITTERS.lock().unwrap_or_else(PoisonError::into_inner).contains(&pid)
 }
 
-fn list(args: &[&str], parts: Parts, limit: Duration) -> anyhow::Result<Ruleset> {
-    decoded(Running::start(&program()?, args, Stdio::null(), Stdio::piped(), limit)?, parts)
+fn list(args: &[&str], unlisted: Unlisted, limit: Duration) -> anyhow::Result<Ruleset> {
+    decoded(Running::start(&program()?, args, Stdio::null(), Stdio::piped(), limit)?, unlisted)
 }
 
-fn decoded(mut nft: Running, parts: Parts) -> anyhow::Result<Ruleset> {
-    let decoded = decode::ruleset_with(&mut nft, parts);
+fn decoded(mut nft: Running, unlisted: Unlisted) -> anyhow::Result<Ruleset> {
+    let decoded = decode::ruleset_with(&mut nft, unlisted);
     if decoded.is_err() && !nft.ended {
         // Half a listing read: it would wait for ever to write the rest.
         nft.stop();
@@ -528,7 +528,7 @@ mod tests {
     fn refused(script: &str, deadline: Duration) -> String {
         let start = Instant::now();
         let error =
-            decoded(running(script, deadline), Parts::default()).expect_err("was taken for a listing");
+            decoded(running(script, deadline), Unlisted::default()).expect_err("was taken for a listing");
         assert!(start.elapsed() < Duration::from_secs(20), "took {:?}", start.elapsed());
         format!("{error:#}")
     }
@@ -536,7 +536,7 @@ mod tests {
     #[test]
     fn a_listing_is_taken_only_whole_and_from_an_nft_that_succeeds() {
         let table = r#"{"nftables":[{"table":{"family":"inet","name":"x","handle":1}}]}"#;
-        let listed = decoded(running(&format!("echo '{table}'; echo note >&2"), LONG), Parts::default())
+        let listed = decoded(running(&format!("echo '{table}'; echo note >&2"), LONG), Unlisted::default())
             .expect("a listing");
         assert_eq!(listed.tables.len(), 1);
         assert!(

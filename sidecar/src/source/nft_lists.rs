@@ -7,7 +7,7 @@ use netlink_sys::protocols::NETLINK_NETFILTER;
 
 use super::netlink::{Netlink, NetlinkError, array_at, attribute, attributes, text};
 use super::nft_events::NFPROTO_INET;
-use super::nft_xt::family_of;
+use super::nft_unlisted::family_of;
 use crate::ruleset::decode::OBJECTS_MAX;
 use crate::ruleset::lists::{self, BORDERS_MAX, Border};
 use crate::ruleset::{Ruleset, TableFamily};

@@ -8,7 +8,9 @@ use sidecar_ebpf::sweep::{Order, ends};
 use super::netlink::{NetlinkError, replay};
 use super::probe::keeper::Unfinished;
 use super::scan::packets::Flow;
-use super::{bpf, evidence, flows, legacy, links, listeners, nft_counters, nft_events, nft_xt, outside};
+use super::{
+    bpf, evidence, flows, legacy, links, listeners, nft_counters, nft_events, nft_unlisted, outside,
+};
 use super::{owners, probe, sshd, tailscale, wireguard};
 use crate::observed::Backend;
 use crate::ruleset::{decode, render, xt};
@@ -60,21 +62,24 @@ fn whole<T>(reply: &[u8], decode: impl FnMut(&[u8], &mut Vec<T>) -> Result<(), N
 
 /// With a listing as nft would print it, so that what is in the parts is read as well.
 fn xtables(reply: &[u8]) -> bool {
-    let Ok(rules) = replay(reply, nft_xt::decode) else { return false };
-    let mut parts = xt::Parts::default();
+    let Ok(rules) = replay(reply, nft_unlisted::decode) else { return false };
+    let mut unlisted = nft_unlisted::nothing();
     let mut listing = Vec::new();
     for rule in rules {
         let kind = |part: &xt::Part| if part.target { "target" } else { "match" };
-        let each =
-            rule.parts.iter().map(|part| serde_json::json!({"xt": {"type": kind(part), "name": part.name}}));
+        let each = rule
+            .held
+            .parts
+            .iter()
+            .map(|part| serde_json::json!({"xt": {"type": kind(part), "name": part.name}}));
         listing.push(serde_json::json!({"rule": {
             "family": render::family(rule.family), "table": rule.table, "chain": rule.chain, "handle": rule.handle,
             "expr": each.collect::<Vec<_>>(),
         }}));
-        parts.add(rule.family, rule.table, rule.chain, rule.handle, rule.parts);
+        unlisted.add(rule.family, rule.table, rule.chain, rule.handle, rule.held);
     }
     let listing = serde_json::json!({"nftables": listing}).to_string();
-    decode::ruleset_with(listing.as_bytes(), parts).is_ok()
+    decode::ruleset_with(listing.as_bytes(), unlisted).is_ok()
 }
 
 fn nft_events(datagram: &[u8]) -> bool {

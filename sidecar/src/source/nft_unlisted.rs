@@ -1,12 +1,14 @@
-//! The parts of xtables in the rules of nftables, by netlink: nft prints their names, and
-//! nothing of what they ask for.
+//! What nft does not list of rules, by netlink: what the parts of xtables ask for, of which it prints the names, and
+//! conditions that it takes for its own.
 
 use anyhow::Context as _;
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
 use super::netlink::{Netlink, NetlinkError, array_at, attributes, text};
+use crate::desired::TABLE;
 use crate::ruleset::TableFamily;
-use crate::ruleset::xt::{Part, Parts};
+use crate::ruleset::unlisted::{Gate, Held, Key, Unlisted};
+use crate::ruleset::xt::Part;
 use crate::terms::printable;
 
 /// NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETRULE.
@@ -25,6 +27,25 @@ const PART_REVISION: u16 = 2;
 const PART_INFO: u16 = 3;
 /// Longer ones (programs, strings to search for) are none that we understand.
 const INFO_MAX: usize = 512;
+/// What comes before a comparison: a load into a register. NFTA_{META, CT, PAYLOAD}_DREG, NFTA_{META, CT}_KEY.
+const LOAD_TO: u16 = 1;
+const LOAD_KEY: u16 = 2;
+/// NFTA_META_SREG, NFTA_CT_SREG: not a load.
+const META_FROM: u16 = 3;
+const CT_FROM: u16 = 4;
+/// NFTA_PAYLOAD_{BASE, OFFSET, LEN}.
+const PAYLOAD_BASE: u16 = 2;
+const PAYLOAD_OFFSET: u16 = 3;
+const PAYLOAD_LENGTH: u16 = 4;
+/// NFTA_CMP_{SREG, OP, DATA}, NFTA_DATA_VALUE.
+const COMPARE_FROM: u16 = 1;
+const COMPARE_HOW: u16 = 2;
+const COMPARE_WITH: u16 = 3;
+const DATA_VALUE: u16 = 1;
+/// NFT_CMP_EQ.
+const EQUAL: u32 = 0;
+/// A rule has 128 expressions at most, and a condition is two.
+const GATES_MAX: usize = 64;
 /// As many rules as a listing may hold.
 const RULES_MAX: usize = crate::ruleset::decode::OBJECTS_MAX;
 
@@ -33,29 +54,34 @@ pub(super) struct Rule {
     pub(super) table: String,
     pub(super) chain: String,
     pub(super) handle: u64,
-    pub(super) parts: Vec<Part>,
+    pub(super) held: Held,
 }
 
-/// The parts of every rule of this network namespace that has any. Needs CAP_NET_ADMIN.
-pub fn read() -> anyhow::Result<Parts> {
+/// What every rule of this network namespace holds beside its listing. Needs CAP_NET_ADMIN.
+pub fn read() -> anyhow::Result<Unlisted> {
     let rules = || {
         // struct nfgenmsg: any family, version, resource id.
         Netlink::open(NETLINK_NETFILTER)?.dump(GET_RULES, &[0, 0, 0, 0], decode)
     };
-    let mut parts = Parts::default();
+    let mut unlisted = nothing();
     for rule in rules().context("read the rules of nftables")? {
-        parts.add(rule.family, rule.table, rule.chain, rule.handle, rule.parts);
+        unlisted.add(rule.family, rule.table, rule.chain, rule.handle, rule.held);
     }
-    Ok(parts)
+    Ok(unlisted)
 }
 
-/// One rule; those without parts of xtables are passed over.
+/// For a listing of rules that could not be read: what is in them stays unknown.
+pub fn nothing() -> Unlisted {
+    Unlisted::of_kernel((TableFamily::Inet, TABLE))
+}
+
+/// One rule.
 pub(super) fn decode(payload: &[u8], out: &mut Vec<Rule>) -> Result<(), NetlinkError> {
     let (Some(&family), Some(body)) = (payload.first(), payload.get(4..)) else {
         return Err(NetlinkError::Truncated("a rule"));
     };
     let Some(family) = family_of(family) else { return Ok(()) };
-    let (mut table, mut chain, mut handle, mut parts) = (None, None, None, Vec::new());
+    let (mut table, mut chain, mut handle, mut reading) = (None, None, None, Reading::default());
     for attribute in attributes(body) {
         let (kind, value) = attribute?;
         match kind {
@@ -66,15 +92,12 @@ pub(super) fn decode(payload: &[u8], out: &mut Vec<Rule>) -> Result<(), NetlinkE
                 for element in attributes(value) {
                     let (kind, value) = element?;
                     if kind == LIST_ELEMENT {
-                        parts.extend(expression(value)?);
+                        reading.expression(value)?;
                     }
                 }
             }
             _ => {}
         }
-    }
-    if parts.is_empty() {
-        return Ok(());
     }
     let (Some(table), Some(chain), Some(handle)) = (table, chain, handle) else {
         return Err(NetlinkError::Malformed("a rule without its place"));
@@ -82,7 +105,7 @@ pub(super) fn decode(payload: &[u8], out: &mut Vec<Rule>) -> Result<(), NetlinkE
     if out.len() >= RULES_MAX {
         return Err(NetlinkError::Malformed("too many rules"));
     }
-    out.push(Rule { family, table, chain, handle, parts });
+    out.push(Rule { family, table, chain, handle, held: reading.held });
     Ok(())
 }
 
@@ -99,19 +122,145 @@ pub(super) fn family_of(number: u8) -> Option<TableFamily> {
     })
 }
 
-fn expression(bytes: &[u8]) -> Result<Option<Part>, NetlinkError> {
-    let (mut target, mut data) = (None, None);
-    for attribute in attributes(bytes) {
+/// A rule, expression by expression.
+#[derive(Default)]
+struct Reading {
+    held: Held,
+    /// Of the expression before: what it loaded, and into which register.
+    loaded: Option<(Key, u32)>,
+}
+
+impl Reading {
+    fn expression(&mut self, bytes: &[u8]) -> Result<(), NetlinkError> {
+        let (mut name, mut data) = (&[][..], None);
+        for attribute in attributes(bytes) {
+            match attribute? {
+                (EXPRESSION_NAME, value) => name = value,
+                (EXPRESSION_DATA, value) => data = Some(value),
+                _ => {}
+            }
+        }
+        let data = || data.ok_or(NetlinkError::Malformed("an expression without its data"));
+        let loaded = self.loaded.take();
+        match name {
+            b"match\0" => self.held.parts.push(part(false, data()?)?),
+            b"target\0" => self.held.parts.push(part(true, data()?)?),
+            b"reject\0" => self.held.rejects = true,
+            b"meta\0" => self.loaded = self.load(data()?, META_FROM, meta)?,
+            b"ct\0" => self.loaded = self.load(data()?, CT_FROM, conntrack)?,
+            b"payload\0" => self.loaded = header(data()?)?,
+            b"cmp\0" => {
+                if let Some((key, register)) = loaded
+                    && let Some(value) = compared(data()?, key, register)?
+                {
+                    if self.held.gates.len() >= GATES_MAX {
+                        return Err(NetlinkError::Malformed("too many conditions in one rule"));
+                    }
+                    self.held.gates.push(Gate { key, value, after: self.held.sets });
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// What `meta` or `ct` loads; that it sets something instead is counted.
+    fn load(
+        &mut self,
+        data: &[u8],
+        from: u16,
+        known: fn(u32) -> Option<Key>,
+    ) -> Result<Option<(Key, u32)>, NetlinkError> {
+        let (mut to, mut key) = (None, None);
+        for attribute in attributes(data) {
+            match attribute? {
+                (LOAD_TO, value) => to = number(value),
+                (LOAD_KEY, value) => key = number(value).and_then(known),
+                (kind, _) if kind == from => self.held.sets = self.held.sets.saturating_add(1),
+                _ => {}
+            }
+        }
+        Ok(key.zip(to))
+    }
+}
+
+fn number(value: &[u8]) -> Option<u32> {
+    array_at(value, 0).map(u32::from_be_bytes)
+}
+
+/// NFT_META_{PROTOCOL, IIFTYPE, NFPROTO, L4PROTO}.
+fn meta(key: u32) -> Option<Key> {
+    Some(match key {
+        1 => Key::Protocol,
+        8 => Key::LinkType,
+        15 => Key::Family,
+        16 => Key::L4proto,
+        _ => return None,
+    })
+}
+
+/// NFT_CT_{L3PROTOCOL, PROTOCOL}.
+fn conntrack(key: u32) -> Option<Key> {
+    Some(match key {
+        7 => Key::CtFamily,
+        10 => Key::CtProtocol,
+        _ => return None,
+    })
+}
+
+/// The fields that say what comes next: of Ethernet, IPv4 and IPv6.
+fn header(data: &[u8]) -> Result<Option<(Key, u32)>, NetlinkError> {
+    let (mut to, mut place) = (None, [None; 3]);
+    for attribute in attributes(data) {
         match attribute? {
-            (EXPRESSION_NAME, b"match\0") => target = Some(false),
-            (EXPRESSION_NAME, b"target\0") => target = Some(true),
-            (EXPRESSION_DATA, value) => data = Some(value),
+            (LOAD_TO, value) => to = number(value),
+            (PAYLOAD_BASE, value) => place[0] = number(value),
+            (PAYLOAD_OFFSET, value) => place[1] = number(value),
+            (PAYLOAD_LENGTH, value) => place[2] = number(value),
             _ => {}
         }
     }
-    let Some(target) = target else { return Ok(None) };
+    // NFT_PAYLOAD_{LL, NETWORK}_HEADER.
+    let key = match place {
+        [Some(0), Some(12), Some(2)] => Some(Key::Protocol),
+        [Some(1), Some(9) | Some(6), Some(1)] => Some(Key::L4proto),
+        _ => None,
+    };
+    Ok(key.zip(to))
+}
+
+/// The value that a register must have, if it must have one.
+fn compared(data: &[u8], key: Key, register: u32) -> Result<Option<u16>, NetlinkError> {
+    let (mut from, mut how, mut with) = (None, None, None);
+    for attribute in attributes(data) {
+        match attribute? {
+            (COMPARE_FROM, value) => from = number(value),
+            (COMPARE_HOW, value) => how = number(value),
+            (COMPARE_WITH, value) => {
+                for attribute in attributes(value) {
+                    if let (DATA_VALUE, value) = attribute? {
+                        with = Some(value);
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    if (from, how) != (Some(register), Some(EQUAL)) {
+        return Ok(None);
+    }
+    Ok(with.and_then(|value| match key {
+        Key::Protocol => array_at(value, 0).map(u16::from_be_bytes),
+        Key::LinkType => array_at(value, 0).map(u16::from_ne_bytes),
+        Key::Family | Key::L4proto | Key::CtFamily | Key::CtProtocol => {
+            value.first().map(|byte| (*byte).into())
+        }
+    }))
+}
+
+fn part(target: bool, data: &[u8]) -> Result<Part, NetlinkError> {
     let (mut name, mut revision, mut info) = (None, None, Vec::new());
-    for attribute in attributes(data.ok_or(NetlinkError::Malformed("an expression without its data"))?) {
+    for attribute in attributes(data) {
         match attribute? {
             (PART_NAME, value) => name = Some(printable(&text(value), 32)),
             (PART_REVISION, value) => revision = array_at(value, 0).map(u32::from_be_bytes),
@@ -120,7 +269,7 @@ fn expression(bytes: &[u8]) -> Result<Option<Part>, NetlinkError> {
         }
     }
     match name.zip(revision) {
-        Some((name, revision)) => Ok(Some(Part { target, name, revision, info })),
+        Some((name, revision)) => Ok(Part { target, name, revision, info }),
         None => Err(NetlinkError::Malformed("an expression of xtables without its name")),
     }
 }
@@ -136,16 +285,20 @@ mod tests {
     const BYTES: &[u8] = include_bytes!("captures/iptables.bin");
     const LISTED: &str = include_str!("captures/iptables.json");
 
-    fn parts(rules: Vec<Rule>) -> Parts {
-        let mut parts = Parts::default();
+    fn known(rules: Vec<Rule>) -> Unlisted {
+        let mut unlisted = Unlisted::default();
         for rule in rules {
-            parts.add(rule.family, rule.table, rule.chain, rule.handle, rule.parts);
+            unlisted.add(rule.family, rule.table, rule.chain, rule.handle, rule.held);
         }
-        parts
+        unlisted
     }
 
-    fn shown(parts: Parts) -> String {
-        let ruleset = decode::ruleset_with(LISTED.as_bytes(), parts).expect("a listing");
+    fn shown(unlisted: Unlisted) -> String {
+        listed(LISTED, unlisted)
+    }
+
+    fn listed(json: &str, unlisted: Unlisted) -> String {
+        let ruleset = decode::ruleset_with(json.as_bytes(), unlisted).expect("a listing");
         let mut out = String::new();
         for table in &ruleset.tables {
             for chain in &table.chains {
@@ -256,7 +409,7 @@ mod tests {
                 ip6 saddr fd00::1-fd00::9 accept
                 meta l4proto tcp reject with tcp reset
                 counter reject
-        "#]].assert_eq(&shown(parts(rules)));
+        "#]].assert_eq(&shown(known(rules)));
     }
 
     /// Whatever is cut off, what is left reads as the whole does or as not read at all.
@@ -264,11 +417,11 @@ mod tests {
     fn bytes_that_are_missing_are_never_guessed() {
         let lines = |cut: usize| {
             let mut rules = replay(BYTES, decode).expect("a whole dump");
-            for part in rules.iter_mut().flat_map(|rule| &mut rule.parts) {
+            for part in rules.iter_mut().flat_map(|rule| &mut rule.held.parts) {
                 let length = part.info.len();
                 part.info.truncate(length.saturating_sub(cut));
             }
-            shown(parts(rules)).lines().map(str::to_owned).collect::<Vec<_>>()
+            shown(known(rules)).lines().map(str::to_owned).collect::<Vec<_>>()
         };
         let (whole, nothing) = (lines(0), lines(usize::MAX));
         assert_ne!(whole, nothing);
@@ -283,13 +436,69 @@ mod tests {
 
     #[test]
     fn parts_of_other_rules_are_not_taken() {
-        let plain = shown(Parts::default());
+        let plain = shown(Unlisted::default());
         let mut rules = replay(BYTES, decode).expect("a whole dump");
         for rule in &mut rules {
             rule.handle += 1000;
         }
-        assert_eq!(shown(parts(rules)), plain);
+        assert_eq!(shown(known(rules)), plain);
         let cut = replay(&BYTES[..BYTES.len() - 21], decode);
         assert!(cut.is_err(), "a dump without its end was taken");
+    }
+
+    /// Rules that ask for a family, a protocol or a kind of link, and how nft 1.0.6 lists them.
+    const CONDITIONS: &[u8] = include_bytes!("captures/conditions.bin");
+    const CONDITIONS_LISTED: &str = include_str!("captures/conditions.json");
+
+    #[test]
+    fn conditions_that_nft_takes_for_its_own_are_put_back() {
+        let rules = replay(CONDITIONS, decode).expect("a whole dump");
+        expect_test::expect![[r#"
+            inet filter c
+                meta nfproto ipv4 tcp dport 22 reject with tcp reset
+                meta protocol ip6 tcp dport 22 reject with tcp reset
+                tcp dport 22 reject with tcp reset
+                ip saddr 192.0.2.1 tcp dport 22 reject with tcp reset
+                meta nfproto ipv6 tcp dport 22 drop
+                meta nfproto ipv4 ct protocol tcp drop
+                ct protocol tcp th dport { 53, 5432 } drop
+                <{"mangle":{"key":{"meta":{"key":"mark"}},"value":7}}> meta nfproto ipv6 tcp dport 22 reject with tcp reset
+                meta nfproto ipv4 <{"mangle":{"key":{"meta":{"key":"mark"}},"value":7}}> tcp dport 22 reject with tcp reset
+                meta nfproto ipv4 meta l4proto tcp <{"mangle":{"key":{"ct":{"key":"mark"}},"value":7}}> <{"mangle":{"key":{"meta":{"key":"mark"}},"value":7}}> reject with tcp reset
+                meta iiftype 1 meta protocol ip6 tcp dport 22 reject with tcp reset
+                ether saddr 02:00:00:00:00:01 drop
+                meta protocol ip6 meta nfproto ipv4 meta nfproto ipv4 reject
+                ip protocol tcp reject with tcp reset
+                ip6 nexthdr tcp tcp dport vmap { 22 : drop }
+                meta nfproto != ipv4 tcp dport 22 reject with tcp reset
+                meta l4proto tcp ct original ip saddr 192.0.2.1 reject with tcp reset
+            ip filter c
+                meta protocol ip6 ip saddr 192.0.2.1 drop
+                meta protocol ip6 tcp dport 22 drop
+                tcp dport 22 drop
+                ip saddr 192.0.2.1 drop
+                udp dport 53 drop
+                meta protocol ip6 reject with tcp reset
+            ip6 filter c
+                meta protocol ip ip6 saddr 2001:db8::1 drop
+                tcp dport 22 reject with tcp reset
+            netdev early c
+                meta protocol ip6 meta l4proto tcp reject with tcp reset
+                ip saddr 192.0.2.1 drop
+        "#]].assert_eq(&listed(CONDITIONS_LISTED, known(rules)));
+    }
+
+    #[test]
+    fn a_rule_that_was_not_read_is_not_taken_for_all_that_is_listed() {
+        let doubted = |json: &str| {
+            let text = listed(json, nothing());
+            let rules: Vec<&str> = text.lines().filter(|line| line.starts_with(' ')).collect();
+            (rules.iter().filter(|rule| rule.contains("changed while it was read")).count(), rules.len())
+        };
+        assert_eq!(doubted(CONDITIONS_LISTED), (27, 27));
+        // Of our own table, which is compared with what it should be, the listing is enough.
+        let own =
+            CONDITIONS_LISTED.replace(r#""inet", "table": "filter""#, r#""inet", "table": "spokeguard""#);
+        assert_eq!(doubted(&own), (10, 27));
     }
 }
