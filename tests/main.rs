@@ -10,6 +10,7 @@ mod binds;
 mod canary;
 mod cases;
 mod confirm;
+mod contested;
 mod counters;
 mod daemon;
 mod debian;

@@ -14,7 +14,7 @@ use std::net::UdpSocket;
 use crate::desired::{Desired, TABLE};
 use crate::ruleset::{Change, Table, compare, encode};
 use crate::source::nft;
-use crate::source::nft_events::NftQueries;
+use crate::source::nft_events::{NftCommits, NftEvent, NftQueries};
 
 /// What came of putting our table in place.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,6 +36,12 @@ pub enum ApplyError {
     Act(#[source] anyhow::Error),
     #[error("read table inet spokeguard back")]
     LookAgain(#[source] anyhow::Error),
+    /// Each time that it was read, and refused because it was another by then.
+    #[error(
+        "put table inet spokeguard in place: others changed it {ROUNDS} times meanwhile, the last was {by}: stop \
+         what manages it, or try again"
+    )]
+    Contested { by: String, source: anyhow::Error },
     /// nft took the transaction, and yet the kernel holds something else: another tool
     /// was faster, or nft did not mean what we did.
     #[error("table inet spokeguard still differs after it was put in place: {}", named(.0))]
@@ -48,7 +54,7 @@ const ROUNDS: usize = 5;
 /// Makes the kernel's table what is desired, and reads it back.
 ///
 /// A transaction says what is to go of what was found. Where that is another by the time it
-/// arrives it may fail, or leave something behind: it is written anew, for what is there then.
+/// arrives the kernel refuses all of it, and it is written anew, for what is there then.
 pub fn apply_table(desired: &Desired) -> Result<Applied, ApplyError> {
     if desired.table.is_none() {
         return Ok(Applied::NotWanted);
@@ -61,22 +67,28 @@ pub(crate) struct Found {
     pub(crate) table: Option<Table>,
     /// Of all rules, from just before.
     generation: Option<u32>,
+    /// What was committed since then.
+    commits: Option<NftCommits>,
 }
 
 impl Found {
     pub(crate) fn look() -> anyhow::Result<Self> {
+        let commits = NftCommits::open()
+            .inspect_err(|error| log::debug!("others may change the rules unnoticed: {error}"))
+            .ok();
         let generation = generation();
-        Ok(Self { table: nft::list_table()?, generation })
+        Ok(Self { table: nft::list_table()?, generation, commits })
     }
 }
 
 /// The same where the table has just been read.
 pub(crate) fn put_in_place(desired: &Desired, found: Found) -> Result<Applied, ApplyError> {
-    let Found { table: mut found, generation: mut written_for } = found;
+    let Found { table: mut found, generation: mut written_for, commits } = found;
     let Some(table) = &desired.table else { return Ok(Applied::NotWanted) };
     let changes = compare::changes(table, found.as_ref());
     let mut left = changes.clone();
     let mut ahead = None;
+    let mut taken = false;
     for round in 1..=ROUNDS {
         if left.is_empty() {
             break;
@@ -84,9 +96,11 @@ pub(crate) fn put_in_place(desired: &Desired, found: Found) -> Result<Applied, A
         if round == 1 {
             ahead = lists::put(table, &mut found);
             written_for = ahead.as_ref().map_or(written_for, |ahead| ahead.generation);
+            taken = ahead.is_some();
         }
         let text = encode::transaction(table, found.as_ref());
         let sent = nft::run_transaction(&text);
+        taken |= sent.is_ok();
         let now = generation();
         // One that failed makes no generation.
         if let Err(error) = sent
@@ -97,7 +111,11 @@ pub(crate) fn put_in_place(desired: &Desired, found: Found) -> Result<Applied, A
                     "lists of addresses stay in table inet {TABLE} until the next apply: take them out: {stay}"
                 );
             }
-            return Err(ApplyError::Act(error));
+            let by = others(commits, taken).filter(|_| now != written_for);
+            return Err(match by {
+                Some(by) => ApplyError::Contested { by, source: error },
+                None => ApplyError::Act(error),
+            });
         }
         written_for = now;
         found = nft::list_table().map_err(ApplyError::LookAgain)?;
@@ -106,12 +124,30 @@ pub(crate) fn put_in_place(desired: &Desired, found: Found) -> Result<Applied, A
     match (changes.is_empty(), left.is_empty()) {
         (true, _) => Ok(Applied::Unchanged),
         (false, true) => {
+            if let Some(by) = others(commits, taken) {
+                log::warn!(
+                    "table inet {TABLE} was changed by {by} while it was put in place: it is as the policy says"
+                );
+            }
             knock(desired);
             Ok(Applied::Changed(changes))
         }
         (false, false) => Err(ApplyError::StillDiffers(left)),
     }
 }
+
+/// The last process but ours that changed our table. `taken`: something of ours went in, so that one of the changes
+/// must be ours. Where none is, processes can't be told apart: in a pid namespace the kernel's numbers are others.
+fn others(commits: Option<NftCommits>, taken: bool) -> Option<String> {
+    let of_table = commits?.take(COMMITS_MAX).filter(|event| event.own_touched);
+    let actors = of_table.filter_map(|NftEvent { actor, .. }| actor);
+    let (ours, others): (Vec<_>, Vec<_>) = actors.partition(|(pid, _)| nft::committed(*pid));
+    let known = !taken || !ours.is_empty();
+    others.last().filter(|_| known).map(|(pid, name)| format!("{name} (pid {pid})"))
+}
+
+/// More would be a fight, of which the last ones don't matter.
+const COMMITS_MAX: usize = 1000;
 
 fn generation() -> Option<u32> {
     NftQueries::open().and_then(|mut queries| queries.generation()).ok()

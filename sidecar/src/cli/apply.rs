@@ -8,7 +8,7 @@ use clap::Args;
 use super::{Format, Global, Places};
 use crate::apply::guard;
 use crate::apply::trial::{BringError, Brought, Glance, Ledger, Phase};
-use crate::daemon::socket;
+use crate::daemon::{logging, socket};
 use crate::desired::Desired;
 use crate::ruleset::Change;
 use crate::source::evidence::{self, Sought};
@@ -46,6 +46,8 @@ fn within(text: &str) -> Result<Duration, String> {
 }
 
 pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
+    // What is no failure and yet worth knowing: others who change the rules meanwhile, files that can't be read.
+    logging::start(true);
     let (_, desired) = super::policy::load(global, clock::now())?;
     let places = global.places()?;
     let ledger = Ledger::new(&places);
@@ -232,6 +234,7 @@ fn same(a: &Glance, b: &Glance) -> bool {
 }
 
 pub fn confirm(global: &Global) -> anyhow::Result<u8> {
+    logging::start(true);
     let places = global.places()?;
     let ledger = Ledger::new(&places);
     // Not a directory of our making where there is none.

@@ -25,6 +25,9 @@ use super::{
 /// The kernel takes no new base chain in the transaction that wakes a dormant table. Then
 /// this only wakes, flushes and clears it, and the next round, which finds it awake, does
 /// the rest: whoever applies reads back and applies again while there are changes.
+///
+/// The kernel refuses all of it where a rule of `found` is gone by then: taken out, replaced by
+/// another, or with the table that held it. Rules that came in meanwhile go with the others.
 pub fn transaction(desired: &Table, found: Option<&Table>) -> String {
     let family = family(desired.family);
     let name = || Cow::Owned(desired.name.clone());
@@ -35,8 +38,16 @@ pub fn transaction(desired: &Table, found: Option<&Table>) -> String {
         name: Cow::Owned(chain.to_owned()),
         ..schema::Chain::default()
     };
-    let mut out = vec![add(NfListObject::Table(table())), command(NfCmd::Flush(FlushObject::Table(table())))];
+    let mut out = vec![add(NfListObject::Table(table()))];
     let existing = found.map_or(&[][..], |t| &t.chains);
+    for chain in existing {
+        let handles = chain.rules.iter().filter_map(|rule| u32::try_from(rule.handle?).ok());
+        out.extend(handles.map(|handle| {
+            let rule = self::rule(&Rule::default(), chain, desired);
+            command(NfCmd::Delete(NfListObject::Rule(schema::Rule { handle: Some(handle), ..rule })))
+        }));
+    }
+    out.push(command(NfCmd::Flush(FlushObject::Table(table()))));
     // Whatever is not ours goes, after the rules that used it: maps before the chains that
     // their elements may jump to.
     for set in found.map_or(&[][..], |t| &t.sets) {

@@ -64,17 +64,18 @@ fn list_nftables() -> anyhow::Result<Ruleset> {
         return Ok(ruleset);
     }
     let args = ["-j", "list", "ruleset"];
-    // The numbers of rules that were there before and after mean the same rules; else what
-    // nft does not say of them stays unknown.
+    // The numbers of rules that were there before and after mean the same rules.
     let mut tries = 0..TRIES;
     while let (Some(_), Ok(before)) = (tries.next(), generation()) {
         let Ok(unlisted) = nft_unlisted::read() else { break };
-        let matters = unlisted.matters();
+        // Where nft says all there is, another rule under the same number is no other than listed.
+        let enough = tries.is_empty() && !unlisted.matters();
         let ruleset = list(&args, unlisted, DEADLINE)?;
-        if !matters || generation().is_ok_and(|after| after == before) {
+        if enough || generation().is_ok_and(|after| after == before) {
             return Ok(ruleset);
         }
     }
+    // What nft does not say of them stays unknown.
     list(&args, nft_unlisted::nothing(), DEADLINE)
 }
 

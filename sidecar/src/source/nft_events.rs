@@ -87,18 +87,7 @@ pub struct NftEvents {
 impl NftEvents {
     /// Needs a tokio runtime with IO.
     pub fn open() -> Result<Self, NftSocketError> {
-        let failed = |errno: rustix::io::Errno| NftSocketError::Open(errno.into());
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let protocol = Some(netlink::NETFILTER);
-        let socket = socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, protocol).map_err(failed)?;
-        // Over the sysctl's limit with CAP_NET_ADMIN, up to it without.
-        if sockopt::set_socket_recv_buffer_size_force(&socket, RECEIVE_BUFFER).is_err() {
-            sockopt::set_socket_recv_buffer_size(&socket, RECEIVE_BUFFER).map_err(failed)?;
-        }
-        let groups = 1 << (GROUP - 1);
-        bind(&socket, &SocketAddrNetlink::new(0, groups))
-            .map_err(|errno| NftSocketError::Join(errno.into()))?;
-        let socket = Readable::new(socket).map_err(NftSocketError::Open)?;
+        let socket = Readable::new(listening()?).map_err(NftSocketError::Open)?;
         Ok(Self { socket, batch: Batch::default(), buffer: vec![0; DATAGRAM_MAX] })
     }
 
@@ -126,18 +115,59 @@ impl NftEvents {
 impl NftEvents {
     /// The next batch if it has been announced already. Errors are left to [`Self::next`].
     pub fn announced(&mut self) -> Option<NftEvent> {
-        loop {
-            if let Some(event) = self.batch.finished() {
-                return Some(event);
+        announced(self.socket.descriptor(), &mut self.batch, &mut self.buffer)
+    }
+}
+
+/// The same for whoever waits for nothing: what was committed from `open` on.
+pub struct NftCommits {
+    socket: OwnedFd,
+    batch: Batch,
+    buffer: Vec<u8>,
+}
+
+impl NftCommits {
+    pub fn open() -> Result<Self, NftSocketError> {
+        Ok(Self { socket: listening()?, batch: Batch::default(), buffer: vec![0; DATAGRAM_MAX] })
+    }
+}
+
+impl Iterator for NftCommits {
+    type Item = NftEvent;
+
+    /// A commit is announced before whoever made it hears of it.
+    fn next(&mut self) -> Option<NftEvent> {
+        announced(&self.socket, &mut self.batch, &mut self.buffer)
+    }
+}
+
+/// A socket to which commits are announced. Never waits.
+fn listening() -> Result<OwnedFd, NftSocketError> {
+    let failed = |errno: rustix::io::Errno| NftSocketError::Open(errno.into());
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let protocol = Some(netlink::NETFILTER);
+    let socket = socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, protocol).map_err(failed)?;
+    // Over the sysctl's limit with CAP_NET_ADMIN, up to it without.
+    if sockopt::set_socket_recv_buffer_size_force(&socket, RECEIVE_BUFFER).is_err() {
+        sockopt::set_socket_recv_buffer_size(&socket, RECEIVE_BUFFER).map_err(failed)?;
+    }
+    let groups = 1 << (GROUP - 1);
+    bind(&socket, &SocketAddrNetlink::new(0, groups)).map_err(|errno| NftSocketError::Join(errno.into()))?;
+    Ok(socket)
+}
+
+fn announced(socket: impl AsFd, batch: &mut Batch, buffer: &mut [u8]) -> Option<NftEvent> {
+    loop {
+        if let Some(event) = batch.finished() {
+            return Some(event);
+        }
+        match receive(&socket, buffer) {
+            Ok(Some(length)) => batch.take(&buffer[..length]),
+            Ok(None) => {}
+            Err(e) if e.raw_os_error() == Some(rustix::io::Errno::NOBUFS.raw_os_error()) => {
+                return Some(batch.overrun());
             }
-            match receive(self.socket.descriptor(), &mut self.buffer) {
-                Ok(Some(length)) => self.batch.take(&self.buffer[..length]),
-                Ok(None) => {}
-                Err(e) if e.raw_os_error() == Some(rustix::io::Errno::NOBUFS.raw_os_error()) => {
-                    return Some(self.batch.overrun());
-                }
-                Err(_) => return None,
-            }
+            Err(_) => return None,
         }
     }
 }
