@@ -27,6 +27,7 @@ mod heartbeat;
 mod hub;
 mod iptables;
 mod killed;
+mod listing;
 mod look;
 mod metrics;
 mod neighbours;

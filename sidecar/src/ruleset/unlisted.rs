@@ -19,6 +19,7 @@ pub struct Unlisted {
     /// The one table whose listing is taken for all of it where nothing is known; `None`: that of every table.
     as_listed: Option<(TableFamily, &'static str)>,
     matters: bool,
+    count: usize,
 }
 
 /// What one rule holds.
@@ -67,7 +68,13 @@ impl Unlisted {
         self.matters |= !held.parts.is_empty() || held.gates.iter().any(|gate| held.may_lack(*gate, family));
         let nothing = held == Held { sets: held.sets, rejects: held.rejects, ..Held::default() };
         let held = (!nothing).then(|| Box::new(held));
-        self.rules.entry((family, table, chain)).or_default().insert(handle, held);
+        let before = self.rules.entry((family, table, chain)).or_default().insert(handle, held);
+        self.count += usize::from(before.is_none());
+    }
+
+    /// Rules that were added.
+    pub fn count(&self) -> usize {
+        self.count
     }
 
     /// Whether a listing may mean something else without this.

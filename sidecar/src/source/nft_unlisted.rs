@@ -59,14 +59,21 @@ pub(super) struct Rule {
 
 /// What every rule of this network namespace holds beside its listing. Needs CAP_NET_ADMIN.
 pub fn read() -> anyhow::Result<Unlisted> {
-    let rules = || {
-        // struct nfgenmsg: any family, version, resource id.
-        Netlink::open(NETLINK_NETFILTER)?.dump(GET_RULES, &[0, 0, 0, 0], decode)
-    };
     let mut unlisted = nothing();
-    for rule in rules().context("read the rules of nftables")? {
-        unlisted.add(rule.family, rule.table, rule.chain, rule.handle, rule.held);
-    }
+    // One by one: with their places, tens of thousands of rules would take as much again.
+    let each = |payload: &[u8], _: &mut Vec<()>| {
+        let mut one = Vec::new();
+        decode(payload, &mut one)?;
+        for Rule { family, table, chain, handle, held } in one {
+            unlisted.add(family, table, chain, handle, held);
+        }
+        // A dump that is begun again says the same rules again, and those that came since.
+        if unlisted.count() > RULES_MAX { Err(NetlinkError::Malformed("too many rules")) } else { Ok(()) }
+    };
+    // struct nfgenmsg: any family, version, resource id.
+    let rules =
+        Netlink::open(NETLINK_NETFILTER).and_then(|mut socket| socket.dump(GET_RULES, &[0, 0, 0, 0], each));
+    rules.context("read the rules of nftables")?;
     Ok(unlisted)
 }
 
@@ -102,9 +109,6 @@ pub(super) fn decode(payload: &[u8], out: &mut Vec<Rule>) -> Result<(), NetlinkE
     let (Some(table), Some(chain), Some(handle)) = (table, chain, handle) else {
         return Err(NetlinkError::Malformed("a rule without its place"));
     };
-    if out.len() >= RULES_MAX {
-        return Err(NetlinkError::Malformed("too many rules"));
-    }
     out.push(Rule { family, table, chain, handle, held: reading.held });
     Ok(())
 }
