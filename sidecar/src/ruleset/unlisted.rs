@@ -15,12 +15,16 @@ use super::{Match, Op, Operand, Statement, TableFamily, Term, normal};
 /// What is known of rules beside their listing.
 #[derive(Debug, Default)]
 pub struct Unlisted {
-    rules: HashMap<(TableFamily, String, String), HashMap<u64, Option<Box<Held>>>>,
+    /// By family, table and chain.
+    rules: HashMap<(TableFamily, String, String), ByHandle>,
     /// The one table whose listing is taken for all of it where nothing is known; `None`: that of every table.
     as_listed: Option<(TableFamily, &'static str)>,
     matters: bool,
     count: usize,
 }
+
+/// `None`: nothing that its listing lacks.
+type ByHandle = HashMap<u64, Option<Box<Held>>>;
 
 /// What one rule holds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
