@@ -106,16 +106,28 @@ impl DropReason {
 }
 
 pub(super) fn table(policy: &Policy, today: jiff::civil::Date) -> Table {
-    built(Build { policy, today: Some(today) })
+    built(policy, Some(today))
 }
 
 /// For any day: exceptions end by the kernel's own clock.
 pub(super) fn sealed(policy: &Policy) -> Table {
-    built(Build { policy, today: None })
+    built(policy, None)
 }
 
-fn built(build: Build<'_>) -> Table {
-    let policy = build.policy;
+fn built(policy: &Policy, today: Option<jiff::civil::Date>) -> Table {
+    let mut lists = BTreeMap::new();
+    // Once for every scope's rules.
+    let exceptions: Vec<Senders> = (policy.exceptions.iter())
+        .map(|exception| match holds(exception, today) {
+            true => by_family(&exception.from),
+            false => Vec::new(),
+        })
+        .map(|mut senders| {
+            senders.iter_mut().flat_map(|(_, from)| from).for_each(|from| name_if_long(from, &mut lists));
+            senders
+        })
+        .collect();
+    let build = Build { policy, today, exceptions: &exceptions };
     let locals = local_names(policy);
     let mut chains = vec![
         base("input", Hook::Input, build.input(&locals)),
@@ -147,46 +159,42 @@ fn built(build: Build<'_>) -> Table {
             _ => None,
         })
         .collect();
+    for statement in
+        chains.iter_mut().flat_map(|chain| &mut chain.rules).flat_map(|rule| &mut rule.statements)
+    {
+        if let Statement::Match(Match { right, .. }) = statement {
+            name_if_long(right, &mut lists);
+        }
+    }
     let mut sets = glass::sets();
-    sets.extend(long_lists(&mut chains));
+    sets.extend(lists.into_values());
     Table { family: TableFamily::Inet, name: TABLE.to_owned(), dormant: false, chains, counters, sets }
 }
 
 /// More addresses than this stand in a set of their own, once, however many rules ask for them.
 const LISTED_MAX: usize = 64;
 
-/// Takes long lists of addresses out of the rules. A set is called by what is in it: one of the same name is the
+/// Takes a long list of addresses out of its rule. A set is called by what is in it: one of the same name is the
 /// same one, so that only what changes is sent, and a transaction, a rollback and a file may declare it again.
-fn long_lists(chains: &mut [Chain]) -> Vec<NamedSet> {
-    let mut sets: BTreeMap<String, NamedSet> = BTreeMap::new();
-    let rules = chains.iter_mut().flat_map(|chain| &mut chain.rules);
-    for statement in rules.flat_map(|rule| &mut rule.statements) {
-        let Statement::Match(Match { right, .. }) = statement else { continue };
-        let Operand::Set(list) = &*right else { continue };
-        let Some(family) = list.first().and_then(family_of).filter(|_| list.len() > LISTED_MAX) else {
-            continue;
-        };
-        // The same list is asked for by several rules.
-        let name = sets.values().find(|set| set.elements == *list).map_or_else(
-            || {
-                let text: Vec<String> = list.iter().map(render::operand).collect();
-                format!("list-{family}-{}", crate::policy::sum(&text.join(",")))
-            },
-            |set| set.name.clone(),
-        );
-        let Operand::Set(elements) = std::mem::replace(right, Operand::Named(name.clone())) else { continue };
-        sets.entry(name.clone()).or_insert_with(|| NamedSet {
-            name,
-            kind: format!("{family}_addr"),
-            map: false,
-            flags: vec!["interval".to_owned()],
-            elements,
-            timed: Vec::new(),
-            verdicts: Vec::new(),
-            truncated: false,
-        });
-    }
-    sets.into_values().collect()
+fn name_if_long(right: &mut Operand, lists: &mut BTreeMap<String, NamedSet>) {
+    let Operand::Set(list) = &*right else { return };
+    let Some(family) = list.first().and_then(family_of).filter(|_| list.len() > LISTED_MAX) else { return };
+    // The same list is asked for by several rules.
+    let name = lists.values().find(|set| set.elements == *list).map_or_else(
+        || format!("list-{family}-{}", crate::policy::sum(&render::list(list, ","))),
+        |set| set.name.clone(),
+    );
+    let Operand::Set(elements) = std::mem::replace(right, Operand::Named(name.clone())) else { return };
+    lists.entry(name.clone()).or_insert_with(|| NamedSet {
+        name,
+        kind: format!("{family}_addr"),
+        map: false,
+        flags: vec!["interval".to_owned()],
+        elements,
+        timed: Vec::new(),
+        verdicts: Vec::new(),
+        truncated: false,
+    });
 }
 
 /// Of a value that stands for addresses.
@@ -224,7 +232,7 @@ pub(super) fn tunnel_sources(policy: &Policy) -> Option<Option<Vec<IpNet>>> {
 /// The openings of TCP ports to who comes through a public interface, as in the chain
 /// `allowed-public`.
 pub(super) fn stranger_openings(policy: &Policy, today: jiff::civil::Date) -> Vec<Opening<'_>> {
-    let build = Build { policy, today: Some(today) };
+    let build = Build { policy, today: Some(today), exceptions: &[] };
     let all = [build.anyone_openings(), build.ssh_openings("public"), build.exception_openings("public")];
     let all = all.into_iter().flatten().map(|(_, opening)| opening);
     all.filter(|opening| opening.proto == Proto::Tcp).collect()
@@ -235,12 +243,24 @@ struct Build<'a> {
     policy: &'a Policy,
     /// The day for which exceptions are judged; `None`: the rules judge them.
     today: Option<jiff::civil::Date>,
+    /// Who each of the policy's exceptions is for, as rules say it.
+    exceptions: &'a [Senders],
+}
+
+/// Addresses by family. `None`: all of them.
+type Senders = Vec<(Family, Option<Operand>)>;
+
+/// Whether rules are made for it.
+fn holds(exception: &Exception, today: Option<jiff::civil::Date>) -> bool {
+    let opens = !exception.tcp.is_empty() || !exception.udp.is_empty();
+    opens && today.is_none_or(|today| exception.holds_on(today))
 }
 
 impl<'a> Build<'a> {
     fn input(&self, locals: &[String]) -> Vec<Rule> {
         let Policy { mesh, ssh, metrics, public, .. } = self.policy;
-        let mut rules = vec![accept("loopback", [iifname("lo")])];
+        let mut rules = self.open_at_once();
+        rules.push(accept("loopback", [iifname("lo")]));
         rules.extend(known_flows(""));
         // First, and apart from everything that a policy may say: a mistake in the mesh's
         // own list must not cost the way in.
@@ -263,6 +283,33 @@ impl<'a> Build<'a> {
         }
         rules.extend(to_public(public.interfaces.as_deref(), "public", "public"));
         rules
+    }
+
+    /// TCP that `allowed-anyone` lets in by whatever way it comes: most packets of a server, and each would meet
+    /// three dozen rules before that. Asked here is all that could have kept it out there. What a NAT has
+    /// rewritten goes that way, to be judged by the port asked for.
+    fn open_at_once(&self) -> Vec<Rule> {
+        let Policy { mesh, public, .. } = self.policy;
+        let mut ports: Vec<Port> = public.ports(Proto::Tcp).to_vec();
+        ports.sort_unstable();
+        ports.dedup();
+        let ports = ports.iter().map(|port| Operand::Number(port.get().into())).collect();
+        let Some(ports) = set(ports) else { return Vec::new() };
+        let in_mesh = by_family(&mesh.prefix);
+        let of_family = |family| {
+            let outside = match in_mesh.iter().find(|(of, _)| *of == family) {
+                None => vec![nfproto(family)],
+                // Every address is in the mesh.
+                Some((_, None)) => return None,
+                Some((_, Some(mesh))) => ["saddr", "daddr"]
+                    .map(|field| Match { op: Op::Ne, ..address(field, (family, mesh.clone())) })
+                    .to_vec(),
+            };
+            let as_asked_for = Match { op: Op::NoneOf, ..published() };
+            let matches = std::iter::once(payload("tcp", "dport", ports.clone())).chain(outside);
+            Some(accept(&format!("open-tcp-{family}"), matches.chain([as_asked_for])))
+        };
+        Family::ALL.into_iter().filter_map(of_family).collect()
     }
 
     fn mesh(&self) -> Vec<Rule> {
@@ -446,9 +493,9 @@ impl<'a> Build<'a> {
 
     fn exceptions(&self, scope: &str) -> Vec<Rule> {
         let mut all = Vec::new();
-        for (exception, proto) in self.held_exceptions() {
+        for (exception, proto, senders) in self.held_exceptions() {
             let (id, opening) = exception_opening(scope, exception, proto);
-            let mut rules = opening.rules(&id);
+            let mut rules = opening.rules_for(&id, opening.sources_of(senders.clone()));
             if let (None, Some(end)) = (self.today, exception.ends()) {
                 for rule in &mut rules {
                     rule.statements.insert(0, Statement::Match(before(end)));
@@ -460,14 +507,16 @@ impl<'a> Build<'a> {
     }
 
     fn exception_openings(self, scope: &str) -> Vec<(String, Opening<'a>)> {
-        self.held_exceptions().map(|(exception, proto)| exception_opening(scope, exception, proto)).collect()
+        let held = self.policy.exceptions.iter().filter(|exception| holds(exception, self.today));
+        held.flat_map(|exception| Proto::ALL.map(|proto| exception_opening(scope, exception, proto)))
+            .collect()
     }
 
-    fn held_exceptions(&self) -> impl Iterator<Item = (&'a Exception, Proto)> + use<'a> {
+    fn held_exceptions(&self) -> impl Iterator<Item = (&'a Exception, Proto, &'a Senders)> + use<'a> {
         let today = self.today;
-        (self.policy.exceptions.iter())
-            .filter(move |exception| today.is_none_or(|today| exception.holds_on(today)))
-            .flat_map(|exception| Proto::ALL.map(|proto| (exception, proto)))
+        (self.policy.exceptions.iter().zip(self.exceptions))
+            .filter(move |(exception, _)| holds(exception, today))
+            .flat_map(|(exception, senders)| Proto::ALL.map(|proto| (exception, proto, senders)))
     }
 
     fn local_patterns<'b>(
@@ -557,6 +606,10 @@ impl<'a> Opening<'a> {
     }
 
     fn rules(&self, id: &str) -> Vec<Rule> {
+        self.rules_for(id, self.sources())
+    }
+
+    fn rules_for(&self, id: &str, sources: Vec<(Option<Family>, Option<Operand>)>) -> Vec<Rule> {
         let mut ports: Vec<u64> = self.ports.iter().map(|port| u64::from(port.get())).collect();
         ports.sort_unstable();
         ports.dedup();
@@ -564,7 +617,7 @@ impl<'a> Opening<'a> {
             return Vec::new();
         };
         let mut rules = Vec::new();
-        for (family, from) in self.sources() {
+        for (family, from) in sources {
             let suffix = family.map_or(String::new(), |family| format!("-{family}"));
             let iif = self.iifname.map(iifname);
             let source = match (family, from) {
@@ -594,10 +647,14 @@ impl<'a> Opening<'a> {
     /// The sources by family: `(None, None)` is anyone, `(Some(family), None)` is anyone
     /// of one family.
     fn sources(&self) -> Vec<(Option<Family>, Option<Operand>)> {
-        let all = match &self.from {
+        self.sources_of(match &self.from {
             None => Family::ALL.map(|family| (family, None)).to_vec(),
             Some(from) => by_family(from),
-        };
+        })
+    }
+
+    /// The same where they are at hand by family.
+    fn sources_of(&self, all: Senders) -> Vec<(Option<Family>, Option<Operand>)> {
         match self.to {
             Some(to) => (all.into_iter())
                 .filter(|(family, _)| *family == Family::of(to))
@@ -621,7 +678,7 @@ fn opened(openings: Vec<(String, Opening<'_>)>) -> Vec<Rule> {
 
 /// Prefixes as the right side of a match, for each family that has any. `None`: all of
 /// its addresses.
-fn by_family(nets: &[IpNet]) -> Vec<(Family, Option<Operand>)> {
+fn by_family(nets: &[IpNet]) -> Senders {
     (Family::ALL.into_iter())
         .filter_map(|family| {
             let ranges = merged(nets.iter().filter(|net| Family::of_net(net) == family));
@@ -1085,6 +1142,99 @@ mod tests {
             };
             assert_eq!(evaluate::judge(&rules, &packet, &|_| true).verdict, verdict, "{source}");
         }
+    }
+
+    /// Packets to ports that are open to anyone, so that a test of none is seen.
+    static AT_ONCE: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(400) })]
+
+        fn check_at_once(text in policies(), nat in any(&["", "5432 80", "80 5432", "8080 22", "mesh", "somewhere"])) {
+            let Ok(loaded) = crate::policy::parse(&text, "policy.toml", samples::TODAY) else { return Ok(()) };
+            let Ok(desired) = Desired::new(loaded.policy, samples::TODAY) else { return Ok(()) };
+            let Some(with) = desired.table else { return Ok(()) };
+            let mut without = with.clone();
+            let input = without.chains.iter_mut().find(|chain| chain.name == "input").expect("the chain");
+            let at_once = |rule: &Rule| {
+                rule.comment.as_deref().is_some_and(|comment| comment.starts_with("spokeguard:open-tcp-"))
+            };
+            input.rules.retain(|rule| !at_once(rule));
+            let rules = [with, without].map(|table| Ruleset { tables: vec![rewriting(nat), table] });
+            let [with, without] = rules.each_ref().map(evaluate::Evaluator::new);
+            let ends = [
+                ("192.0.2.9", "198.51.100.7"),
+                ("192.0.2.9", "10.84.0.16"),
+                ("10.84.0.1", "198.51.100.7"),
+                ("10.84.0.9", "10.84.0.16"),
+                ("2001:db8::9", "2001:db8::7"),
+                ("2001:db8::9", "fd84::16"),
+                ("fd84::1", "fd84::16"),
+            ];
+            for (iifname, (source, destination)) in
+                ["eth0", "wg0", "vmbr0", "lan0"].iter().flat_map(|name| ends.map(|ends| (*name, ends)))
+            {
+                for port in [22, 80, 8080, 5432] {
+                    let packet = Packet {
+                        iifname: iifname.to_owned(),
+                        source: samples::ip(source),
+                        destination: samples::ip(destination),
+                        proto: Proto::Tcp,
+                        source_port: samples::port(40000),
+                        port: samples::port(port),
+                    };
+                    if desired.policy.public.tcp.contains(&packet.port) {
+                        AT_ONCE.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                    }
+                    let [with, without] = [&with, &without].map(|rules| rules.judge(&packet, &|_| true).verdict);
+                    prop_assert_eq!(with, without, "{:?} with NAT {:?} by\n{}", packet, nat, text);
+                }
+            }
+        }
+    }
+
+    /// Another tool's NAT: of a port ("asked for" and "inside"), or of all TCP to the address of the host, which is
+    /// sent to the mesh address or to wherever a map says.
+    fn rewriting(nat: &str) -> Table {
+        let number = |text: &str| Operand::Number(text.parse().expect("a port"));
+        let of_all = |to: Operand, port: Option<Operand>| {
+            let host = Operand::Address(samples::ip("198.51.100.7"));
+            let target = crate::ruleset::Nat { address: Some(to), port };
+            vec![Statement::Match(address("daddr", (Family::Ipv4, host))), Statement::Dnat(target)]
+        };
+        let unknown = || Operand::Unknown("map".into());
+        let statements = match nat.split_once(' ') {
+            Some((asked, inside)) => vec![
+                Statement::Match(payload("tcp", "dport", number(asked))),
+                Statement::Redirect { port: Some(number(inside)) },
+            ],
+            None if nat == "mesh" => of_all(Operand::Address(samples::ip("10.84.0.16")), None),
+            None if nat == "somewhere" => of_all(unknown(), Some(unknown())),
+            None => Vec::new(),
+        };
+        let base = Base {
+            kind: "nat".into(),
+            hook: Hook::Prerouting,
+            priority: -100,
+            drops: false,
+            devices: vec![],
+        };
+        let rules = vec![Rule { statements, ..Rule::default() }];
+        Table {
+            family: TableFamily::Inet,
+            name: "theirs".into(),
+            dormant: false,
+            chains: vec![Chain { name: "prerouting".into(), base: Some(base), rules }],
+            counters: BTreeMap::new(),
+            sets: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn what_is_open_at_once_is_what_the_rules_below_let_in() {
+        check_at_once();
+        let seen = AT_ONCE.load(std::sync::atomic::Ordering::Relaxed);
+        assert!(seen > 500, "only {seen} packets went to ports that are open to anyone");
     }
 
     #[test]

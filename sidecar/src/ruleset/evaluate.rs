@@ -366,6 +366,18 @@ fn ct_count_is_over(value: &Value) -> bool {
     value["ct count"].get("inv").and_then(Value::as_bool).unwrap_or(false)
 }
 
+/// `ct status ! dnat`.
+fn is_for_unrewritten(rule: &Rule) -> bool {
+    rule.statements.iter().any(|statement| match statement {
+        Statement::Match(Match {
+            left: Term::Ct { key, .. },
+            op: Op::NoneOf,
+            right: Operand::Text(flag),
+        }) => key == "status" && flag == "dnat",
+        _ => false,
+    })
+}
+
 /// The limit in a statement, if the rule then decides anything by it.
 fn limit_of(rule: &Rule, statement: &Statement) -> Option<Limit> {
     let Statement::Maybe(json) = statement else { return None };
@@ -768,10 +780,18 @@ impl<'a> Walk<'a> {
     ) -> After {
         let mut taken = Yes;
         let sure_so_far = self.doubt.is_none();
+        // Where a NAT may have sent it nobody knows where to: a rule for what no NAT has touched can only take it
+        // as it was sent.
+        let as_sent = (way.dnat.is_none() && is_for_unrewritten(rule)).then(|| Way {
+            destination: Some(self.packet.destination),
+            here: false,
+            port: Some(self.packet.port.get()),
+            ..way.clone()
+        });
         for statement in &rule.statements {
             let decided = match statement {
                 Statement::Match(m) => {
-                    let truth = self.comparison(table, site, way, m);
+                    let truth = self.comparison(table, site, as_sent.as_ref().unwrap_or(&*way), m);
                     if truth == Maybe {
                         self.doubt(&format!("`{}`", rendered(statement)));
                     }
