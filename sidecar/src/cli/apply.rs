@@ -96,7 +96,7 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
                 "in force: {}; there is nothing to confirm\n",
                 counted(changes.len() as u64, "change")
             );
-            return stays(global, text, said("applied", &changes)).map(|()| 0);
+            return stays(global, Some(&desired), text, said("applied", &changes)).map(|()| 0);
         }
         Ok(Brought::OnTrial { changes, again }) => (changes, again),
         // How far it came is not known, and an earlier apply may have armed it, too: so it stays.
@@ -193,7 +193,8 @@ fn wait(
             }
             None | Some((Phase::Confirmed, _)) => {
                 guard::warn(guard::settle(&places.pin));
-                return stays(global, "confirmed\n".to_owned(), said("confirmed", changes)).map(|()| 0);
+                return stays(global, Some(desired), "confirmed\n".to_owned(), said("confirmed", changes))
+                    .map(|()| 0);
             }
             Some((Phase::Fired, _)) => {
                 global.tell("not confirmed in time: rolled back\n", said("rolled-back", changes))?;
@@ -248,7 +249,8 @@ pub fn confirm(global: &Global) -> anyhow::Result<u8> {
     };
     let said = serde_json::json!({ "version": 1, "result": result });
     if confirmed {
-        stays(global, text.to_owned(), said)?
+        let desired = super::policy::load(global, clock::now()).ok().map(|(_, desired)| desired);
+        stays(global, desired.as_ref(), text.to_owned(), said)?
     } else {
         global.tell(text, said)?
     }
@@ -287,8 +289,13 @@ fn confirm_trial(ledger: &Ledger, today: jiff::civil::Date) -> anyhow::Result<bo
 
 /// Says so, and cuts what the rules in force refuse. Not before they are certain to stay:
 /// what is rolled back must find its flows as they were.
-fn stays(global: &Global, mut text: String, mut said: serde_json::Value) -> anyhow::Result<()> {
-    let (line, cut) = super::break_glass::cut_what_is_closed(global);
+fn stays(
+    global: &Global,
+    desired: Option<&Desired>,
+    mut text: String,
+    mut said: serde_json::Value,
+) -> anyhow::Result<()> {
+    let (line, cut) = super::break_glass::cut_what_is_closed(desired);
     text += &line;
     said["cut"] = serde_json::json!(cut);
     global.tell(&text, said)

@@ -214,7 +214,8 @@ fn close(global: &Global, which: Which) -> anyhow::Result<u8> {
         return Ok(0);
     }
     let mut text: String = closed.iter().map(|one| format!("closed: {one}\n")).collect();
-    let (line, cut) = cut_what_is_closed(global);
+    let desired = super::policy::load(global, now).ok().map(|(_, desired)| desired);
+    let (line, cut) = cut_what_is_closed(desired.as_ref());
     text += &line;
     global.tell(
         &text,
@@ -226,9 +227,8 @@ fn close(global: &Global, which: Which) -> anyhow::Result<u8> {
 }
 
 /// After a change that is certain to stay: a line for people, and the same for scripts.
-pub(super) fn cut_what_is_closed(global: &Global) -> (String, Option<Cut>) {
-    let desired = super::policy::load(global, clock::now()).ok().map(|(_, desired)| desired);
-    match cut::flows(desired.as_ref()) {
+pub(super) fn cut_what_is_closed(desired: Option<&Desired>) -> (String, Option<Cut>) {
+    match cut::flows(desired) {
         Ok(cut) if cut.is_nothing() => (String::new(), Some(cut)),
         Ok(cut) => (format!("cut: {cut}\n"), Some(cut)),
         // Closed it is all the same: our rules judge TCP packet by packet.

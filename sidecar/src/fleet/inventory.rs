@@ -258,7 +258,7 @@ impl<'r, 't> Draft<'r, 't> {
     }
 }
 
-fn one_or_list<T: PartialEq + std::fmt::Display>(
+fn one_or_list<T: Clone + Eq + std::hash::Hash + std::fmt::Display>(
     reader: &mut Reader,
     section: &Section<'_, '_>,
     key: &str,

@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fmt;
+use std::hash::Hash;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::ops::Range;
 use std::path::PathBuf;
@@ -401,7 +402,7 @@ impl Reader {
     }
 
     /// A list in which nothing is said twice. A faulty element is left out.
-    pub(crate) fn list<T: PartialEq + fmt::Display>(
+    pub(crate) fn list<T: Clone + Eq + Hash + fmt::Display>(
         &mut self,
         section: &Section<'_, '_>,
         key: &str,
@@ -428,11 +429,10 @@ impl Reader {
         }
         let mut list: Vec<T> = Vec::with_capacity(array.len());
         let mut places = Vec::with_capacity(array.len());
-        // By text, because none of the types agree on an order.
         let mut known = HashSet::with_capacity(array.len());
         for value in array.iter() {
             match read(value.get_ref()) {
-                Ok(element) if !known.insert(element.to_string()) => {
+                Ok(element) if !known.insert(element.clone()) => {
                     let what = format!("`{key}` lists {element} twice");
                     self.complain(value.span(), wrong(what, "keep one of them"));
                 }
@@ -451,7 +451,7 @@ impl Reader {
     }
 
     /// An optional list that says nothing when it is empty.
-    fn filled<T: PartialEq + fmt::Display>(
+    fn filled<T: Clone + Eq + Hash + fmt::Display>(
         &mut self,
         section: &Section<'_, '_>,
         key: &str,

@@ -3,8 +3,10 @@
 use std::fmt::{Display, Write};
 use std::net::IpAddr;
 
+use ipnet::IpNet;
+
 use super::{Bind, Heartbeat, MeshKind, Mode, Policy, Role, Sources};
-use crate::terms::Port;
+use crate::terms::{Port, push_net};
 
 /// Normalised TOML. Reading it gives an equal policy.
 pub fn show(policy: &Policy) -> String {
@@ -34,7 +36,7 @@ pub fn show(policy: &Policy) -> String {
     if !mesh.address.is_empty() {
         out.texts("address", &mesh.address);
     }
-    out.texts("prefix", &mesh.prefix);
+    out.nets("prefix", &mesh.prefix);
     match mesh.keepalive {
         Some(every) => out.text("keepalive", humantime::format_duration(every)),
         None => out.text("keepalive", "off"),
@@ -88,7 +90,7 @@ pub fn show(policy: &Policy) -> String {
         out.table("[[exception]]");
         out.text("name", &exception.name);
         out.ports(&exception.tcp, &exception.udp);
-        out.texts("from", &exception.from);
+        out.nets("from", &exception.from);
         out.text("reason", &exception.reason);
         if let Some(owner) = &exception.owner {
             out.text("owner", owner);
@@ -164,6 +166,17 @@ impl Lines {
         self.key(key, format_args!("[{}]", values.iter().map(quoted).collect::<Vec<_>>().join(", ")));
     }
 
+    /// As `texts` says them, without a string of its own for each.
+    fn nets(&mut self, key: &str, list: &[IpNet]) {
+        let _ = write!(self.0, "{key} = [");
+        for (at, net) in list.iter().enumerate() {
+            self.0.push_str(if at == 0 { "\"" } else { ", \"" });
+            push_net(&mut self.0, net);
+            self.0.push('"');
+        }
+        self.0.push_str("]\n");
+    }
+
     fn ports(&mut self, tcp: &[Port], udp: &[Port]) {
         for (key, ports) in [("tcp", tcp), ("udp", udp)] {
             self.key(key, format_args!("{ports:?}"));
@@ -174,7 +187,7 @@ impl Lines {
         match from {
             Sources::Hub => self.text("from", "hub"),
             Sources::Mesh => self.text("from", "mesh"),
-            Sources::Prefixes(list) => self.texts("from", list),
+            Sources::Prefixes(list) => self.nets("from", list),
         }
     }
 }

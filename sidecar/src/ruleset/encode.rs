@@ -97,8 +97,9 @@ pub fn transaction(desired: &Table, found: Option<&Table>) -> String {
     for set in &desired.sets {
         let mut object = named_set(set, family, &desired.name, true);
         // What is in it already is not sent again.
-        if found.is_some_and(|found| found.sets.iter().any(|there| same_set(set, there))) {
-            object.elem = None;
+        if !found.is_some_and(|found| found.sets.iter().any(|there| same_set(set, there))) {
+            let elements = (!set.elements.is_empty()).then(|| set.elements.iter().map(operand).collect());
+            object.elem = elements;
         }
         out.push(add(NfListObject::Set(Box::new(object))));
     }
@@ -248,7 +249,6 @@ fn named_set<'a>(set: &NamedSet, family: NfFamily, table: &str, whole: bool) -> 
         flags: serde_json::from_value(strings(set.flags.clone()))
             .ok()
             .filter(|f: &std::collections::HashSet<_>| whole && !f.is_empty()),
-        elem: (whole && !set.elements.is_empty()).then(|| set.elements.iter().map(operand).collect()),
         ..schema::Set::default()
     }
 }

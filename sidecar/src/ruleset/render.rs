@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use super::normal;
 use super::{Base, Hook, Match, Nat, Op, Operand, Rule, Statement, Table, TableFamily, Term, VerdictMap};
-use crate::terms::printable;
+use crate::terms::{printable, push_address, push_net};
 
 /// The table as a file for `nft -f`. Loading it again changes nothing, and named counters
 /// keep what they counted. nft 1.0.6 wants every statement on its own line.
@@ -208,31 +208,64 @@ fn value(term: &Term, value: &Operand) -> String {
 
 /// A value as nft reads it back.
 pub fn operand(value: &Operand) -> String {
+    let mut out = String::new();
+    push_operand(&mut out, value);
+    out
+}
+
+/// Several, as in an anonymous set.
+pub fn list(values: &[Operand], between: &str) -> String {
+    let mut out = String::new();
+    push_list(&mut out, values, between);
+    out
+}
+
+fn push_operand(out: &mut String, value: &Operand) {
     match value {
-        Operand::Number(n) => n.to_string(),
-        Operand::Text(text) => bare(text),
-        Operand::Address(address) => address.to_string(),
-        Operand::Prefix(net) => net.trunc().to_string(),
+        Operand::Number(n) => drop(write!(out, "{n}")),
+        Operand::Text(text) => out.push_str(&bare(text)),
+        Operand::Address(address) => push_address(out, *address),
+        Operand::Prefix(net) => push_net(out, &net.trunc()),
         Operand::Range(low, high) => match (low.as_ref(), high.as_ref()) {
             (Operand::Address(a), Operand::Address(b)) => match normal::prefix_of(*a, *b) {
-                Some(net) => net.to_string(),
-                None => format!("{a}-{b}"),
+                Some(net) => push_net(out, &net),
+                None => drop(write!(out, "{a}-{b}")),
             },
-            _ => format!("{}-{}", operand(low), operand(high)),
+            _ => {
+                push_operand(out, low);
+                out.push('-');
+                push_operand(out, high);
+            }
         },
-        Operand::Set(values) => format!("{{ {} }}", list(values, ", ")),
+        Operand::Set(values) => {
+            out.push_str("{ ");
+            push_list(out, values, ", ");
+            out.push_str(" }");
+        }
         Operand::Bits(flags) => match flags.as_slice() {
-            [one] => operand(one),
-            many => format!("({})", list(many, "|")),
+            [one] => push_operand(out, one),
+            many => {
+                out.push('(');
+                push_list(out, many, "|");
+                out.push(')');
+            }
         },
-        Operand::Named(name) => format!("@{}", bare(name)),
-        Operand::Concat(parts) => list(parts, " . "),
-        Operand::Unknown(json) => foreign(json),
+        Operand::Named(name) => {
+            out.push('@');
+            out.push_str(&bare(name));
+        }
+        Operand::Concat(parts) => push_list(out, parts, " . "),
+        Operand::Unknown(json) => out.push_str(&foreign(json)),
     }
 }
 
-fn list(values: &[Operand], between: &str) -> String {
-    values.iter().map(operand).collect::<Vec<_>>().join(between)
+fn push_list(out: &mut String, values: &[Operand], between: &str) {
+    for (at, value) in values.iter().enumerate() {
+        if at > 0 {
+            out.push_str(between);
+        }
+        push_operand(out, value);
+    }
 }
 
 /// Names of other people's chains and comments may hold anything. nft has no escape for a

@@ -2,6 +2,7 @@
 //! interfaces, moments, owners, secrets. Values only; knows no other module.
 
 mod addresses;
+mod digits;
 
 use std::fmt;
 use std::net::IpAddr;
@@ -10,6 +11,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 pub use addresses::Addresses;
+pub use digits::{push_address, push_net};
 
 /// A TCP or UDP port. Never 0: "any port" is spelled out where it is meant.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
