@@ -574,6 +574,9 @@ impl Ledger {
                 let _ = fs::remove_file(self.dir.join(name));
             }
         }
+        for name in names(&self.run).into_iter().filter(|name| is_abandoned(name)) {
+            let _ = fs::remove_file(self.run.join(name));
+        }
         for name in names(&self.state) {
             // The watchdog's own, which has the trial's name and no process's.
             if is_abandoned(&name) || name.strip_prefix(".refused.").is_some_and(|id| !live(id)) {
@@ -1393,7 +1396,7 @@ mod tests {
     fn what_was_killed_half_way_is_swept_and_what_lives_is_not() {
         let place = Place::new();
         let lock = place.arm("a", "the old rules", Duration::from_secs(60));
-        let (dir, state) = (&place.ledger.dir, &place.ledger.state);
+        let (dir, state, run) = (&place.ledger.dir, &place.ledger.state, &place.ledger.run);
         assert!(place.ledger.is_watched("a") && !place.ledger.is_watched("b"));
         let mut ended = Command::new("true").spawn().expect("a process");
         ended.wait().expect("its end");
@@ -1405,6 +1408,7 @@ mod tests {
             dir.join(format!(".armed.b.{gone}")),
             state.join(format!(".sealed.nft.{gone}")),
             state.join(".refused.b"),
+            run.join(format!(".settled.{gone}")),
         ];
         let kept = [
             dir.join("whole.a.nft"),
@@ -1414,6 +1418,8 @@ mod tests {
             state.join(format!(".events.jsonl.{ours}")),
             state.join("rollback.b.nft"),
             state.join("somebody's own"),
+            run.join(format!(".settled.{ours}")),
+            run.join("spokeguard.lock"),
         ];
         for path in swept.iter().chain(&kept) {
             OpenOptions::new().create(true).append(true).open(path).expect("a file");
