@@ -44,6 +44,9 @@ const COMPARE_WITH: u16 = 3;
 const DATA_VALUE: u16 = 1;
 /// NFT_CMP_EQ.
 const EQUAL: u32 = 0;
+/// Of the protocol in an IPv4 header (RFC 791), of the next header in one of IPv6 (RFC 8200).
+const PROTOCOL_AT: u32 = 9;
+const NEXT_HEADER_AT: u32 = 6;
 /// A rule has 128 expressions at most, and a condition is two.
 const GATES_MAX: usize = 64;
 /// As many rules as a listing may hold.
@@ -88,7 +91,13 @@ pub(super) fn decode(payload: &[u8], out: &mut Vec<Rule>) -> Result<(), NetlinkE
         return Err(NetlinkError::Truncated("a rule"));
     };
     let Some(family) = family_of(family) else { return Ok(()) };
-    let (mut table, mut chain, mut handle, mut reading) = (None, None, None, Reading::default());
+    let (mut table, mut chain, mut handle) = (None, None, None);
+    let next_header = match family {
+        TableFamily::Ip => Some(PROTOCOL_AT),
+        TableFamily::Ip6 => Some(NEXT_HEADER_AT),
+        _ => None,
+    };
+    let mut reading = Reading { next_header, ..Reading::default() };
     for attribute in attributes(body) {
         let (kind, value) = attribute?;
         match kind {
@@ -132,6 +141,8 @@ struct Reading {
     held: Held,
     /// Of the expression before: what it loaded, and into which register.
     loaded: Option<(Key, u32)>,
+    /// Where the network header says what comes next, once it is known of which family that is.
+    next_header: Option<u32>,
 }
 
 impl Reading {
@@ -152,13 +163,20 @@ impl Reading {
             b"reject\0" => self.held.rejects = true,
             b"meta\0" => self.loaded = self.load(data()?, META_FROM, meta)?,
             b"ct\0" => self.loaded = self.load(data()?, CT_FROM, conntrack)?,
-            b"payload\0" => self.loaded = header(data()?)?,
+            b"payload\0" => self.loaded = header(data()?, self.next_header)?,
             b"cmp\0" => {
                 if let Some((key, register)) = loaded
                     && let Some(value) = compared(data()?, key, register)?
                 {
                     if self.held.gates.len() >= GATES_MAX {
                         return Err(NetlinkError::Malformed("too many conditions in one rule"));
+                    }
+                    match (key, value) {
+                        (Key::Family, 2) | (Key::Protocol, 0x0800) => self.next_header = Some(PROTOCOL_AT),
+                        (Key::Family, 10) | (Key::Protocol, 0x86dd) => {
+                            self.next_header = Some(NEXT_HEADER_AT)
+                        }
+                        _ => {}
                     }
                     self.held.gates.push(Gate { key, value, after: self.held.sets });
                 }
@@ -212,8 +230,9 @@ fn conntrack(key: u32) -> Option<Key> {
     })
 }
 
-/// The fields that say what comes next: of Ethernet, IPv4 and IPv6.
-fn header(data: &[u8]) -> Result<Option<(Key, u32)>, NetlinkError> {
+/// The fields that say what comes next: of Ethernet, and of the network header at this place; other bytes there
+/// (flags, addresses) are asked for by `@nh` and mean something else.
+fn header(data: &[u8], next_header: Option<u32>) -> Result<Option<(Key, u32)>, NetlinkError> {
     let (mut to, mut place) = (None, [None; 3]);
     for attribute in attributes(data) {
         match attribute? {
@@ -227,7 +246,7 @@ fn header(data: &[u8]) -> Result<Option<(Key, u32)>, NetlinkError> {
     // NFT_PAYLOAD_{LL, NETWORK}_HEADER.
     let key = match place {
         [Some(0), Some(12), Some(2)] => Some(Key::Protocol),
-        [Some(1), Some(9) | Some(6), Some(1)] => Some(Key::L4proto),
+        [Some(1), at, Some(1)] if at.is_some() && at == next_header => Some(Key::L4proto),
         _ => None,
     };
     Ok(key.zip(to))
@@ -280,7 +299,7 @@ fn part(target: bool, data: &[u8]) -> Result<Part, NetlinkError> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::netlink::replay;
+    use super::super::netlink::{self, replay};
     use super::*;
     use crate::ruleset::{decode, render};
 
@@ -313,6 +332,19 @@ mod tests {
             }
         }
         out
+    }
+
+    #[test]
+    fn other_bytes_of_a_header_are_not_taken_for_its_protocol() {
+        let asks = |at: u32, known| {
+            let fields = [(LOAD_TO, 1), (PAYLOAD_BASE, 1), (PAYLOAD_OFFSET, at), (PAYLOAD_LENGTH, 1)];
+            let data = fields.map(|(kind, value)| netlink::attribute(kind, &u32::to_be_bytes(value)));
+            header(&data.concat(), known).expect("whole").is_some()
+        };
+        let known = [None, Some(PROTOCOL_AT), Some(NEXT_HEADER_AT)];
+        assert_eq!(known.map(|known| asks(9, known)), [false, true, false]);
+        // Of IPv4 the flags.
+        assert_eq!(known.map(|known| asks(6, known)), [false, false, true]);
     }
 
     #[test]
