@@ -56,10 +56,13 @@ fn family(address: IpAddr) -> &'static str {
 pub fn started(lab: &Lab, more: &str) -> Daemon {
     let daemon = lab.spoke.daemon(&(plain_policy(lab) + more)).unwrap();
     // Which of the drops during an audit were probes is known after it.
-    wait_until(3 * LONG, "the first audit", || {
+    let audited = wait_until(3 * LONG, "the first audit", || {
         fresh(&lab.hub).contains("spokeguard_audit_age_seconds").then_some(())
-    })
-    .unwrap();
+    });
+    if let Err(error) = audited {
+        let status = lab.spoke.spokeguard(&daemon.arguments(&["status"])).unwrap();
+        panic!("{error:#}\n{}\n{}", status.all(), daemon.running.log());
+    }
     daemon
 }
 

@@ -83,7 +83,7 @@ fn places(socket: &mut Netlink, table: Option<&str>) -> anyhow::Result<Vec<Place
 
 fn are_empty(socket: &mut Netlink, sets: &[Place]) -> anyhow::Result<bool> {
     for set in sets {
-        if !elements(socket, set, |_, out| out.push(()))?.is_empty() {
+        if !elements(socket, set, |_| Ok(()))?.is_empty() {
             return Ok(false);
         }
     }
@@ -105,7 +105,7 @@ impl Lists {
                 let Some(place) = self.plain.iter().find(of) else { continue };
                 // Declared in words that we don't read, such as `typeof`.
                 let Some(family) = lists::family(set) else { return Ok(false) };
-                let found = elements(&mut self.socket, place, |border, out| out.push(border))?;
+                let found = elements(&mut self.socket, place, border)?;
                 let interval = set.flags.iter().any(|flag| flag == "interval");
                 let borders: Option<Vec<Border>> = found.into_iter().collect();
                 match borders.and_then(|borders| lists::elements(family, interval, borders)) {
@@ -118,18 +118,42 @@ impl Lists {
     }
 }
 
+/// What `each` makes of the keys in a set of a table of the family inet. nft itself takes a hundred megabytes to list
+/// 65,536 elements.
+pub(super) fn keys<T>(
+    table: &str,
+    set: &str,
+    each: impl Fn(&[u8]) -> Result<T, NetlinkError>,
+) -> anyhow::Result<Vec<T>> {
+    let mut socket = Netlink::open(NETLINK_NETFILTER)?;
+    let place = Place {
+        family: TableFamily::Inet,
+        number: NFPROTO_INET,
+        table: table.to_owned(),
+        set: set.to_owned(),
+        plain: false,
+    };
+    elements(&mut socket, &place, |element| {
+        let key = key(element)?.ok_or(NetlinkError::Malformed("an element without its key"))?;
+        each(key)
+    })
+}
+
 /// What `each` makes of the elements of a set.
 fn elements<T>(
     socket: &mut Netlink,
     place: &Place,
-    each: impl Fn(Option<Border>, &mut Vec<T>),
+    each: impl Fn(&[u8]) -> Result<T, NetlinkError>,
 ) -> anyhow::Result<Vec<T>> {
     let ask = request(place.number, &[(TABLE, &place.table), (NAME, &place.set)]);
     let found = socket.dump(GET_ELEMENTS, &ask, |payload, out| {
         if out.len() > BORDERS_MAX {
             return Ok(());
         }
-        decode(payload, |border| each(border, out))
+        decode(payload, |element| {
+            out.push(each(element)?);
+            Ok(())
+        })
     });
     found.with_context(|| format!("read what is in set {}", crate::terms::printable(&place.set, 64)))
 }
@@ -175,38 +199,50 @@ fn place(payload: &[u8], out: &mut Vec<Place>) -> Result<(), NetlinkError> {
     Ok(())
 }
 
-/// The elements in one message; `None` for one that is no border.
-fn decode(payload: &[u8], mut each: impl FnMut(Option<Border>)) -> Result<(), NetlinkError> {
+/// The elements in one message.
+pub(super) fn decode(
+    payload: &[u8],
+    mut each: impl FnMut(&[u8]) -> Result<(), NetlinkError>,
+) -> Result<(), NetlinkError> {
     let body = payload.get(4..).ok_or(NetlinkError::Truncated("elements of a set"))?;
     for attribute in attributes(body) {
         let (ELEMENTS, list) = attribute? else { continue };
         for element in attributes(list) {
             if let (ELEMENT, element) = element? {
-                each(border(element)?);
+                each(element)?;
             }
         }
     }
     Ok(())
 }
 
+/// The key of an element.
+pub(super) fn key(element: &[u8]) -> Result<Option<&[u8]>, NetlinkError> {
+    let mut key = None;
+    for attribute in attributes(element) {
+        let (KEY, data) = attribute? else { continue };
+        for value in attributes(data) {
+            if let (VALUE, value) = value? {
+                key = Some(value);
+            }
+        }
+    }
+    Ok(key)
+}
+
+/// `None` for an element that is no border.
 fn border(element: &[u8]) -> Result<Option<Border>, NetlinkError> {
-    let (mut key, mut flags) = (None, 0);
+    let mut flags = 0;
     for attribute in attributes(element) {
         match attribute? {
-            (KEY, data) => {
-                for value in attributes(data) {
-                    if let (VALUE, value) = value? {
-                        key = bits(value);
-                    }
-                }
-            }
             (ELEMENT_FLAGS, value) => flags = be32(value)?,
             (KEY_END, _) => return Ok(None),
             _ => {}
         }
     }
     // Others, such as "whatever else" (NFT_SET_ELEM_CATCHALL), say more than an address.
-    Ok(key
+    Ok(key(element)?
+        .and_then(bits)
         .filter(|_| flags & !INTERVAL_END == 0)
         .map(|key| Border { key, begins: flags & INTERVAL_END == 0 }))
 }
@@ -246,7 +282,11 @@ mod tests {
 
     fn borders(payload: &[u8]) -> Result<Vec<Option<Border>>, NetlinkError> {
         let mut out = Vec::new();
-        decode(payload, |border| out.push(border)).map(|()| out)
+        decode(payload, |element| {
+            out.push(border(element)?);
+            Ok(())
+        })
+        .map(|()| out)
     }
 
     #[test]

@@ -238,7 +238,7 @@ pub fn sweep_by(
         let place = if request.mode == Mode::Verdict { Place::Verdict } else { Place::Answers };
         let hooked = offsets.and_then(|_| known(programs.hook(family, place)));
         for (proto, origin, shape) in shapes {
-            let tables = if hooked.is_some() { None } else { Some(Tables::put(&shape.order)?) };
+            let tables = if hooked.is_some() { None } else { Some(Tables::put(&shape.order, false)?) };
             let care = request.care.iter().find(|care| (care.address, care.proto) == (shape.to, proto));
             let mut run =
                 Run { request, programs: &mut programs, tables, shape, proto, care, front: front.as_ref() };

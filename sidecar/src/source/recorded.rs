@@ -9,7 +9,8 @@ use super::netlink::{NetlinkError, replay};
 use super::probe::keeper::Unfinished;
 use super::scan::packets::Flow;
 use super::{
-    bpf, evidence, flows, legacy, links, listeners, nft_counters, nft_events, nft_unlisted, outside,
+    bpf, evidence, flows, legacy, links, listeners, nft_counters, nft_events, nft_lists, nft_unlisted,
+    outside,
 };
 use super::{owners, probe, sshd, tailscale, wireguard};
 use crate::observed::Backend;
@@ -128,16 +129,20 @@ fn scan_answers(packet: &[u8]) -> bool {
     flows.filter(|flow| flow.hear(packet, |_, _| 0).is_some()).count() > 0
 }
 
-fn audit_tables(json: &[u8]) -> bool {
-    let Ok(elements) = probe::tables::elements(json) else { return false };
-    let order = |proto| Order { head: 7, proto, ..Order::default() };
+fn audit_tables(reply: &[u8]) -> bool {
+    let key = |payload: &[u8], out: &mut Vec<Vec<u8>>| {
+        nft_lists::decode(payload, |element| {
+            out.extend(nft_lists::key(element)?.map(<[u8]>::to_vec));
+            Ok(())
+        })
+    };
+    let Ok(keys) = replay(reply, key) else { return false };
+    let order = |proto| [0, 1].map(|family| Order { head: 7, proto, family, ..Order::default() });
     let all = [ends::LOCAL, ends::FORWARD, ends::RESET, ends::UNREACHABLE, ends::ANSWERED];
-    let kinds = all.into_iter().flat_map(|end| [6, 17].map(|proto| (end, order(proto))));
+    let kinds =
+        all.into_iter().flat_map(|end| [6, 17].into_iter().flat_map(order).map(move |order| (end, order)));
     let read = kinds.flat_map(|(end, order)| {
-        elements
-            .iter()
-            .filter_map(move |element| probe::tables::decode(&order, end, element))
-            .collect::<Vec<_>>()
+        keys.iter().filter_map(move |key| probe::tables::decode(&order, probe::tables::Says::Ends(end), key))
     });
     read.count() > 0
 }

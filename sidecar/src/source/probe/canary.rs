@@ -198,7 +198,7 @@ impl Aim<'_> {
         let shape = self.shape(order);
         self.programs.traces.set(u32::from(port.get()), Trace::default());
         self.programs.orders.set(0, shape.order);
-        let tables = if self.sensed { None } else { Some(Tables::put(&shape.order)?) };
+        let tables = if self.sensed { None } else { Some(Tables::put(&shape.order, true)?) };
         inject(&mut self.programs.lanes[0], &shape, &vec![port; usize::from(frames)], kind)
             .with_context(|| format!("inject a canary into {}", self.target.link.name))?;
         let deadline = Instant::now() + ARRIVAL;
@@ -208,20 +208,12 @@ impl Aim<'_> {
         // Seen on one CPU, and maybe still on its way there.
         settle();
         if let Some(tables) = &tables {
-            let arrivals = self.trace(port).arrivals;
             tables.read(&shape.order, &mut self.programs.traces)?;
-            let found = self.trace(port);
-            self.programs.traces.set(u32::from(port.get()), Trace { arrivals, ..found });
         }
         let trace = self.trace(port);
         let there = |bit| trace.stages & bit != 0;
         let through = matches!(trace.end, ends::LOCAL | ends::FORWARD | ends::ANSWERED | ends::TAKEN);
-        let table = if self.sensed {
-            Crossing { reached: there(stages::TO_TABLE), passed: there(stages::PAST_TABLE) }
-        } else {
-            // Nothing says whether it was our table or another that let it go no further.
-            Crossing { reached: !through, passed: through }
-        };
+        let table = Crossing { reached: there(stages::TO_TABLE), passed: there(stages::PAST_TABLE) };
         Ok(Flight { sent: frames, arrived: trace.arrivals, table, through, ..self.blank(proto, port) })
     }
 

@@ -6,16 +6,16 @@
 
 use std::fmt::Write as _;
 use std::io::{Read as _, Write as _};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
-use serde::Deserialize;
-use sidecar_ebpf::sweep::{Order, Trace, canary, ends};
+use sidecar_ebpf::sweep::{Order, Trace, canary, ends, stages};
 
-use super::super::nft;
-use crate::desired::PROBE_PRIORITY;
+use super::super::netlink::{NetlinkError, array_at};
+use super::super::{nft, nft_lists};
+use crate::desired::{PRIORITY as OURS, PROBE_PRIORITY};
 use crate::sys::probe::Mapped;
 
 /// The audit's own, for as long as one sweep takes.
@@ -30,7 +30,8 @@ const READY: Duration = Duration::from_secs(10);
 pub struct Tables(Child);
 
 impl Tables {
-    pub fn put(order: &Order) -> anyhow::Result<Self> {
+    /// `around`: with sensors on both sides of our table, too.
+    pub fn put(order: &Order, around: bool) -> anyhow::Result<Self> {
         let child = Command::new(nft::program()?)
             .arg("-i")
             // Where it would keep a history of what it is told.
@@ -41,7 +42,7 @@ impl Tables {
             .spawn()
             .context("start nft")?;
         let mut tables = Self(child);
-        let script = script(order);
+        let script = script(order, around);
         let stdin = tables.0.stdin.as_mut().context("nft has no standard input")?;
         stdin.write_all(script.as_bytes()).and_then(|()| stdin.flush()).context("feed nft")?;
         let deadline = Instant::now() + READY;
@@ -60,13 +61,13 @@ impl Tables {
 
     /// Writes what the sets hold into the traces.
     pub fn read(&self, order: &Order, traces: &mut Mapped<Trace>) -> anyhow::Result<()> {
-        for (set, end) in SETS {
-            let json = nft::listing(&["-j", "list", "set", "inet", TABLE, set])?;
-            for element in elements(&json).with_context(|| format!("read the set {set}"))? {
-                let (port, found) = decode(order, end, &element)
-                    .with_context(|| format!("read an element of the set {set}"))?;
-                let seen = traces.get(u32::from(port)).unwrap_or_default().seen;
-                traces.set(u32::from(port), Trace { seen, ..found });
+        for (set, says) in SETS {
+            let keys = nft_lists::keys(TABLE, set, |key| {
+                decode(order, says, key).ok_or(NetlinkError::Malformed("an element of another form"))
+            })?;
+            for (port, found) in keys {
+                let before = traces.get(u32::from(port)).unwrap_or_default();
+                traces.set(u32::from(port), joined(before, found));
             }
         }
         Ok(())
@@ -93,16 +94,35 @@ impl Drop for Tables {
     }
 }
 
-const SETS: [(&str, u8); 5] = [
-    ("unreachable", ends::UNREACHABLE),
-    ("was_reset", ends::RESET),
-    ("answered", ends::ANSWERED),
-    ("forwarded", ends::FORWARD),
-    ("delivered", ends::LOCAL),
+/// What it says of a probe that it is in a set.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(in crate::source) enum Says {
+    /// One of [`ends`].
+    Ends(u8),
+    /// One of [`stages`].
+    Was(u8),
+}
+
+/// The later the set, the later a probe gets there.
+const SETS: [(&str, Says); 7] = [
+    ("to_table", Says::Was(stages::TO_TABLE)),
+    ("past_table", Says::Was(stages::PAST_TABLE)),
+    ("unreachable", Says::Ends(ends::UNREACHABLE)),
+    ("was_reset", Says::Ends(ends::RESET)),
+    ("answered", Says::Ends(ends::ANSWERED)),
+    ("forwarded", Says::Ends(ends::FORWARD)),
+    ("delivered", Says::Ends(ends::LOCAL)),
 ];
 
+/// What is known of a probe and what a set adds.
+fn joined(before: Trace, found: Trace) -> Trace {
+    let stages = before.stages | found.stages;
+    let last = if found.end == ends::NONE { before } else { found };
+    Trace { seen: before.seen, arrivals: before.arrivals, stages, ..last }
+}
+
 /// As the programs do it; `@th,OFFSET,BITS` are the words of [`Order::words_at`].
-fn script(order: &Order) -> String {
+fn script(order: &Order, around: bool) -> String {
     let ipv4 = order.is_ipv4();
     let (family, ip, icmp, inner) =
         if ipv4 { ("ipv4", "ip", "icmp", 8 + 20) } else { ("ipv6", "ip6", "icmpv6", 8 + 40) };
@@ -120,6 +140,8 @@ fn script(order: &Order) -> String {
         ("was_reset", "@th,80,16".to_owned()),
         ("answered", if order.proto == 6 { "@th,80,16".to_owned() } else { "udp sport".to_owned() }),
         ("unreachable", format!("{} . @th,0,16", own(inner))),
+        ("to_table", own(0)),
+        ("past_table", own(0)),
     ];
     for (name, kind) in &sets {
         let _ = writeln!(text, "add set inet {TABLE} {name} {{ typeof {kind}; size 65536; flags dynamic; }}");
@@ -139,6 +161,17 @@ fn script(order: &Order) -> String {
     if order.canary & canary::PLAIN == 0 {
         // Our rules are told, also where none of our programs stands on the device.
         let _ = writeln!(text, "add rule inet {TABLE} arrived {mine} meta priority set {PROBE_PRIORITY}");
+    }
+    if around {
+        for (side, priority, (set, key)) in [("to", OURS - 1, &sets[5]), ("past", OURS + 1, &sets[6])] {
+            for hook in ["input", "forward"] {
+                let _ = writeln!(
+                    text,
+                    "add chain inet {TABLE} {side}_{hook} {{ type filter hook {hook} priority {priority}; }}\n\
+                     add rule inet {TABLE} {side}_{hook} {mine} add @{set} {{ {key} }}"
+                );
+            }
+        }
     }
     let mut rule = |chain: &str, rule: &str| {
         let _ = writeln!(text, "add rule inet {TABLE} {chain} meta nfproto {family} {rule} drop");
@@ -171,109 +204,88 @@ fn script(order: &Order) -> String {
     text
 }
 
-/// One element of a set: a single value, or several that belong together.
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
-pub(in crate::source) enum Element {
-    Together { concat: Vec<Value> },
-    Single(Value),
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
-pub(in crate::source) enum Value {
-    Number(u64),
-    Text(String),
-}
-
-pub(in crate::source) fn elements(json: &[u8]) -> anyhow::Result<Vec<Element>> {
-    #[derive(Deserialize)]
-    struct Listing {
-        nftables: Vec<Object>,
-    }
-    #[derive(Deserialize)]
-    struct Object {
-        set: Option<Set>,
-    }
-    #[derive(Deserialize)]
-    struct Set {
-        #[serde(default)]
-        elem: Vec<Element>,
-    }
-    let listing: Listing = serde_json::from_slice(json)?;
-    Ok(listing.nftables.into_iter().filter_map(|object| object.set).flat_map(|set| set.elem).collect())
-}
-
-pub(in crate::source) fn decode(order: &Order, end: u8, element: &Element) -> Option<(u16, Trace)> {
-    let values = match element {
-        Element::Together { concat } => concat.as_slice(),
-        Element::Single(value) => std::slice::from_ref(value),
+/// The key of an element: one word, or several that belong together, each filled up to four bytes.
+pub(in crate::source) fn decode(order: &Order, says: Says, key: &[u8]) -> Option<(u16, Trace)> {
+    let word = |at| array_at(key, at).map(u16::from_be_bytes);
+    let port = |word: u16| word ^ order.head as u16;
+    let first = word(0)?;
+    let end = match says {
+        Says::Was(stages) => return Some((port(first), Trace { stages, ..Trace::default() })),
+        Says::Ends(end) => end,
     };
     let mut trace = Trace { end, ..Trace::default() };
-    let port = |word: u16| word ^ order.head as u16;
-    let first = number(values.first()?)?;
-    match (end, &values[1..]) {
-        (ends::LOCAL | ends::FORWARD, [Value::Text(address), to]) => {
-            match address.parse().ok()? {
-                IpAddr::V4(address) => trace.address[..4].copy_from_slice(&address.octets()),
-                IpAddr::V6(address) => trace.address = address.octets(),
-            }
-            trace.port = number(to)?;
-            Some((port(first), trace))
+    let port = match end {
+        ends::LOCAL | ends::FORWARD => {
+            let address = key.get(4..key.len().checked_sub(4)?)?;
+            let expected = if order.is_ipv4() { 4 } else { 16 };
+            trace.address.get_mut(..expected).filter(|_| address.len() == expected)?.copy_from_slice(address);
+            trace.port = word(4 + expected)?;
+            port(first)
         }
-        // Type and code in one number; by themselves nft would print them as names.
-        (ends::UNREACHABLE, [both]) => {
-            [trace.icmp_type, trace.icmp_code] = number(both)?.to_be_bytes();
-            Some((port(first), trace))
+        // Type and code in one word; by themselves nft would write them as names.
+        ends::UNREACHABLE => {
+            [trace.icmp_type, trace.icmp_code] = array_at(key, 4)?;
+            port(first)
         }
         // One more than the sequence number; its lower half is never all ones, since no
         // probe is for port 0.
-        (ends::RESET, []) => Some((port(first.wrapping_sub(1)), trace)),
-        (ends::ANSWERED, []) if order.proto == 6 => Some((port(first.wrapping_sub(1)), trace)),
-        (ends::ANSWERED, []) => Some((first, trace)),
-        _ => None,
-    }
-}
-
-fn number(value: &Value) -> Option<u16> {
-    match value {
-        Value::Number(number) => u16::try_from(*number).ok(),
-        Value::Text(text) => text.parse().ok(),
-    }
+        ends::RESET => port(first.wrapping_sub(1)),
+        ends::ANSWERED if order.proto == 6 => port(first.wrapping_sub(1)),
+        ends::ANSWERED => first,
+        _ => return None,
+    };
+    Some((port, trace))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn found(end: u8, json: &str) -> Option<(u16, Trace)> {
+    fn found(end: u8, key: &[u8]) -> Option<(u16, Trace)> {
         let order = Order { head: 0x1234_ffff, proto: 6, ..Order::default() };
-        let element = serde_json::from_str(json).expect("an element");
-        decode(&order, end, &element)
+        decode(&order, Says::Ends(end), key)
     }
 
     #[test]
     fn elements_say_which_port_was_probed_and_what_became_of_it() {
-        let (port, trace) = found(ends::LOCAL, r#"{"concat":[57455,"198.51.100.7",80]}"#).expect("one");
+        let key = [0xe0, 0x6f, 0, 0, 198, 51, 100, 7, 0, 80, 0, 0];
+        let (port, trace) = found(ends::LOCAL, &key).expect("one");
         assert_eq!((port, trace.port, &trace.address[..4]), (8080, 80, &[198, 51, 100, 7][..]));
+        let key: Vec<u8> = [&[0xe0, 0x6f, 0, 0][..], &[7; 16], &[0, 80, 0, 0]].concat();
+        assert_eq!(found(ends::LOCAL, &key), None, "an address of the other family");
+        let order = Order { head: 0x1234_ffff, proto: 17, family: 1, ..Order::default() };
+        let (port, trace) = decode(&order, Says::Ends(ends::FORWARD), &key).expect("one");
+        assert_eq!((port, trace.port, trace.address), (8080, 80, [7; 16]));
         // 65535 ^ 443 is the sequence number, and the answer's is one more.
-        assert_eq!(found(ends::RESET, "65093").expect("one").0, 443);
-        let (port, trace) = found(ends::UNREACHABLE, r#"{"concat":[65092,781]}"#).expect("one");
+        assert_eq!(found(ends::RESET, &65093u16.to_be_bytes()).expect("one").0, 443);
+        assert_eq!(decode(&order, Says::Ends(ends::ANSWERED), &[1, 187]).expect("one").0, 443);
+        let (port, trace) = found(ends::UNREACHABLE, &[0xfe, 0x44, 0, 0, 3, 13, 0, 0]).expect("one");
         assert_eq!((port, trace.icmp_type, trace.icmp_code), (443, 3, 13));
     }
 
     #[test]
     fn what_is_no_element_of_ours_is_refused() {
-        for (end, json) in [
-            (ends::LOCAL, "5"),
-            (ends::LOCAL, r#"{"concat":[1,"nowhere",80]}"#),
-            (ends::LOCAL, r#"{"concat":[1,"::1",70000]}"#),
-            (ends::LOCAL, r#"{"concat":[]}"#),
-            (ends::RESET, r#"{"concat":[1,2]}"#),
-            (ends::UNREACHABLE, r#"{"concat":[1,65536]}"#),
+        for (end, key) in [
+            (ends::LOCAL, &[1, 2, 0, 0][..]),
+            (ends::LOCAL, &[1, 2, 0, 0, 198, 51, 100, 7]),
+            (ends::LOCAL, &[1, 2, 0, 0, 198, 51, 100, 7, 0]),
+            (ends::LOCAL, &[]),
+            (ends::RESET, &[1]),
+            (ends::UNREACHABLE, &[1, 2, 0, 0, 3]),
+            (ends::NONE, &[1, 2]),
         ] {
-            assert_eq!(found(end, json), None, "{json}");
+            assert_eq!(found(end, key), None, "{key:?}");
         }
+    }
+
+    #[test]
+    fn where_a_probe_was_does_not_hide_where_it_ended() {
+        let seen = Trace { seen: 1, arrivals: 3, ..Trace::default() };
+        let was = |stages| Trace { stages, ..Trace::default() };
+        let end = Trace { end: ends::LOCAL, port: 80, ..Trace::default() };
+        let all = [was(stages::TO_TABLE), end, was(stages::PAST_TABLE)].into_iter().fold(seen, joined);
+        let both = stages::TO_TABLE | stages::PAST_TABLE;
+        assert_eq!(all, Trace { seen: 1, arrivals: 3, stages: both, ..end });
     }
 
     #[test]
@@ -281,17 +293,23 @@ mod tests {
         for proto in [6, 17] {
             for family in [0, 1] {
                 for reply in [0, 1] {
-                    let text = script(&Order { head: 0xffff, proto, family, reply, ..Order::default() });
+                    let order = Order { head: 0xffff, proto, family, reply, ..Order::default() };
+                    let (text, around) = (script(&order, false), script(&order, true));
                     for (set, _) in SETS {
                         assert!(text.contains(&format!("add set inet {TABLE} {set} ")), "{set}: {text}");
                     }
                     assert_eq!(text.contains("delivered meta"), reply == 0, "{text}");
                     assert!(text.contains("flags owner") && text.ends_with(" ready\n"), "{text}");
                     assert_eq!(text.matches("meta priority set 7370:6f6b").count(), 1, "{text}");
+                    assert_eq!(
+                        (text.matches("_table {").count(), around.matches("_table {").count()),
+                        (2, 6)
+                    );
                 }
             }
         }
-        let plain = script(&Order { head: 0xffff, proto: 6, canary: canary::PLAIN, ..Order::default() });
+        let plain =
+            script(&Order { head: 0xffff, proto: 6, canary: canary::PLAIN, ..Order::default() }, false);
         assert!(!plain.contains("priority set"), "{plain}");
     }
 }
