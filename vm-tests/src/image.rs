@@ -123,7 +123,7 @@ const NOT_MODULES: &[&str] =
 pub struct Kernel {
     pub vmlinuz: PathBuf,
     pub modules: PathBuf,
-    /// As the package's name has it: `6.12.117+deb12-cloud-amd64`.
+    /// As `uname -r` says it: `6.12.117+deb12-cloud-amd64`.
     pub release: String,
 }
 
@@ -134,26 +134,32 @@ pub(crate) fn folder() -> PathBuf {
 
 /// A kernel and its modules, downloaded and prepared when they are not there yet.
 pub fn kernel(arch: Arch, series: &str) -> Result<Kernel> {
-    let package = packages::kernel(arch, series)?;
-    let release = package.name().trim_start_matches("linux-image-").to_owned();
-    let name = format!("kernel-{}-{series}-{}", arch.name(), key(RECIPE, std::slice::from_ref(&package)));
+    let offer = packages::kernel(arch, series)?;
+    let name = format!("kernel-{}-{series}-{}", arch.name(), key(RECIPE, &offer.packages));
     let (vmlinuz, modules) =
         (folder().join(format!("{name}.vmlinuz")), folder().join(format!("{name}.cpio")));
     if !vmlinuz.is_file() || !modules.is_file() {
-        println!("vm: prepare the kernel {release}");
-        let files = packages::download(&[package], arch, &folder().join("packages"))?;
+        println!("vm: prepare the kernel {}", offer.release);
         let scratch = Scratch::new(&name)?;
         let unpacked = scratch.0.join("package");
-        packages::unpack(&files[0], &unpacked)?;
-        write(&chosen_modules(&unpacked, &scratch.0.join("modules"), &release)?, &modules)?;
-        let image = unpacked.join(format!("boot/vmlinuz-{release}"));
+        for file in offer.download(arch, &folder().join("packages"))? {
+            packages::unpack(&file, &unpacked)?;
+        }
+        // Also where a kernel's package has followed the move to /usr.
+        let folder = ["lib", "usr/lib"].map(|lib| unpacked.join(lib).join("modules").join(&offer.release));
+        let folder = folder.into_iter().find(|path| path.is_dir());
+        let folder = folder.with_context(|| format!("no modules of {} in its packages", offer.release))?;
+        write(&chosen_modules(&folder, &scratch.0.join("modules"), &offer.release)?, &modules)?;
+        let images = [unpacked.join(format!("boot/vmlinuz-{}", offer.release)), folder.join("vmlinuz")];
+        let image = images.iter().find(|path| path.is_file());
+        let image = image.with_context(|| format!("no kernel in the packages of {}", offer.release))?;
         // At once, and only when all of it is there.
         let half = vmlinuz.with_extension("half");
-        fs::copy(&image, &half).with_context(|| format!("copy {}", image.display()))?;
+        fs::copy(image, &half).with_context(|| format!("copy {}", image.display()))?;
         fs::rename(&half, &vmlinuz).with_context(|| format!("name {}", vmlinuz.display()))?;
         forget(&format!("kernel-{}-{series}-", arch.name()), &name)?;
     }
-    Ok(Kernel { vmlinuz, modules, release })
+    Ok(Kernel { vmlinuz, modules, release: offer.release })
 }
 
 /// The root that all machines of an architecture share.
@@ -238,12 +244,8 @@ fn furnish(tree: &mut Tree, arch: Arch) {
 }
 
 /// The wanted modules with all that they need, as plain files: unpacking them is quicker here than inside.
-fn chosen_modules(package: &Path, scratch: &Path, release: &str) -> Result<Tree> {
-    // Also where a kernel's package has followed the move to /usr.
-    let folder = ["lib", "usr/lib"].map(|lib| package.join(lib).join("modules").join(release));
-    let from = folder.into_iter().find(|path| path.is_dir());
-    let from = from.with_context(|| format!("no modules of {release} in its package"))?;
-    said(Command::new("depmod").arg("-b").arg(from.ancestors().nth(3).unwrap_or(package)).arg(release))?;
+fn chosen_modules(from: &Path, scratch: &Path, release: &str) -> Result<Tree> {
+    said(Command::new("depmod").arg("-b").arg(from.ancestors().nth(3).unwrap_or(from)).arg(release))?;
     let dependencies = fs::read_to_string(from.join("modules.dep")).context("read modules.dep")?;
     let needs: BTreeMap<&str, Vec<&str>> = (dependencies.lines())
         .filter_map(|line| line.split_once(':'))

@@ -73,29 +73,110 @@ pub fn with_dependencies(arch: Arch, names: &[&str]) -> Result<Vec<Package>> {
     Ok(packages)
 }
 
-/// Debian's kernel of a series for virtual machines, such as `6.12`. The package that stands for the newest of a
-/// series changes its dependency with each update.
-pub fn kernel(arch: Arch, series: &str) -> Result<Package> {
+/// In place of a series: the newest kernel that Debian gives to users of its stable release, whatever its number.
+pub const NEWEST: &str = "newest";
+/// Debian's name for where that is, which moves on with its releases.
+const NEWEST_SUITE: &str = "stable-backports";
+
+/// A kernel on offer.
+pub struct Offer {
+    /// As `uname -r` says it: `6.12.117+deb12-cloud-amd64`.
+    pub release: String,
+    /// Its files are in one package, or in several (since 6.18).
+    pub packages: Vec<Package>,
+    archive: Archive,
+}
+
+impl Offer {
+    /// Downloads what is not in `folder` yet.
+    pub fn download(&self, arch: Arch, folder: &Path) -> Result<Vec<PathBuf>> {
+        download_from(&self.archive, &self.packages, arch, folder)
+    }
+}
+
+/// Debian's kernel of a series for virtual machines, such as `6.12`, or [`NEWEST`]. The package that stands for the
+/// newest of a series changes its dependency with each update.
+pub fn kernel(arch: Arch, series: &str) -> Result<Offer> {
     let arch_name = arch.name();
+    let newest = series == NEWEST;
+    let archive = if newest { Archive::newest(arch)? } else { Archive::default() };
     for meta in [format!("linux-image-{series}-cloud-{arch_name}"), format!("linux-image-cloud-{arch_name}")]
     {
-        let asked = said(Command::new("apt-cache").args(["depends", &format!("{meta}:{arch_name}")]));
-        let text = asked.unwrap_or_default();
-        let names = text.lines().filter_map(|line| line.trim().strip_prefix("Depends: "));
-        let image = names
-            .map(|name| name.split(':').next().unwrap_or(name))
-            .find(|name| name.strip_prefix("linux-image-").is_some_and(|rest| is_of(rest, series)));
+        let image = archive
+            .needs(arch, &meta)
+            .into_iter()
+            .find(|name| name.strip_prefix("linux-image-").is_some_and(|rest| newest || is_of(rest, series)));
         let Some(image) = image else { continue };
-        let mut command = apt_get(arch);
-        command.args(["--print-uris", "-qq", "download", &format!("{image}:{arch_name}")]);
-        let text = said(&mut command)?;
-        return text.lines().find_map(listed).with_context(|| format!("apt-get lists no file for {image}"));
+        let release = image.trim_start_matches("linux-image-").to_owned();
+        let mut names = archive.needs(arch, &image);
+        names.retain(|name| name.ends_with(&format!("-{release}")));
+        names.push(image);
+        let mut command = archive.apt_get(arch);
+        command.args(["--print-uris", "-qq", "download"]);
+        command.args(names.iter().map(|name| format!("{name}:{arch_name}")));
+        let packages: Vec<Package> = said(&mut command)?.lines().filter_map(listed).collect();
+        ensure!(packages.len() == names.len(), "apt-get lists no file for one of {}", names.join(", "));
+        return Ok(Offer { release, packages, archive });
     }
+    ensure!(!newest, "{NEWEST_SUITE} of Debian has no linux-image-cloud-{arch_name}");
     let foreign = if arch == Arch::HOST { "" } else { "dpkg --add-architecture arm64; " };
     bail!(
         "apt offers no kernel {series} for {arch_name}, which would be linux-image-{series}-cloud-{arch_name} \
          ({foreign}apt-get update?)"
     )
+}
+
+/// Where apt looks: as this machine is set up, or with lists of our own.
+#[derive(Default)]
+struct Archive {
+    options: Vec<String>,
+}
+
+impl Archive {
+    /// The same mirror of Debian that this machine uses, for one suite that it does not.
+    fn newest(arch: Arch) -> Result<Archive> {
+        let asked = "$(ORIGIN) $(COMPONENT) $(LABEL) $(REPO_URI)";
+        let listed = said(Command::new("apt-get").args(["indextargets", "--format", asked]))?;
+        let mirror = listed.lines().find_map(|line| line.strip_prefix("Debian main Debian "));
+        let mirror = mirror.context("apt has no lists of Debian's main archive (apt-get update?)")?;
+        let folder = crate::target().join("vm/newest").join(arch.name());
+        for part in ["lists/partial", "cache/archives/partial"] {
+            let path = folder.join(part);
+            fs::create_dir_all(&path).with_context(|| format!("create {}", path.display()))?;
+        }
+        let sources = folder.join("sources.list");
+        let keys = "/usr/share/keyrings/debian-archive-keyring.gpg";
+        let line = format!("deb [arch={} signed-by={keys}] {mirror} {NEWEST_SUITE} main\n", arch.name());
+        fs::write(&sources, line).with_context(|| format!("write {}", sources.display()))?;
+        let here = |option: &str, part: &str| format!("{option}={}", folder.join(part).display());
+        let options = vec![
+            here("Dir::Etc::sourcelist", "sources.list"),
+            "Dir::Etc::sourceparts=-".to_owned(),
+            here("Dir::State::lists", "lists"),
+            here("Dir::Cache", "cache"),
+            "Dir::State::status=/dev/null".to_owned(),
+            format!("APT::Architectures={}", arch.name()),
+        ];
+        let archive = Archive { options };
+        said(archive.apt_get(arch).args(["-qq", "update"]))?;
+        Ok(archive)
+    }
+
+    fn apt_get(&self, arch: Arch) -> Command {
+        let mut command = apt_get(arch);
+        command.args(self.options.iter().flat_map(|option| ["-o", option]));
+        command
+    }
+
+    /// What a package depends on, by name; nothing where there is no such package.
+    fn needs(&self, arch: Arch, name: &str) -> Vec<String> {
+        let mut command = Command::new("apt-cache");
+        command.args(self.options.iter().flat_map(|option| ["-o", option]));
+        command.args(["depends", "--important", &format!("{name}:{}", arch.name())]);
+        let text = said(&mut command).unwrap_or_default();
+        let names = text.lines().filter_map(|line| line.trim().strip_prefix("Depends: "));
+        names.map(|name| name.split(':').next().unwrap_or(name).to_owned()).collect()
+    }
 }
 
 fn is_of(version: &str, series: &str) -> bool {
@@ -113,6 +194,10 @@ fn listed(line: &str) -> Option<Package> {
 
 /// Downloads what is not in `folder` yet.
 pub fn download(packages: &[Package], arch: Arch, folder: &Path) -> Result<Vec<PathBuf>> {
+    download_from(&Archive::default(), packages, arch, folder)
+}
+
+fn download_from(from: &Archive, packages: &[Package], arch: Arch, folder: &Path) -> Result<Vec<PathBuf>> {
     fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
     let path = |package: &Package| folder.join(&package.file);
     let there = |package: &Package| fs::metadata(path(package)).is_ok_and(|meta| meta.len() == package.size);
@@ -120,7 +205,7 @@ pub fn download(packages: &[Package], arch: Arch, folder: &Path) -> Result<Vec<P
     if !missing.is_empty() {
         let megabytes = missing.iter().map(|package| package.size).sum::<u64>() / 1_000_000;
         println!("vm: download of {} packages, {megabytes} MB", missing.len());
-        let mut command = apt_get(arch);
+        let mut command = from.apt_get(arch);
         command.current_dir(folder).args(["-qq", "download"]);
         for package in &missing {
             command.arg(package.exact()?);

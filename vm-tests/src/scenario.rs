@@ -1,6 +1,6 @@
 //! What is run, on which machines.
 
-use crate::packages::Arch;
+use crate::packages::{Arch, NEWEST};
 
 /// What outlives each boot.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -59,7 +59,7 @@ impl Scenario {
 const USUAL: Scenario = Scenario {
     name: "",
     about: "",
-    kernels: &["6.1", "6.12"],
+    kernels: &["6.1", "6.12", NEWEST],
     quick: &[],
     arm64: &[],
     memory_mib: 1024,
@@ -75,13 +75,13 @@ pub const ALL: &[Scenario] = &[
     Scenario {
         name: "spoke",
         about: "The kernel's WireGuard: policy, keepalive, handshakes, scrape, ssh and audit beside nmap",
-        arm64: &["6.1", "6.12"],
+        arm64: &["6.1", "6.12", NEWEST],
         ..USUAL
     },
     Scenario {
         name: "boot-window",
         about: "From power-on a stranger knocks at a host with systemd: nothing answers that may not, with our program and without",
-        arm64: &["6.12"],
+        arm64: &["6.12", NEWEST],
         boots: 3,
         disk: Disk::Systemd,
         ..USUAL
@@ -89,7 +89,7 @@ pub const ALL: &[Scenario] = &[
     Scenario {
         name: "ssh-race",
         about: "The mesh comes a minute late, goes and comes again: sshd is there in five seconds, never in public",
-        kernels: &["6.12"],
+        kernels: &["6.12", NEWEST],
         boots: 3,
         disk: Disk::Systemd,
         ..USUAL
@@ -97,7 +97,7 @@ pub const ALL: &[Scenario] = &[
     Scenario {
         name: "package",
         about: "Our Debian package under systemd: installed, upgraded, removed, purged",
-        arm64: &["6.12"],
+        arm64: &["6.12", NEWEST],
         disk: Disk::Systemd,
         package: true,
         ..USUAL
@@ -105,14 +105,14 @@ pub const ALL: &[Scenario] = &[
     Scenario {
         name: "neighbours",
         about: "ufw and firewalld beside us under systemd: enabled, reloaded, restarted",
-        kernels: &["6.12"],
+        kernels: &["6.12", NEWEST],
         disk: Disk::Systemd,
         ..USUAL
     },
     Scenario {
         name: "lock-out",
         about: "A policy that shuts the hub out goes back: by itself, with all of ours killed, across a power cut",
-        arm64: &["6.1", "6.12"],
+        arm64: &["6.1", "6.12", NEWEST],
         boots: 2,
         disk: Disk::Empty,
         ..USUAL
@@ -136,14 +136,14 @@ pub const ALL: &[Scenario] = &[
         name: "no-features",
         about: "Without cgroup2, BTF or nf_tables: says so, does the rest, exit code 2",
         quick: &["6.1"],
-        arm64: &["6.1", "6.12"],
+        arm64: &["6.1", "6.12", NEWEST],
         ..USUAL
     },
     Scenario {
         name: "small",
         about: "MemoryMax=32M on 512 MB: minutes of a busy host, with memory, time and BPF memory in figures",
-        kernels: &["6.12"],
-        arm64: &["6.1", "6.12"],
+        kernels: &["6.12", NEWEST],
+        arm64: &["6.1", "6.12", NEWEST],
         memory_mib: SMALL_MIB,
         limit_s: 1800,
         disk: Disk::Empty,
