@@ -150,6 +150,14 @@ fn older_means_say_the_same() {
         }
     }
     lab.spoke.nft("flush ruleset").unwrap();
+    // Nothing is refused, and each port is remembered.
+    let [sweep] =
+        &older(&Request { ports: vec![1..=65535], ..request(&lab, &[SPOKE_PUBLIC], &[Proto::Udp]) })[..]
+    else {
+        panic!("one address, one protocol")
+    };
+    let delivered = sweep.fates.iter().filter(|(_, fate)| matches!(fate, Fate::Delivered { .. }));
+    assert_eq!((sweep.fates.len(), delivered.count()), (65_535, 65_535));
     let wire = capture(&lab.internet, "spoke0");
     let replies = Request {
         mode: Mode::Reply,

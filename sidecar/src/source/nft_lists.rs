@@ -83,7 +83,7 @@ fn places(socket: &mut Netlink, table: Option<&str>) -> anyhow::Result<Vec<Place
 
 fn are_empty(socket: &mut Netlink, sets: &[Place]) -> anyhow::Result<bool> {
     for set in sets {
-        if !elements(socket, set, |_| Ok(()))?.is_empty() {
+        if !elements(socket, set, 0, |_| Ok(()))?.is_empty() {
             return Ok(false);
         }
     }
@@ -105,7 +105,7 @@ impl Lists {
                 let Some(place) = self.plain.iter().find(of) else { continue };
                 // Declared in words that we don't read, such as `typeof`.
                 let Some(family) = lists::family(set) else { return Ok(false) };
-                let found = elements(&mut self.socket, place, border)?;
+                let found = elements(&mut self.socket, place, BORDERS_MAX, border)?;
                 let interval = set.flags.iter().any(|flag| flag == "interval");
                 let borders: Option<Vec<Border>> = found.into_iter().collect();
                 match borders.and_then(|borders| lists::elements(family, interval, borders)) {
@@ -118,11 +118,12 @@ impl Lists {
     }
 }
 
-/// What `each` makes of the keys in a set of a table of the family inet. nft itself takes a hundred megabytes to list
-/// 65,536 elements.
+/// What `each` makes of the keys in a set of a table of the family inet, of which there are `max`; more are an error.
+/// nft itself takes a hundred megabytes to list 65,536 elements.
 pub(super) fn keys<T>(
     table: &str,
     set: &str,
+    max: usize,
     each: impl Fn(&[u8]) -> Result<T, NetlinkError>,
 ) -> anyhow::Result<Vec<T>> {
     let mut socket = Netlink::open(NETLINK_NETFILTER)?;
@@ -133,21 +134,24 @@ pub(super) fn keys<T>(
         set: set.to_owned(),
         plain: false,
     };
-    elements(&mut socket, &place, |element| {
+    let found = elements(&mut socket, &place, max, |element| {
         let key = key(element)?.ok_or(NetlinkError::Malformed("an element without its key"))?;
         each(key)
-    })
+    })?;
+    anyhow::ensure!(found.len() <= max, "set {set} of table {table} has more than {max} elements");
+    Ok(found)
 }
 
-/// What `each` makes of the elements of a set.
+/// What `each` makes of the elements of a set; of more than `max`, some that are more than `max`.
 fn elements<T>(
     socket: &mut Netlink,
     place: &Place,
+    max: usize,
     each: impl Fn(&[u8]) -> Result<T, NetlinkError>,
 ) -> anyhow::Result<Vec<T>> {
     let ask = request(place.number, &[(TABLE, &place.table), (NAME, &place.set)]);
     let found = socket.dump(GET_ELEMENTS, &ask, |payload, out| {
-        if out.len() > BORDERS_MAX {
+        if out.len() > max {
             return Ok(());
         }
         decode(payload, |element| {

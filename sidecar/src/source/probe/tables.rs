@@ -24,6 +24,8 @@ pub const TABLE: &str = "spokeguard_audit";
 const PRIORITY: i32 = i32::MAX - 7;
 /// Before every chain of others, and still before conntrack.
 const FIRST: i32 = i32::MIN + 7;
+/// One for each port.
+const ELEMENTS: usize = 1 << 16;
 const READY: Duration = Duration::from_secs(10);
 
 /// The rules for one sweep; gone when dropped.
@@ -62,7 +64,7 @@ impl Tables {
     /// Writes what the sets hold into the traces.
     pub fn read(&self, order: &Order, traces: &mut Mapped<Trace>) -> anyhow::Result<()> {
         for (set, says) in SETS {
-            let keys = nft_lists::keys(TABLE, set, |key| {
+            let keys = nft_lists::keys(TABLE, set, ELEMENTS, |key| {
                 decode(order, says, key).ok_or(NetlinkError::Malformed("an element of another form"))
             })?;
             for (port, found) in keys {
@@ -144,7 +146,10 @@ fn script(order: &Order, around: bool) -> String {
         ("past_table", own(0)),
     ];
     for (name, kind) in &sets {
-        let _ = writeln!(text, "add set inet {TABLE} {name} {{ typeof {kind}; size 65536; flags dynamic; }}");
+        let _ = writeln!(
+            text,
+            "add set inet {TABLE} {name} {{ typeof {kind}; size {ELEMENTS}; flags dynamic; }}"
+        );
     }
     for (name, hook, priority) in [
         ("arrived", "prerouting", FIRST),
