@@ -31,7 +31,7 @@ fn command() -> Command {
     Command::new("cargo xtask vm")
         .about("Boots real kernels under QEMU and runs scenarios inside\n\nExample: cargo xtask vm spoke --kernel 6.1")
         .arg(Arg::new("name").num_args(0..).help("Scenarios [default: all of them]"))
-        .arg(Arg::new("kernel").long("kernel").help("Only this series, such as 6.12"))
+        .arg(Arg::new("kernel").long("kernel").help("Only this series, such as 6.12, or newest"))
         .arg(Arg::new("arch").long("arch").value_parser(["amd64", "arm64", "all"]).default_value("amd64"))
         .arg(Arg::new("filter").long("filter").action(ArgAction::Append).help("For `tests`: only these"))
         .arg(Arg::new("programs").long("programs").value_name("DIR").help("Programs and package of that architecture, built before"))
