@@ -32,6 +32,8 @@
           make {
             inherit pkgs system;
             toolchain = pkgs.rust-bin.stable."1.95.0".minimal.override { extensions = [ "rust-src" ]; };
+            # That compiler's LLVM (`rustc -vV`); nixpkgs' own compiler may have an older one.
+            bpf-linker = pkgs.bpf-linker.override { llvmPackagesForLinker = pkgs.llvmPackages_22; };
           }
         );
       module =
@@ -45,9 +47,14 @@
     in
     {
       packages = each (
-        { pkgs, toolchain, ... }:
         {
-          default = pkgs.callPackage ./nix-module/package.nix { inherit toolchain; };
+          pkgs,
+          toolchain,
+          bpf-linker,
+          ...
+        }:
+        {
+          default = pkgs.callPackage ./nix-module/package.nix { inherit bpf-linker toolchain; };
         }
       );
 
@@ -58,7 +65,12 @@
       nixosModules.default = module;
 
       devShells = each (
-        { pkgs, toolchain, ... }:
+        {
+          pkgs,
+          toolchain,
+          bpf-linker,
+          ...
+        }:
         {
           default = pkgs.mkShell {
             packages = [
@@ -69,7 +81,7 @@
                   "rustfmt"
                 ];
               })
-              pkgs.bpf-linker
+              bpf-linker
               pkgs.iproute2
               pkgs.nftables
               pkgs.nixfmt-tree

@@ -1,6 +1,8 @@
 # spokeguard's program. Its eBPF objects are built by a compiler that comes with the source of its
 # library (`toolchain`, such as rust-overlay's with the extension rust-src), or were built before
 # (`ebpfObjects`, a folder with the four *.bpf.o: they are the same for every architecture).
+# `bpf-linker` reads what that compiler writes: its LLVM must not be older than the compiler's, as
+# nixpkgs' may be (see flake.nix).
 {
   lib,
   stdenv,
@@ -47,13 +49,14 @@ platform.buildRustPackage {
     ];
   };
 
-  # The first of two files of one name is taken, which is our Cargo.lock.
+  # The first of two files of one name is taken, which is our Cargo.lock. The name is the folder's
+  # in the build, which Cargo's configuration of both looks for.
   cargoDeps =
     if ebpfObjects != null then
       locked
     else
       symlinkJoin {
-        name = "spokeguard-vendor";
+        name = "cargo-vendor-dir";
         paths = [
           locked
           library

@@ -522,6 +522,17 @@ fn the_flake_gives_what_its_users_expect() {
     let version = manifest["workspace"]["package"]["rust-version"].as_str().unwrap();
     let text = fs::read_to_string(root().join("flake.nix")).unwrap();
     assert!(text.contains(&format!("stable.\"{version}.0\"")), "rust-version is {version}");
+    // Both folders of crates are configured by this name, and no other is found.
+    assert_eq!(package["cargoDeps"], "/nix/store/stub-cargo-vendor-dir");
+    // A linker whose LLVM is older than the compiler's can't read what it writes.
+    let linker = "/nix/store/stub-bpf-linker-llvmPackages_22";
+    assert!(texts(&package["nativeBuildInputs"]).contains(&linker), "{package}");
+    assert!(texts(&flake["shell"]).contains(&linker), "{}", flake["shell"]);
+    let compiler = Command::new("rustc").arg("-vV").output().unwrap();
+    let compiler = String::from_utf8_lossy(&compiler.stdout);
+    if compiler.contains(&format!("release: {version}.")) {
+        assert!(compiler.contains("LLVM version: 22."), "flake.nix takes bpf-linker with LLVM 22: {compiler}");
+    }
 }
 
 const BEGIN: &str = "<!-- options: written by UPDATE_EXPECT=1 cargo xtask test -->\n";

@@ -130,6 +130,7 @@ in
           env
           nativeBuildInputs
           postInstall
+          cargoDeps
           meta
           ;
       };

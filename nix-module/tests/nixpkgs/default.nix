@@ -17,12 +17,16 @@ let
     importCargoLock = { lockFile }: derivation "vendor" { inherit lockFile; };
     buildRustPackage = package: derivation package.pname package;
   };
+  linker = derivation "bpf-linker" {
+    override = { llvmPackagesForLinker }: derivation "bpf-linker-${llvmPackagesForLinker.name}" { };
+  };
   toolchain = derivation "rust" { override = _: derivation "rust-with-src" { override = _: toolchain; }; };
 
   pkgs = {
     inherit lib rustPlatform;
     makeRustPlatform = _: rustPlatform;
     rust-bin.stable."1.95.0".minimal = toolchain;
+    bpf-linker = linker;
     symlinkJoin = { name, paths }: derivation name { inherit paths; };
     mkShell = derivation "shell";
     callPackage =
@@ -58,11 +62,11 @@ let
     path = ./.;
   }
   // lib.genAttrs [
-    "bpf-linker"
     "coreutils"
     "curl"
     "installShellFiles"
     "iproute2"
+    "llvmPackages_22"
     "netcat"
     "nftables"
     "nix"
