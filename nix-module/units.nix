@@ -107,6 +107,9 @@ in
         RequiresMountsFor = "/var/lib/spokeguard";
         OnFailure = "spokeguard-shut.service";
         ConditionPathExists = [
+          # Every rebuild starts sysinit.target again, and with it what did not run at boot: the
+          # daemon that was there since then knows better what is in force.
+          "!/run/spokeguard"
           "|/var/lib/spokeguard/sealed.nft"
           "|/var/lib/spokeguard/confirmed.toml"
         ];
