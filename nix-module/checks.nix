@@ -154,6 +154,12 @@ in
             "and settings.public.udp does not: name it there, or remove it here"
           ])
         ]
+        ++ [
+          (unless (firewall.enable && cfg.manageFirewall && firewall.backend or "" == "firewalld") [
+            "services.firewalld is the host's firewall, whose zones the module does not set up:"
+            "set manageFirewall = false and open there what the policy names, or set it to false"
+          ])
+        ]
         ++ only nftables.enable [
           (unless nftables.flushRuleset [
             "networking.nftables.flushRuleset takes table inet spokeguard away at every rebuild:"

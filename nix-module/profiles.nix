@@ -15,12 +15,13 @@ in
       boot.loader.systemd-boot.configurationLimit = mkDefault 2;
       boot.loader.generic-extlinux-compatible.configurationLimit = mkDefault 2;
 
-      nix.gc.automatic = mkDefault true;
+      # Where there is no Nix, nothing has to be collected.
+      nix.gc.automatic = mkDefault config.nix.enable;
       nix.gc.dates = mkDefault "weekly";
       # A boot menu of two entries still keeps every generation in the store.
-      systemd.services.nix-gc.serviceConfig.ExecStartPre = mkIf config.nix.gc.automatic (
+      systemd.services.nix-gc.serviceConfig.ExecStartPre = mkIf config.nix.gc.automatic [
         "${nixEnv} --profile /nix/var/nix/profiles/system --delete-generations +2"
-      );
+      ];
     })
 
     (mkIf (cfg.enable && cfg.profile == "hub") {

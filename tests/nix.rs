@@ -158,7 +158,7 @@ fn twenty_spokes_and_their_hub_come_from_one_list() {
         if name == "zurich" {
             assert_eq!(host["firewall"]["allowedUDPPorts"], json!([51820]));
             assert_eq!(host["prometheus"]["listenAddress"], "127.0.0.1");
-            assert_eq!(host["firewall"]["interfaces"]["wg0"]["allowedTCPPorts"], json!([22, 9984, 3001]));
+            assert_eq!(host["firewall"]["interfaces"]["wg0"]["allowedTCPPorts"], json!([22, 3001, 9984]));
             assert_eq!(
                 (
                     peers.len(),
@@ -188,11 +188,11 @@ fn twenty_spokes_and_their_hub_come_from_one_list() {
         let domain = format!("{name}.vault.example.org");
         assert_eq!(services["vault"]["environment"]["VAULT_DOMAIN"], domain);
         // Two generations, weekly.
-        assert_eq!(host["gc"], json!({ "automatic": true, "dates": "weekly" }), "{name}");
+        assert_eq!(host["gc"], json!({ "automatic": true, "dates": ["weekly"] }), "{name}");
         for loader in ["grub", "systemd-boot", "generic-extlinux-compatible"] {
             assert_eq!(host["loader"][loader]["configurationLimit"], 2, "{name}: {loader}");
         }
-        let collect = services["nix-gc"]["serviceConfig"]["ExecStartPre"].as_str().unwrap();
+        let collect = services["nix-gc"]["serviceConfig"]["ExecStartPre"][0].as_str().unwrap();
         assert!(collect.ends_with("--delete-generations +2"), "{collect}");
     }
     assert_eq!((addresses.len(), keys.len()), (SPOKES + 1, SPOKES));
@@ -295,7 +295,7 @@ fn the_host_is_set_up_as_the_policy_says() {
     assert!(rules.contains(rule), "{rules}");
 
     let iptables = &seen("iptables")["firewall"];
-    assert_eq!(iptables["allowedTCPPorts"], json!([2222, 80, 443]));
+    assert_eq!(iptables["allowedTCPPorts"], json!([80, 443, 2222]));
     assert_eq!(iptables["interfaces"]["docker+"]["allowedUDPPorts"], json!([53]));
     assert_eq!(iptables["extraInputRules"], "");
 
@@ -303,6 +303,9 @@ fn the_host_is_set_up_as_the_policy_says() {
     assert_eq!(sockets["sockets"]["sshd"]["socketConfig"]["FreeBind"], true);
     assert_eq!(sockets["services"]["sshd"], Value::Null);
     assert_eq!(seen("plain")["services"]["sshd"]["unitConfig"]["StartLimitIntervalSec"], 0);
+    assert_eq!(seen("without-nix")["gc"]["automatic"], false);
+    let before = texts(&seen("collected")["services"]["nix-gc"]["serviceConfig"]["ExecStartPre"]).len();
+    assert_eq!(before, 2);
     assert_eq!(seen("old-state-version")["nftables"]["flushRuleset"], false);
 
     let urls = seen("urls");

@@ -140,6 +140,7 @@ in
       services.spokeguard.manageWireguard = false;
       networking.wireguard.interfaces.wg0 = {
         ips = [ "10.84.0.16/24" ];
+        privateKeyFile = "/etc/wireguard/key";
         peers = [
           {
             publicKey = key;
@@ -163,6 +164,18 @@ in
         ssh.from = "mesh";
         ssh.rebind = true;
       };
+    };
+
+    without-nix.module = {
+      nix.enable = false;
+      services.spokeguard.profile = "spoke";
+    };
+    collected.module = {
+      services.spokeguard.profile = "spoke";
+      systemd.services.nix-gc.serviceConfig.ExecStartPre = [ "/another" ];
+    };
+    networkd.module = {
+      networking.wireguard.useNetworkd = true;
     };
 
     # The mesh contradicts itself.
@@ -331,6 +344,17 @@ in
         ])
       ];
     };
+    firewalld = {
+      module = {
+        services.firewalld.enable = true;
+      };
+      errors = [
+        (say [
+          "services.firewalld is the host's firewall, whose zones the module does not set up: set"
+          "manageFirewall = false and open there what the policy names, or set it to false"
+        ])
+      ];
+    };
     flush = {
       module = {
         networking.nftables.ruleset = "table inet mine { }";
@@ -344,7 +368,10 @@ in
     };
     same-table = {
       module = {
-        networking.nftables.tables.spokeguard = { };
+        networking.nftables.tables.spokeguard = {
+          family = "ip";
+          content = "";
+        };
       };
       errors = [
         (say [

@@ -1,5 +1,5 @@
 # The options of NixOS that the module reads or sets, with what NixOS makes of them where that matters
-# (sshd's openFirewall, nftables' flushRuleset). Written by hand after NixOS' modules of 2024 and 2025.
+# (sshd's openFirewall, nftables' flushRuleset). Written by hand after NixOS' modules of 26.05.
 {
   config,
   lib,
@@ -19,20 +19,43 @@ let
   number = option (types.nullOr types.int) null;
   sub = options: types.submodule { inherit options; };
 
+  # Sorted, and each once.
+  ports = mkOption {
+    type = types.listOf types.port;
+    default = [ ];
+    apply = list: lib.unique (builtins.sort builtins.lessThan list);
+  };
   ranges = option (types.listOf (types.attrsOf types.port)) [ ];
   gate = {
-    allowedTCPPorts = option (types.listOf types.port) [ ];
-    allowedUDPPorts = option (types.listOf types.port) [ ];
+    allowedTCPPorts = ports;
+    allowedUDPPorts = ports;
     allowedTCPPortRanges = ranges;
     allowedUDPPortRanges = ranges;
   };
   peer = {
-    name = text;
     publicKey = mkOption { type = types.singleLineStr; };
     endpoint = text;
     allowedIPs = texts;
     persistentKeepalive = number;
   };
+  # By default its key, as a unit's name may have it.
+  named =
+    { config, ... }:
+    {
+      options = peer // {
+        name = option types.str (builtins.replaceStrings [ "/" "=" ] [ "-" "\\x3d" ] config.publicKey);
+      };
+    };
+  # A value or a list of them: lists are joined, and one of each is an error.
+  section =
+    let
+      value = types.oneOf [
+        types.bool
+        types.int
+        types.str
+      ];
+    in
+    option (types.attrsOf (types.either (types.listOf value) value)) { };
   unit = {
     description = option types.str "";
     documentation = texts;
@@ -46,9 +69,9 @@ let
     reloadTriggers = option (types.listOf types.anything) [ ];
     path = option (types.listOf types.anything) [ ];
     environment = any;
-    unitConfig = any;
-    serviceConfig = any;
-    socketConfig = any;
+    unitConfig = section;
+    serviceConfig = section;
+    socketConfig = section;
   };
 in
 {
@@ -62,6 +85,14 @@ in
     networking.interfaces = any;
     networking.firewall = gate // {
       enable = option types.bool true;
+      backend = option types.str (
+        if config.services.firewalld.enable then
+          "firewalld"
+        else if config.networking.nftables.enable then
+          "nftables"
+        else
+          "iptables"
+      );
       interfaces = option (types.attrsOf (sub gate)) { };
       trustedInterfaces = texts;
       extraInputRules = option types.lines "";
@@ -71,19 +102,23 @@ in
       flushRuleset = flag;
       ruleset = option types.lines "";
       rulesetFile = option (types.nullOr types.path) null;
-      tables = any;
+      tables = option (types.attrsOf (sub {
+        family = mkOption { type = types.str; };
+        content = mkOption { type = types.lines; };
+      })) { };
     };
+    networking.wireguard.useNetworkd = flag;
     networking.wireguard.interfaces = option (types.attrsOf (sub {
       ips = texts;
       listenPort = number;
       privateKeyFile = text;
-      peers = option (types.listOf (sub peer)) [ ];
+      peers = option (types.listOf (types.submodule named)) [ ];
     })) { };
     networking.wg-quick.interfaces = option (types.attrsOf (sub {
       address = texts;
       listenPort = number;
       privateKeyFile = text;
-      peers = option (types.listOf (sub (removeAttrs peer [ "name" ]))) [ ];
+      peers = option (types.listOf (sub peer)) [ ];
     })) { };
 
     services.openssh = {
@@ -93,11 +128,12 @@ in
       ports = option (types.listOf types.port) [ 22 ];
       listenAddresses = option (types.listOf (sub {
         addr = text;
-        port = number;
+        port = option (types.nullOr types.port) null;
       })) [ ];
       settings.PasswordAuthentication = option (types.nullOr types.bool) true;
       settings.KbdInteractiveAuthentication = option (types.nullOr types.bool) true;
     };
+    services.firewalld.enable = flag;
     services.tailscale.enable = flag;
     services.tailscale.interfaceName = option types.str "tailscale0";
     services.prometheus.enable = flag;
@@ -114,11 +150,43 @@ in
     boot.loader.systemd-boot.configurationLimit = number;
     boot.loader.generic-extlinux-compatible.configurationLimit = option types.int 20;
     nix.gc.automatic = flag;
-    nix.gc.dates = option types.str "03:15";
+    nix.gc.dates = mkOption {
+      type = types.either types.singleLineStr texts.type;
+      default = [ "03:15" ];
+      apply = dates: if builtins.isList dates then dates else [ dates ];
+    };
+    nix.enable = option types.bool true;
     nix.package = option types.package pkgs.nix;
   };
 
   config = {
+    assertions = [
+      {
+        assertion = config.nix.gc.automatic -> config.nix.enable;
+        message = "nix.gc.automatic without Nix";
+      }
+    ]
+    ++ lib.mapAttrsToList (name: interface: {
+      assertion = interface.privateKeyFile != null;
+      message = "${name} without a key";
+    }) config.networking.wireguard.interfaces;
+    networking.firewall.trustedInterfaces = lib.mkIf config.networking.firewall.enable [ "lo" ];
+    systemd.services = {
+      # What of theirs meets what the module says.
+      nix-gc = lib.mkIf config.nix.enable {
+        description = "Nix Garbage Collector";
+        restartIfChanged = false;
+        serviceConfig.Type = "oneshot";
+      };
+      sshd = lib.mkIf (config.services.openssh.enable && !config.services.openssh.startWhenNeeded) {
+        after = [
+          "network.target"
+          "sshd-keygen.service"
+        ];
+        stopIfChanged = false;
+        serviceConfig.Restart = "always";
+      };
+    };
     networking.firewall.allowedTCPPorts = lib.mkIf (
       config.services.openssh.enable && config.services.openssh.openFirewall
     ) config.services.openssh.ports;
