@@ -73,6 +73,14 @@ let
     RestrictAddressFamilies = "AF_NETLINK AF_UNIX";
     SystemCallFilter = "@system-service";
   };
+  # A rebuild restarts sshd before it starts what is new, such as its address.
+  tunnel =
+    lib.optional
+      (
+        config.networking.wireguard.interfaces ? ${mesh.interface}
+        && !(config.networking.wireguard.useNetworkd or false)
+      )
+      "wireguard-${mesh.interface}.service";
   early = {
     documentation = [ "man:spokeguard(1)" ];
     wants = [ "network-pre.target" ];
@@ -196,7 +204,8 @@ in
     systemd.services.sshd =
       lib.mkIf (config.services.openssh.enable && !config.services.openssh.startWhenNeeded)
         {
-          after = [ "spokeguard-boot.service" ];
+          after = [ "spokeguard-boot.service" ] ++ tunnel;
+          wants = tunnel;
           unitConfig.StartLimitIntervalSec = 0;
           serviceConfig.Restart = "always";
           serviceConfig.RestartSec = lib.mkDefault 2;

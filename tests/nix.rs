@@ -302,7 +302,15 @@ fn the_host_is_set_up_as_the_policy_says() {
     let sockets = seen("sockets");
     assert_eq!(sockets["sockets"]["sshd"]["socketConfig"]["FreeBind"], true);
     assert_eq!(sockets["services"]["sshd"], Value::Null);
-    assert_eq!(seen("plain")["services"]["sshd"]["unitConfig"]["StartLimitIntervalSec"], 0);
+    let sshd = &seen("plain")["services"]["sshd"];
+    assert_eq!(sshd["unitConfig"]["StartLimitIntervalSec"], 0);
+    // A rebuild that makes the tunnel makes it before it restarts sshd. networkd's has no unit.
+    assert_eq!(sshd["wants"], json!(["wireguard-wg0.service"]));
+    assert!(texts(&sshd["after"]).contains(&"wireguard-wg0.service"), "{sshd}");
+    for without in ["networkd", "wg-quick", "tailscale"] {
+        let sshd = seen(without)["services"]["sshd"].to_string();
+        assert!(sshd.contains("spokeguard-boot") && !sshd.contains("wireguard"), "{without}: {sshd}");
+    }
     assert_eq!(seen("without-nix")["gc"]["automatic"], false);
     let before = texts(&seen("collected")["services"]["nix-gc"]["serviceConfig"]["ExecStartPre"]).len();
     assert_eq!(before, 2);
