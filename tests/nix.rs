@@ -547,7 +547,10 @@ fn the_flake_gives_what_its_users_expect() {
     let compiler = Command::new("rustc").arg("-vV").output().unwrap();
     let compiler = String::from_utf8_lossy(&compiler.stdout);
     if compiler.contains(&format!("release: {version}.")) {
-        assert!(compiler.contains("LLVM version: 22."), "flake.nix takes bpf-linker with LLVM 22: {compiler}");
+        assert!(
+            compiler.contains("LLVM version: 22."),
+            "flake.nix takes bpf-linker with LLVM 22: {compiler}"
+        );
     }
 }
 
@@ -593,7 +596,7 @@ fn the_small_lib_gives_what_nixpkgs_gives() {
     if lacking(&[Need::Nix]) {
         return;
     }
-    for attribute in ["fleet", "cases", "vmTest", "options", "shut"] {
+    for attribute in ["fleet", "cases", "vmTest", "options", "shut", "flake"] {
         let ours = evaluate(attribute, None).unwrap();
         let theirs = evaluate(attribute, Some(lib.to_str().unwrap())).unwrap();
         assert!(ours == theirs, "{attribute} differs");
