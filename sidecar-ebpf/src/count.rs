@@ -22,8 +22,9 @@ use crate::state::{CLASSES, NOTES, PORTS, ROWS, SOURCES};
 /// run, and the packet's fate is none of our business.
 #[inline(always)]
 pub fn count<const ETHERNET: bool, const SCOPE: usize, const DIRECTION: usize>(ctx: &TcContext) -> i32 {
-    let probe = if DIRECTION == IN { probe(ctx) } else { Probe::No };
-    if probe == Probe::Uncounted {
+    // Of an audit of our own; those that are sent to see whether this program counts are asked for again below: a
+    // kernel's verifier follows whatever is remembered across the reading of the packet.
+    if DIRECTION == IN && packet::is_probe(ctx) && !packet::is_canary(ctx) {
         return TC_ACT_UNSPEC;
     }
     let packet = packet::read::<ETHERNET, DIRECTION>(ctx);
@@ -39,7 +40,7 @@ pub fn count<const ETHERNET: bool, const SCOPE: usize, const DIRECTION: usize>(c
     {
         class = classes.class[port_index(SCOPE, packet.proto & 1)];
     }
-    if probe == Probe::Canary {
+    if DIRECTION == IN && packet::is_canary(ctx) {
         class = CANARY_CLASS;
     }
     let Some(row) = ROWS.get_ptr_mut(row_index(class, packet.proto & 3)) else { return TC_ACT_UNSPEC };
@@ -58,28 +59,6 @@ pub fn count<const ETHERNET: bool, const SCOPE: usize, const DIRECTION: usize>(c
         row.attempts[attempt_index(family, allowed)] += 1;
     }
     TC_ACT_UNSPEC
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Probe {
-    No,
-    /// Of an audit of our own.
-    Uncounted,
-    /// Sent to see whether this program counts.
-    Canary,
-}
-
-/// Whether we sent it ourselves.
-#[inline(always)]
-fn probe(ctx: &TcContext) -> Probe {
-    let is_probe = packet::is_probe(ctx);
-    if packet::is_canary(ctx) {
-        Probe::Canary
-    } else if is_probe {
-        Probe::Uncounted
-    } else {
-        Probe::No
-    }
 }
 
 /// Whether the routing table sends it on to another host: then it is no attempt on this

@@ -70,7 +70,7 @@ fn guard<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
     let mut bank = 0;
     while bank < BANKS {
         if in_force >> bank & 1 != 0 {
-            let verdict = judge(bank as u32, &syn);
+            let verdict = packet::forgotten(ctx, judge(bank as u32, &syn) as u64) as u32;
             if verdict == reasons::PASSES {
                 return TC_ACT_UNSPEC;
             }
