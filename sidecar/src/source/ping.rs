@@ -15,6 +15,8 @@ const BUFFER: usize = 4096;
 /// How often, and how long each time, a host is asked before it is called silent.
 pub const TRIES: usize = 3;
 const PATIENCE: Duration = Duration::from_secs(1);
+/// For whoever may not ask.
+pub const NEEDS: &str = "this needs CAP_NET_RAW, or a group of net.ipv4.ping_group_range";
 
 /// A socket for echoes. Made while raw sockets may still be: which kind a process may have
 /// without a privilege is `net.ipv4.ping_group_range`'s to say, and it is nobody's by default.

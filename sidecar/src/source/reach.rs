@@ -17,7 +17,7 @@ use crate::fleet::Node;
 use crate::fleet::health::{Check, What, certificate};
 use crate::policy::Bind;
 use crate::source::hub;
-use crate::source::ping::{Ping, TRIES};
+use crate::source::ping::{NEEDS, Ping, TRIES};
 use crate::sys::clock;
 use crate::terms::printable;
 
@@ -72,8 +72,7 @@ fn ping(node: &Node) -> Check {
     let ping = match Ping::open(address) {
         Ok(ping) => ping,
         Err(error) if error.kind() == ErrorKind::PermissionDenied => {
-            let needs = "this needs CAP_NET_RAW, or a group of net.ipv4.ping_group_range";
-            return Check::unknown(What::Ping, needs);
+            return Check::unknown(What::Ping, NEEDS);
         }
         Err(error) => return Check::fail(What::Ping, format!("{address}: {error}")),
     };

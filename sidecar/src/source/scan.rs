@@ -6,7 +6,8 @@ mod loss;
 pub(super) mod packets;
 mod raw;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,7 +16,7 @@ use std::time::Duration;
 use anyhow::Context;
 
 use crate::audit::{Answer, Effort, Scan};
-use crate::source::ping::Ping;
+use crate::source::ping::{self, Ping};
 use crate::terms::{Port, Proto};
 
 /// What to ask, and how.
@@ -50,9 +51,8 @@ const FEW_PORTS: usize = 1024;
 /// Targets of one run, so that a prefix given by mistake does not ask for memory.
 pub const TARGETS_MAX: usize = 1024;
 
-/// What is said of an address that nothing came from.
-const ABSENT: &str =
-    "no port answered, nor did an echo request: a host that is down looks like one that drops everything";
+/// What is said of an address that nothing came from, behind what became of an echo request.
+const ABSENT: &str = "a host that is down looks like one that drops everything";
 
 /// What the jobs tell about themselves while they run.
 #[derive(Default)]
@@ -126,34 +126,52 @@ pub fn scan(request: &Request, progress: &mut dyn FnMut(Progress)) -> anyhow::Re
     });
     let mut scans: Vec<Scan> = (done.into_iter().map(|scan| scan.context("a scanning thread ended early")))
         .collect::<anyhow::Result<_>>()?;
-    tell_silence_from_absence(&mut scans);
+    tell_silence_from_absence(&mut scans, &echoes);
     Ok(scans)
 }
 
 /// A host that nobody heard anything of may drop everything, or not be there: whoever answers an echo is there.
-fn tell_silence_from_absence(scans: &mut [Scan]) {
+/// `echoes` says whether one came, or why none could be asked for.
+fn tell_silence_from_absence(
+    scans: &mut [Scan],
+    echoes: &(dyn Fn(Option<IpAddr>, IpAddr) -> Result<bool, String> + Sync),
+) {
     let heard: HashSet<IpAddr> =
         scans.iter().filter(|scan| scan.gap.is_some() || scan.is_heard()).map(|scan| scan.address).collect();
     let mut silent: Vec<(IpAddr, Option<IpAddr>)> =
         scans.iter().map(|scan| (scan.address, scan.source)).filter(|(to, _)| !heard.contains(to)).collect();
     silent.sort_unstable();
     silent.dedup();
-    let mut absent = HashSet::new();
+    let mut absent = HashMap::new();
     for some in silent.chunks(SHORT_JOBS_MAX) {
         let asked = std::thread::scope(|scope| {
-            let asking = some.iter().map(|(to, source)| (*to, scope.spawn(|| ping(*source, *to))));
+            let asking = some.iter().map(|(to, source)| (*to, scope.spawn(|| echoes(*source, *to))));
             let asking: Vec<_> = asking.collect();
-            asking.into_iter().map(|(to, asked)| (to, asked.join().unwrap_or(false))).collect::<Vec<_>>()
+            let ended = |asked: std::thread::Result<_>| asked.unwrap_or_else(|_| Err("it broke off".into()));
+            asking.into_iter().map(|(to, asked)| (to, ended(asked.join()))).collect::<Vec<_>>()
         });
-        absent.extend(asked.into_iter().filter(|(_, came)| !came).map(|(to, _)| to));
+        for (to, asked) in asked {
+            let became = match asked {
+                Ok(true) => continue,
+                Ok(false) => "nor did an echo request".to_owned(),
+                Err(why) => format!("and no echo request could be sent ({why})"),
+            };
+            absent.insert(to, format!("no port answered, {became}: {ABSENT}"));
+        }
     }
-    for scan in scans.iter_mut().filter(|scan| absent.contains(&scan.address)) {
-        scan.gap = Some(ABSENT.to_owned());
+    for scan in scans {
+        if let Some(why) = absent.get(&scan.address) {
+            scan.gap = Some(why.clone());
+        }
     }
 }
 
-fn ping(source: Option<IpAddr>, to: IpAddr) -> bool {
-    Ping::open_from(source, to).is_ok_and(|ping| ping.first_round_trip_ms().is_some())
+fn echoes(source: Option<IpAddr>, to: IpAddr) -> Result<bool, String> {
+    let ping = Ping::open_from(source, to).map_err(|error| match error.kind() {
+        ErrorKind::PermissionDenied => ping::NEEDS.to_owned(),
+        _ => error.to_string(),
+    })?;
+    Ok(ping.first_round_trip_ms().is_some())
 }
 
 fn one(
@@ -299,4 +317,41 @@ impl Order {
 pub(crate) fn secret() -> u64 {
     use std::hash::{BuildHasher, Hasher};
     std::hash::RandomState::new().build_hasher().finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_could_not_be_asked_is_not_said_to_be_silent() {
+        let scan = |address: &str, answer| Scan {
+            address: address.parse().expect("an address"),
+            name: None,
+            proto: Proto::Tcp,
+            source: None,
+            answers: vec![(Port::new(22).expect("a port"), answer)],
+            gap: None,
+            effort: None,
+        };
+        let mut scans =
+            ["192.0.2.1", "192.0.2.2", "192.0.2.3", "192.0.2.4"].map(|to| scan(to, Answer::Silent));
+        scans[3].answers[0].1 = Answer::Reset;
+        tell_silence_from_absence(&mut scans, &|_, to| match to.to_string().as_str() {
+            "192.0.2.1" => Ok(true),
+            "192.0.2.2" => Ok(false),
+            _ => Err("no right".into()),
+        });
+        let gaps = scans.each_ref().map(|scan| scan.gap.as_deref().unwrap_or_default());
+        let told = |became: &str| format!("no port answered, {became}: {ABSENT}");
+        assert_eq!(
+            gaps,
+            [
+                "",
+                &told("nor did an echo request"),
+                &told("and no echo request could be sent (no right)"),
+                "" // It was heard.
+            ]
+        );
+    }
 }
