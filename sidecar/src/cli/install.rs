@@ -20,6 +20,13 @@ pub struct Options {
     root: Option<PathBuf>,
 }
 
+#[derive(Args)]
+pub struct Removal {
+    /// Remove the files only, below this directory (an image that is being built)
+    #[arg(long, value_name = "DIR")]
+    root: Option<PathBuf>,
+}
+
 /// Every file of ours says so in its first line: nothing else is replaced or removed.
 const MARK: &str = "# Of spokeguard: ";
 const UNITS: &str = "etc/systemd/system";
@@ -33,6 +40,12 @@ const PROGRAM_FOLDERS: [&str; 6] =
 /// Of shut.nft, before the lines that a mesh interface of another name and a tunnel's other port get.
 const TUNNEL: &str = "iifname \"tailscale*\" accept";
 const OUTSIDE: &str = "udp dport { 41641, 51820 } accept";
+
+/// How to do without a program of ours what `release` does. Filters outlive their pins; links (Linux 6.6) don't.
+const TO_OPEN: &str = "To open the host now:
+  nft delete table inet spokeguard; rm -r /sys/fs/bpf/spokeguard
+and before Linux 6.6, for each interface:
+  tc filter del dev NAME ingress pref 8";
 
 /// Path below the root, and text.
 const FILES: [(&str, &str); 6] = [
@@ -64,7 +77,7 @@ pub fn drop_ins() -> Vec<(&'static str, &'static str)> {
 /// Puts the program and its units in place and, on a running host with a policy, starts
 /// them. What is there already stays as it is.
 pub fn install(global: &Global, options: &Options) -> anyhow::Result<u8> {
-    let root = Root::new(options)?;
+    let root = Root::new(options.root.as_deref())?;
     ensure!(
         !root.path("etc/NIXOS").exists(),
         "this is NixOS, which makes its units itself: use the NixOS module (services.spokeguard)"
@@ -109,8 +122,8 @@ pub fn install(global: &Global, options: &Options) -> anyhow::Result<u8> {
 }
 
 /// Takes program and units away. The rules in force stay, and policy and state are kept.
-pub fn uninstall(global: &Global, options: &Options) -> anyhow::Result<u8> {
-    let root = Root::new(options)?;
+pub fn uninstall(global: &Global, options: &Removal) -> anyhow::Result<u8> {
+    let root = Root::new(options.root.as_deref())?;
     root.all_ours_or_absent()?;
     if root.is_running() && root.path(&format!("{UNITS}/{SERVICE}")).exists() {
         systemctl(&["disable", "--quiet", "--now", SERVICE])?;
@@ -129,11 +142,9 @@ pub fn uninstall(global: &Global, options: &Options) -> anyhow::Result<u8> {
     if told.is_empty() {
         told.push("there was nothing of ours".to_owned());
     } else {
-        told.push(
-            "The rules in force stay until the next boot, and /etc/spokeguard and /var/lib/spokeguard are kept.\n\
-             To open the host now: nft delete table inet spokeguard; rm -r /sys/fs/bpf/spokeguard"
-                .to_owned(),
-        );
+        told.push(format!(
+            "The rules in force stay until the next boot; /etc/spokeguard and\n/var/lib/spokeguard are kept. {TO_OPEN}"
+        ));
     }
     global.print(&(told.join("\n") + "\n"))?;
     Ok(0)
@@ -142,10 +153,10 @@ pub fn uninstall(global: &Global, options: &Options) -> anyhow::Result<u8> {
 struct Root(PathBuf);
 
 impl Root {
-    fn new(options: &Options) -> anyhow::Result<Self> {
-        let root = options.root.clone().unwrap_or_else(|| PathBuf::from("/"));
+    fn new(below: Option<&Path>) -> anyhow::Result<Self> {
+        let root = below.unwrap_or(Path::new("/"));
         ensure!(root.is_dir(), "{}: not a directory", root.display());
-        Ok(Self(root))
+        Ok(Self(root.to_owned()))
     }
 
     fn path(&self, below: &str) -> PathBuf {
@@ -305,6 +316,7 @@ fn systemctl(arguments: &[&str]) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::source::bpf::guard;
 
     fn relative(root: &Path) -> Vec<String> {
         let mut out = Vec::new();
@@ -357,6 +369,17 @@ mod tests {
             !root.path("usr/lib/spokeguard").exists()
                 && !root.path("etc/systemd/system/ssh.socket.d").exists()
         );
+    }
+
+    #[test]
+    fn who_removed_the_program_is_told_all_that_it_takes_to_open_the_host() {
+        assert!(TO_OPEN.ends_with(&format!(" ingress pref {}", guard::PRIORITY)));
+        assert!(TO_OPEN.contains(crate::desired::TABLE));
+        assert!(TO_OPEN.lines().all(|line| line.len() < 80), "{TO_OPEN}");
+        let package = include_str!("../../../contrib/debian/postrm");
+        for line in TO_OPEN.lines() {
+            assert!(package.contains(&format!("echo \"{line}\"\n")), "{line}");
+        }
     }
 
     #[test]

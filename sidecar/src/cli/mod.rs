@@ -143,7 +143,7 @@ pub enum Command {
     /// Put the systemd units in place and start them
     Install(install::Options),
     /// Take the units away; the rules in force stay
-    Uninstall(install::Options),
+    Uninstall(install::Removal),
     /// Completion script for a shell
     Completions { shell: clap_complete::Shell },
     /// The manual page, as roff

@@ -16,7 +16,7 @@ use sidecar_ebpf::{DIRECTIONS, IN, OUT, gate, programs};
 
 use super::clsact::{self, Filter};
 use super::config::scope_number;
-use super::pins;
+use super::{guard, pins};
 use crate::observed::Link;
 use crate::sys;
 use crate::terms::Scope;
@@ -87,7 +87,7 @@ pub(super) static GUARDING: [Place; 1] = [Place {
     direction: IN,
     pin: "in-",
     order: Order::BehindCounter,
-    priority: 8,
+    priority: guard::PRIORITY,
     handle: TcHandle::new(0, 0x5348),
     is_ours: |name| gate::PROGRAMS.contains(&name),
 }];

@@ -548,6 +548,8 @@ pub(super) fn root(pin_dir: &Path) -> PathBuf {
 
 /// Directories of the guard are called this and a number.
 const STEM: &str = "guard";
+/// Of its filter, where there is no tcx.
+pub const PRIORITY: u16 = 8;
 
 fn attachments(pin_dir: &Path) -> Attachments {
     Attachments {
