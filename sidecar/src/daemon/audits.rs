@@ -121,7 +121,7 @@ impl Audits {
         let seen = Asked::of(desired, snapshot, generation);
         let sooner = |known: Option<Instant>, due: Instant| Some(known.map_or(due, |known| known.min(due)));
         if self.last.is_none() && self.failures == 0 && self.under_way.is_none() {
-            self.whole = Some(now + START);
+            self.whole = sooner(self.whole, now + START);
         } else if seen.generation != self.asked.generation || seen.aims != self.asked.aims {
             // Changes come in droves; and an address that has just come is not used at once.
             self.whole = sooner(self.whole, now + REST_MIN);
@@ -366,6 +366,16 @@ mod tests {
             day.look(Stage::spoke(), 1, Vec::new());
             assert_eq!(day.next(Stage::spoke(), 1, QUICK), (hour * 3600, Extent::All));
         }
+    }
+
+    #[test]
+    fn looks_in_a_row_do_not_put_the_first_audit_off() {
+        let mut day = Day::new();
+        for _ in 0..20 {
+            day.look(Stage::spoke(), 1, Vec::new());
+            day.now += START / 4;
+        }
+        assert_eq!(day.audits.due(), Some(day.begun), "whoever listens anew every second must not hinder it");
     }
 
     #[test]
