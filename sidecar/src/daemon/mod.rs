@@ -343,11 +343,12 @@ impl Daemon {
                 bind_events = bind_events.or_else(|| self.binds.events());
             }
             let trial_due = self.trial_due();
-            // What to ask from outside is read off the last look.
-            // In a fight it would be out of date before it is had.
-            let calm = look.is_none() && !self.pace.is_spent();
-            let ask = self.audits.due().filter(|_| calm && !self.canaries.is_under_way());
-            let canary = self.canaries.due().filter(|_| calm && !self.audits.is_under_way());
+            // What to ask from outside is read off the last look. In a fight it would be out of date before it is
+            // had; where looks are slow, or asked for all the time, it has its turn when they rest.
+            let calm = (look.is_none() && self.withheld.is_empty()).then(|| self.pace.calm_at());
+            let in_turn = |due: Option<Instant>, beside: bool| Some(due?.max(calm?)).filter(|_| !beside);
+            let ask = in_turn(self.audits.due(), self.canaries.is_under_way());
+            let canary = in_turn(self.canaries.due(), self.audits.is_under_way());
             // In no order: whoever floods one source must not silence the others.
             tokio::select! {
                 event = maybe(commits.as_mut().map(NftEvents::next)) => match event {
@@ -608,7 +609,7 @@ impl Daemon {
         // In a fight, and under a flood of changes that change nothing, the cycle tells of
         // it and tries again: it has a pace.
         let spent = lock(&self.budget).wait(ActionKind::ApplyTable, begun).is_some();
-        if spent || (exists && self.pace.is_spent()) {
+        if spent || (exists && self.pace.is_spent(Instant::now())) {
             if undone {
                 self.withheld.insert(ActionKind::ApplyTable);
             }

@@ -29,12 +29,17 @@ impl Pace {
         // More than the longest rest is never owed, or a storm would be felt long after it.
         self.owed = (self.owed.saturating_sub(rested) + took).min(CREDIT + REST_MAX / REST);
         self.at = now;
-        now + (self.owed.saturating_sub(CREDIT) * REST).clamp(REST_MIN, REST_MAX)
+        self.calm_at().max(now + REST_MIN)
     }
 
-    /// As of the last payment, there is no credit left.
-    pub fn is_spent(&self) -> bool {
-        self.owed > CREDIT
+    /// From when on there is credit again, if nobody does any more work: [`REST_MAX`] after the last at most.
+    pub fn calm_at(&self) -> Instant {
+        self.at + self.owed.saturating_sub(CREDIT) * REST
+    }
+
+    /// There is no credit left.
+    pub fn is_spent(&self, now: Instant) -> bool {
+        now < self.calm_at()
     }
 }
 
@@ -69,9 +74,23 @@ mod tests {
             now += Duration::from_secs(2);
             assert!(pace.pay(Duration::from_secs(2), now) - now <= REST_MAX);
         }
-        assert!(pace.is_spent());
+        assert!(pace.is_spent(now));
         now += Duration::from_secs(15);
         assert_eq!(pace.pay(MS(10), now) - now, REST_MIN);
-        assert!(!pace.is_spent());
+        assert!(!pace.is_spent(now));
+    }
+
+    #[test]
+    fn who_looks_slowly_rests_and_is_calm_after_it() {
+        let mut now = Instant::now();
+        let mut pace = Pace::new(now);
+        for _ in 0..100 {
+            now += Duration::from_secs(8);
+            let rested = pace.pay(Duration::from_secs(2), now);
+            assert!(pace.calm_at() == rested && rested <= now + REST_MAX);
+            assert!(pace.is_spent(now) || now == rested);
+            assert!(!pace.is_spent(rested), "nothing else would ever be begun between the looks");
+        }
+        assert!(pace.is_spent(now));
     }
 }
