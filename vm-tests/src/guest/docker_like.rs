@@ -57,7 +57,9 @@ pub fn run(steps: &mut Steps) -> Result<()> {
             let done = work();
             stop.store(true, Ordering::Relaxed);
             stranger.join().expect("the stranger panicked")?;
-            done.map(|()| knocks.load(Ordering::Relaxed))
+            let knocks = knocks.load(Ordering::Relaxed);
+            ensure!(knocks > 0, "nobody knocked");
+            done.map(|()| knocks)
         })
     };
 
