@@ -139,7 +139,11 @@ impl Archive {
         let listed = said(Command::new("apt-get").args(["indextargets", "--format", asked]))?;
         let mirror = listed.lines().find_map(|line| line.strip_prefix("Debian main Debian "));
         let mirror = mirror.context("apt has no lists of Debian's main archive (apt-get update?)")?;
-        let folder = crate::target().join("vm/newest").join(arch.name());
+        Archive::of(mirror, arch, &crate::target().join("vm/newest").join(arch.name()))
+    }
+
+    /// [`NEWEST_SUITE`] of a mirror, whose lists are renewed in `folder`. Where it can't be reached those at hand do.
+    fn of(mirror: &str, arch: Arch, folder: &Path) -> Result<Archive> {
         for part in ["lists/partial", "cache/archives/partial"] {
             let path = folder.join(part);
             fs::create_dir_all(&path).with_context(|| format!("create {}", path.display()))?;
@@ -158,7 +162,16 @@ impl Archive {
             format!("APT::Architectures={}", arch.name()),
         ];
         let archive = Archive { options };
-        said(archive.apt_get(arch).args(["-qq", "update"]))?;
+        // By itself apt calls it done where nothing could be fetched.
+        let mut update = archive.apt_get(arch);
+        update.args(["-o", "APT::Update::Error-Mode=any", "-qq", "update"]);
+        if let Err(error) = said(&mut update) {
+            let lists = fs::read_dir(folder.join("lists")).context("list what apt knows")?.flatten();
+            let known =
+                lists.filter(|entry| entry.file_name().to_string_lossy().contains("_Packages")).count();
+            ensure!(known > 0, "what {NEWEST_SUITE} of {mirror} offers is not known: {error:#}");
+            println!("vm: {NEWEST_SUITE} as it was when it could be reached last: {error:#}");
+        }
         Ok(archive)
     }
 
@@ -271,5 +284,20 @@ mod tests {
     fn a_series_is_not_another_that_begins_like_it() {
         assert!(is_of("6.1.0-56-cloud-amd64", "6.1") && is_of("6.12.117+deb12-cloud-amd64", "6.12"));
         assert!(!is_of("6.12.117+deb12-cloud-amd64", "6.1") && !is_of("6.1.0-56-cloud-amd64", "6.12"));
+    }
+
+    #[test]
+    fn a_mirror_that_can_not_be_reached_is_not_one_without_kernels() {
+        if said(Command::new("apt-get").arg("--version")).is_err() {
+            println!("skipped: no apt-get");
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        // Port 9 of this host: nobody listens there.
+        let refused = Archive::of("http://127.0.0.1:9/debian", Arch::HOST, folder.path()).err();
+        let refused = format!("{:#}", refused.expect("nothing is there"));
+        assert!(refused.contains("is not known") && refused.contains("127.0.0.1:9"), "{refused}");
+        fs::write(folder.path().join("lists/mirror_dists_main_Packages"), "").unwrap();
+        assert!(Archive::of("file:/nonexistent", Arch::HOST, folder.path()).is_ok(), "older lists do");
     }
 }
