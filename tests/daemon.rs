@@ -319,7 +319,8 @@ fn a_host_whose_looks_are_slow_and_many_is_audited_all_the_same() {
     let changes = "while :; do nft add table ip busy; nft delete table ip busy; sleep 0.2; done";
     let _busy = lab.spoke.spawn(&["sh", "-c", changes]).unwrap();
     let daemon = lab.spoke.daemon_under(&["env", &path], &folder, &[]).unwrap();
-    let audited = wait_until(LONG, "the first audit", || {
+    // Each look takes a second and more, and a loaded machine several.
+    let audited = wait_until(3 * LONG, "the first audit", || {
         (!status(&lab.spoke, &daemon)["daemon"]["audit"].is_null()).then_some(())
     });
     audited.unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.running.log()));

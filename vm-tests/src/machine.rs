@@ -122,9 +122,9 @@ fn start(machine: &Machine, initrd: &Path, steps: &Path, serial: &Path) -> Resul
         if machine.waits { "shift=1,sleep=on" } else { "shift=1,sleep=off" },
         "-rtc",
         "clock=vm",
-        "-smp",
-        "1",
     ]);
+    // The fleet's small machines have two.
+    command.args(["-smp", if machine.arch == Arch::Arm64 { "2" } else { "1" }]);
     command.args(["-no-reboot", "-nic", "none", "-display", "none"]);
     command.args(["-monitor", "none", "-m", &machine.memory_mib.to_string()]);
     command.arg("-kernel").arg(machine.vmlinuz).arg("-initrd").arg(initrd);
