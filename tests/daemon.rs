@@ -303,6 +303,40 @@ fn daemon_reports_other_tables_and_leaves_them_alone() {
     assert_eq!(lab.internet.connect(public(80), LONG), Answer::Open);
 }
 
+/// As nft 1.0.6 does now and then, which writes the flags of a table from memory that it has freed.
+const HALF_A_LISTING: &str = r#"#!/bin/sh
+PATH=${PATH#*:}
+case "$*" in *-j*list*)
+    case "$(nft list table inet spokeguard 2>&1)" in *"flags dormant"*)
+        printf '{"nftables": [{"table": {"family": "inet", "name": "spokeguard", "handle": 2, "flags": \n'
+        exit;;
+    esac;;
+esac
+exec nft "$@"
+"#;
+
+#[test]
+fn a_table_that_sleeps_is_woken_also_where_nft_cannot_list_it() {
+    if lacking(&[Need::Lab, Need::Spokeguard]) {
+        return;
+    }
+    let lab = Lab::plain();
+    let (folder, bin) = (new_folder(&lab, "sleeps", &lab.plain_policy()), lab.dir.join("bin"));
+    fs::create_dir(&bin).unwrap();
+    fs::write(bin.join("nft"), HALF_A_LISTING).unwrap();
+    lab.spoke.ok(&["chmod", "0755", &bin.join("nft").display().to_string()]).unwrap();
+    let path = format!("PATH={}:{}", bin.display(), std::env::var("PATH").unwrap());
+    let daemon = lab.spoke.daemon_under(&["env", &path], &folder, &[]).unwrap();
+    let wanted = lab.spoke.ok(&TABLE).unwrap();
+    let events = Events::mark(&daemon);
+    let pid = nft(&lab.spoke, &["add table inet spokeguard { flags dormant; }"]);
+    let event = events.wait(LONG, "the table sleeps", |e| e["kind"] == "repaired");
+    assert_eq!((&event["code"], event["by"]["pid"].as_u64()), (&"firewall-changed".into(), Some(pid.into())));
+    wait_until(LONG, "it is awake and whole", || (lab.spoke.ok(&TABLE).ok()? == wanted).then_some(()))
+        .unwrap();
+    assert_eq!(lab.internet.connect(public(5432), SHORT), Answer::Silent);
+}
+
 #[test]
 fn daemon_does_not_fight_for_ever() {
     if lacking(&[Need::Lab, Need::Spokeguard]) {

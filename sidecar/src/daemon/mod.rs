@@ -471,6 +471,12 @@ impl Daemon {
         let own = [Code::FirewallMissing, Code::FirewallChanged];
         let broken =
             self.report.as_ref().is_some_and(|report| report.findings.iter().any(|f| own.contains(&f.code)));
+        // Where nft can't list all there is, our own table may still be put right.
+        if self.seen.blind.contains(&Facet::Nftables)
+            && let Some((finding, outcome)) = self.repair_at_once(false)
+        {
+            self.record(Finding { by: self.suspects.own(), ..finding }, &outcome);
+        }
         if broken || self.repair_fails || generation.is_none() || generation != self.generation {
             self.wake([Facet::Nftables], Duration::ZERO);
         }
@@ -796,6 +802,10 @@ impl Daemon {
         self.rest_until = self.rest_until.max(self.pace.pay(took, Instant::now()));
         let mut suspects = std::mem::take(&mut self.looked_for);
         suspects.merge(&self.suspects);
+        if snapshot.nftables.seen().is_none() {
+            // What they did is still to be seen.
+            self.suspects = suspects.clone();
+        }
         // A repair now and then is no peace: between two of them it was withheld.
         self.withheld.extend(plan.withheld.drain(..));
         plan.withheld.extend(std::mem::take(&mut self.withheld));

@@ -33,6 +33,10 @@ const GEN_PROC_NAME: u16 = 3;
 /// NFTA_TABLE_NAME, NFTA_CHAIN_TABLE, NFTA_RULE_TABLE, NFTA_SET_TABLE, NFTA_OBJ_TABLE ...:
 /// every message about something in a table names the table in its attribute 1.
 pub(crate) const TABLE_NAME: u16 = 1;
+/// NFTA_TABLE_FLAGS.
+const TABLE_FLAGS: u16 = 2;
+/// NFT_TABLE_F_DORMANT: the chains of the table see no packets.
+pub const DORMANT: u32 = 1;
 pub(crate) const NFPROTO_INET: u8 = 1;
 const NLMSG_ERROR: u16 = 2;
 const NLM_F_REQUEST: u16 = 1;
@@ -200,12 +204,20 @@ impl NftQueries {
 
     /// Whether `inet spokeguard` is there at all. What it holds, only a listing says.
     pub fn own_table_exists(&mut self) -> Result<bool, NftSocketError> {
+        Ok(self.own_table_flags()?.is_some())
+    }
+
+    /// The flags of `inet spokeguard`, such as [`DORMANT`]; `None`: there is no such table.
+    pub fn own_table_flags(&mut self) -> Result<Option<u32>, NftSocketError> {
         let question = "ask for the table inet spokeguard";
         let failed = |source| NftSocketError::Ask { question, source };
         let name = [TABLE.as_bytes(), b"\0"].concat();
         match self.ask(GETTABLE, NFPROTO_INET, &[(TABLE_NAME, &name)]).map_err(failed)? {
-            Reply::Message { kind: NEWTABLE, .. } => Ok(true),
-            Reply::Error(errno) if errno == rustix::io::Errno::NOENT.raw_os_error() => Ok(false),
+            Reply::Message { kind: NEWTABLE, attributes } => {
+                let flags = attribute(attributes, TABLE_FLAGS).and_then(|flags| flags.first_chunk());
+                Ok(Some(flags.map_or(0, |flags| u32::from_be_bytes(*flags))))
+            }
+            Reply::Error(errno) if errno == rustix::io::Errno::NOENT.raw_os_error() => Ok(None),
             Reply::Message { .. } => Err(failed(io::ErrorKind::InvalidData.into())),
             Reply::Error(errno) => Err(failed(io::Error::from_raw_os_error(errno))),
         }
