@@ -230,15 +230,7 @@ fn download(package: &str, folder: &Path) -> Result<()> {
     }
     let half = folder.with_extension("half");
     fs::create_dir_all(half.join("partial")).with_context(|| format!("create {}", half.display()))?;
-    let apt = |arguments: &[&str]| {
-        let mut command = Command::new("apt-get");
-        command
-            .args(["-o", "Acquire::Retries=3", "-o", "DPkg::Lock::Timeout=120", "-qq", "-y"])
-            .args(arguments);
-        command.arg("-o").arg(format!("Dir::Cache::archives={}", half.display()));
-        command.env("DEBIAN_FRONTEND", "noninteractive");
-        command
-    };
+    let apt = |arguments: &[&str]| apt_get(&half, arguments);
     timed("apt-get update", &mut apt(&["update"]))?;
     let words = ["install", "--download-only", "--no-install-recommends", package];
     timed(&format!("download of {package}, which is not installed"), &mut apt(&words))?;
@@ -320,26 +312,39 @@ fn advice(packages: &[&str], linker: bool, deny: bool, debian: bool) -> String {
     out
 }
 
+/// Packages are downloaded into `archives`: some images empty apt's own folder after every command of anybody's, also
+/// while another installs from it.
+fn apt_get(archives: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new("apt-get");
+    command.args(["-o", "Acquire::Retries=3", "-o", "DPkg::Lock::Timeout=120", "-qq", "-y"]).args(arguments);
+    command.arg("-o").arg(format!("Dir::Cache::archives={}", archives.display()));
+    command.env("DEBIAN_FRONTEND", "noninteractive");
+    command
+}
+
 /// Installs packages without starting their services: nothing may begin to listen because a test was run.
 fn apt(packages: &[&str]) -> Result<()> {
     let _quiet = NoServices::begin()?;
     println!("setup: apt-get install {} (their services are not started)", packages.join(" "));
-    let apt = |arguments: &[&str]| {
-        let mut command = Command::new("apt-get");
-        command
-            .args(["-o", "Acquire::Retries=3", "-o", "DPkg::Lock::Timeout=120", "-qq", "-y"])
-            .args(arguments);
-        command.env("DEBIAN_FRONTEND", "noninteractive");
-        command
-    };
+    let folder = target().join("apt");
+    fs::create_dir_all(folder.join("partial")).with_context(|| format!("make {}", folder.display()))?;
+    let apt = |arguments: &[&str]| apt_get(&folder, arguments);
     let install: Vec<&str> = ["install", "--no-install-recommends"].iter().chain(packages).copied().collect();
     for attempt in 1..=TRIES {
         let done = timed("apt-get update", &mut apt(&["update"]))
             .and_then(|()| timed("apt-get install", &mut apt(&install)));
         match done {
-            Ok(()) => return Ok(()),
+            Ok(()) => {
+                return fs::remove_dir_all(&folder).with_context(|| format!("remove {}", folder.display()));
+            }
             Err(error) if attempt == TRIES => return Err(error),
             Err(error) => eprintln!("setup: try {attempt} of {TRIES}: {error:#}"),
+        }
+        // What was begun and broke off is in the way of the next try.
+        if let Err(error) =
+            timed("apt-get --fix-broken install", &mut apt(&["--fix-broken", "--no-remove", "install"]))
+        {
+            eprintln!("setup: {error:#}");
         }
     }
     bail!("no try was made")
