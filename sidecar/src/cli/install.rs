@@ -82,7 +82,20 @@ pub fn install(global: &Global, options: &Options) -> anyhow::Result<u8> {
         !root.path("etc/NIXOS").exists(),
         "this is NixOS, which makes its units itself: use the NixOS module (services.spokeguard)"
     );
-    let nft = find("nft").context("nft is missing: install nftables first (apt install nftables)")?;
+    let (nft, without_nft) = match root.find("nft") {
+        Some(nft) => (nft, None),
+        // An image may get its packages later.
+        None if root.0 != Path::new("/") => {
+            let nft = Path::new("/usr/sbin/nft");
+            let told = format!(
+                "{} has no nft yet: the units are written for {}; install nftables there",
+                root.0.display(),
+                nft.display()
+            );
+            (nft.to_owned(), Some(told))
+        }
+        None => bail!("nft is missing: install nftables first (apt install nftables)"),
+    };
     root.all_ours_or_absent()?;
     let program = root.program()?;
     // An image's policy is not this host's.
@@ -93,6 +106,7 @@ pub fn install(global: &Global, options: &Options) -> anyhow::Result<u8> {
     let policy = super::policy::load(&of_root, crate::sys::clock::now());
     let mesh = policy.as_ref().ok().map(|(loaded, _)| &loaded.policy.mesh);
     let mut told = root.put(&program, &nft, mesh.map(|mesh| (&*mesh.interface, mesh.listen_port)))?;
+    told.extend(without_nft);
     if !root.is_running() {
         let wants = |target: &str, unit: &str| root.link(&format!("{UNITS}/{target}.wants/{unit}"), unit);
         wants("sysinit.target", BOOT)?;
@@ -250,6 +264,14 @@ impl Root {
         }
     }
 
+    /// Where a program is that is found below the root, as its own processes will see it.
+    fn find(&self, program: &str) -> Option<PathBuf> {
+        let mut places = PROGRAM_FOLDERS.iter().map(|folder| Path::new(folder).join(program));
+        // An image's link leads elsewhere from here.
+        let is_there = |path: PathBuf| path.is_file() || (self.0 != Path::new("/") && path.is_symlink());
+        places.find(|place| place.strip_prefix("/").is_ok_and(|below| is_there(self.0.join(below))))
+    }
+
     /// Where the program is to be started from; copied there where that's not so yet.
     fn program(&self) -> anyhow::Result<PathBuf> {
         let running = std::env::current_exe().context("this program's own path")?;
@@ -296,10 +318,6 @@ fn remove(path: &Path) -> anyhow::Result<bool> {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
         Err(error) => Err(error).with_context(|| format!("remove {}", path.display())),
     }
-}
-
-fn find(program: &str) -> Option<PathBuf> {
-    PROGRAM_FOLDERS.iter().map(|folder| Path::new(folder).join(program)).find(|path| path.is_file())
 }
 
 fn systemctl(arguments: &[&str]) -> anyhow::Result<()> {
@@ -369,6 +387,19 @@ mod tests {
             !root.path("usr/lib/spokeguard").exists()
                 && !root.path("etc/systemd/system/ssh.socket.d").exists()
         );
+    }
+
+    #[test]
+    fn an_image_starts_the_nft_that_it_has_itself() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = Root(folder.path().to_owned());
+        assert_eq!(root.find("nft"), None);
+        fs::create_dir_all(root.path("usr/local/bin")).unwrap();
+        std::os::unix::fs::symlink("/nix/store/nft", root.path("usr/local/bin/nft")).unwrap();
+        assert_eq!(root.find("nft"), Some(PathBuf::from("/usr/local/bin/nft")));
+        fs::create_dir_all(root.path("sbin")).unwrap();
+        fs::create_dir_all(root.path("usr/sbin/nft")).unwrap();
+        assert_eq!(root.find("nft"), Some(PathBuf::from("/usr/local/bin/nft")), "a folder is no program");
     }
 
     #[test]
