@@ -165,7 +165,9 @@ pub(super) fn doubted(statements: &mut Vec<Statement>) {
 }
 
 fn doubt() -> Statement {
-    Statement::Maybe("conditions of a rule that changed while it was read".into())
+    Statement::Maybe(
+        "conditions that nft may have left out: the rule changed, or could not be read, meanwhile".into(),
+    )
 }
 
 fn asks_a_header(term: &Term) -> bool {

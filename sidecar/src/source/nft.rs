@@ -67,7 +67,13 @@ fn list_nftables() -> anyhow::Result<Ruleset> {
     // The numbers of rules that were there before and after mean the same rules.
     let mut tries = 0..TRIES;
     while let (Some(_), Ok(before)) = (tries.next(), generation()) {
-        let Ok(unlisted) = nft_unlisted::read() else { break };
+        let unlisted = match nft_unlisted::read() {
+            Ok(unlisted) => unlisted,
+            Err(error) => {
+                log::debug!("what nft leaves out of its listing stays unknown: {error:#}");
+                break;
+            }
+        };
         // Where nft says all there is, another rule under the same number is no other than listed.
         let enough = tries.is_empty() && !unlisted.matters();
         let ruleset = list(&args, unlisted, DEADLINE)?;

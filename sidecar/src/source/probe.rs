@@ -26,6 +26,7 @@ pub(super) mod route;
 pub(super) mod tables;
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
 use std::os::fd::AsFd as _;
@@ -209,7 +210,7 @@ pub fn sweep_by(
             continue;
         }
         let mut shapes = Vec::new();
-        let mut front = None;
+        let mut fronts = HashMap::new();
         for to in addresses {
             let origin = match request.source.filter(|source| Family::of(*source) == family) {
                 Some(source) => routes.chosen(&request.link, to, source)?,
@@ -224,7 +225,10 @@ pub fn sweep_by(
                 };
                 watched.push((index, attached));
             }
-            front = routes.device(index)?.native_xdp.and_then(|program| Front::of(index, program));
+            if let Entry::Vacant(place) = fronts.entry(index) {
+                let program = routes.device(index)?.native_xdp;
+                place.insert(program.and_then(|program| Front::of(index, program)));
+            }
             for proto in &request.protos {
                 let mut order =
                     order(request.link.index, request.mode, offsets.unwrap_or_default(), &origin, *proto);
@@ -240,8 +244,8 @@ pub fn sweep_by(
         for (proto, origin, shape) in shapes {
             let tables = if hooked.is_some() { None } else { Some(Tables::put(&shape.order, false)?) };
             let care = request.care.iter().find(|care| (care.address, care.proto) == (shape.to, proto));
-            let mut run =
-                Run { request, programs: &mut programs, tables, shape, proto, care, front: front.as_ref() };
+            let front = fronts.get(&shape.order.index).and_then(Option::as_ref);
+            let mut run = Run { request, programs: &mut programs, tables, shape, proto, care, front };
             let fates = run.fates(&ports, progress)?;
             let asked = |port: &Port| ports.binary_search(port).is_ok();
             let spared = care.into_iter().flat_map(|care| &care.spared).map(|(port, _)| *port);
