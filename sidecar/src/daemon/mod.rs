@@ -73,6 +73,8 @@ use pace::Pace;
 use privileges::Privileges;
 use suspects::Suspects;
 
+/// What is due at the same time as a look has been begun by then.
+const TURN: Duration = Duration::from_millis(10);
 /// What has no events of its own is read this often.
 const TICK: Duration = Duration::from_secs(10);
 /// Everything is read this often, whatever the events said.
@@ -333,8 +335,6 @@ impl Daemon {
                 self.heart.begin();
                 notify::ready();
             }
-            // What was asked for during a look rests after it, too.
-            let due = self.due.filter(|_| look.is_none()).map(|due| due.max(self.rest_until));
             let stands = (Arc::clone(&self.desired), self.standing.is_on_trial());
             if !Arc::ptr_eq(&stands.0, &guarded.0) || stands.1 != guarded.1 {
                 guarded = stands;
@@ -349,6 +349,10 @@ impl Daemon {
             let in_turn = |due: Option<Instant>, beside: bool| Some(due?.max(calm?)).filter(|_| !beside);
             let ask = in_turn(self.audits.due(), self.canaries.is_under_way());
             let canary = in_turn(self.canaries.due(), self.audits.is_under_way());
+            // What was asked for during a look rests after it, too; then they come first, or might never.
+            let due = self.due.filter(|_| look.is_none()).map(|due| due.max(self.rest_until));
+            let is_first = |due: Instant| [ask, canary].into_iter().flatten().any(|turn| turn <= due);
+            let due = due.map(|due| if is_first(due) { due + TURN } else { due });
             // In no order: whoever floods one source must not silence the others.
             tokio::select! {
                 event = maybe(commits.as_mut().map(NftEvents::next)) => match event {
