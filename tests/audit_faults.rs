@@ -27,6 +27,25 @@ fn started(node: &Node, run_dir: &Path, words: &[&str]) -> Running {
     node.spawn(&all.chain(words.iter().copied()).collect::<Vec<_>>()).unwrap()
 }
 
+/// On a small machine the daemon's first one takes ten seconds.
+#[test]
+fn who_asks_while_another_audit_is_under_way_waits_for_its_end() {
+    if lacking(&[Need::Lab, Need::Spokeguard]) {
+        return;
+    }
+    let lab = Lab::plain();
+    let run_dir = lab.dir.join("run");
+    std::fs::create_dir(&run_dir).unwrap();
+    let lock = run_dir.join("audit.lock").display().to_string();
+    let mut other = lab.spoke.spawn(&["flock", &lock, "sleep", "5"]).unwrap();
+    wait_until(SOON, "it is held", || {
+        (lab.spoke.run(&["flock", "-n", &lock, "true"]).unwrap().code == Some(1)).then_some(())
+    })
+    .unwrap();
+    let asked = audit(&lab.spoke, &run_dir, &[], &["--address", V4, "--tcp", "-p", "80"]);
+    assert_eq!((asked.code, other.has_ended()), (Some(0), true), "{}", asked.all());
+}
+
 /// State and reason by port, of one protocol of the first target.
 fn ports(found: &Value, proto: &str) -> BTreeMap<u16, (String, String)> {
     let protocols = found["targets"][0]["protocols"].as_array().unwrap();

@@ -64,8 +64,9 @@ fn probed(
     mut snapshot: Snapshot,
 ) -> (Snapshot, Assessment) {
     let now = snapshot.at;
-    let errand = |snapshot: &Snapshot, extent: &Extent| {
-        outside::errand(&View::of(desired, snapshot), &places.run, extent)
+    let errand = |snapshot: &Snapshot, extent: &Extent| outside::Errand {
+        patience: super::audit::PATIENCE,
+        ..outside::errand(&View::of(desired, snapshot), &places.run, extent)
     };
     let first = match snapshot.links.gap() {
         None => outside::run(&errand(&snapshot, &Extent::All)).map(|sweeps| Probed::new(&sweeps)),
