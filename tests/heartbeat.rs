@@ -631,7 +631,7 @@ fn notices_tell_each_finding_once_and_after_an_outage_late_and_in_order() {
     ntfy.wait(0, "the last of them", &daemon, about("tcp/0.0.0.0:5003"));
     let late: Vec<Value> =
         ntfy.all().iter().filter(|asked| asked.body.contains(" by late (")).map(notice).collect();
-    assert_eq!(late.len(), 3, "{late:#?}");
+    assert_eq!(late.len(), 3, "{late:#?} of {:#?}", ntfy.all());
     for (notice, port) in late.iter().zip([5001, 5002, 5003]) {
         assert!(notice["title"].as_str().unwrap().starts_with("[late "), "{late:#?}");
         assert!(

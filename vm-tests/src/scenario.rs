@@ -81,7 +81,7 @@ pub const ALL: &[Scenario] = &[
     Scenario {
         name: "boot-window",
         about: "From power-on a stranger knocks at a host with systemd: nothing answers that may not, with our program and without",
-        arm64: &["6.12", NEWEST],
+        arm64: &["6.1", "6.12", NEWEST],
         boots: 3,
         disk: Disk::Systemd,
         ..USUAL
@@ -89,7 +89,7 @@ pub const ALL: &[Scenario] = &[
     Scenario {
         name: "ssh-race",
         about: "The mesh comes a minute late, goes and comes again: sshd is there in five seconds, never in public",
-        kernels: &["6.12", NEWEST],
+        arm64: &["6.12"],
         boots: 3,
         disk: Disk::Systemd,
         ..USUAL
@@ -97,7 +97,7 @@ pub const ALL: &[Scenario] = &[
     Scenario {
         name: "package",
         about: "Our Debian package under systemd: installed, upgraded, removed, purged",
-        arm64: &["6.12", NEWEST],
+        arm64: &["6.1", "6.12", NEWEST],
         disk: Disk::Systemd,
         package: true,
         ..USUAL
@@ -105,7 +105,6 @@ pub const ALL: &[Scenario] = &[
     Scenario {
         name: "neighbours",
         about: "ufw and firewalld beside us under systemd: enabled, reloaded, restarted",
-        kernels: &["6.12", NEWEST],
         disk: Disk::Systemd,
         ..USUAL
     },
@@ -120,11 +119,13 @@ pub const ALL: &[Scenario] = &[
     Scenario {
         name: "docker-like",
         about: "Others write rules after ours, delete, flush and restore: containers, NixOS, iptables",
+        arm64: &["6.1", "6.12", NEWEST],
         ..USUAL
     },
     Scenario {
         name: "upgrade",
         about: "A long connection and steady traffic across restarts, reloads and upgrades; counted exactly",
+        arm64: &["6.1", "6.12"],
         memory_mib: 1536,
         limit_s: 1800,
         // As users get it: a debug build that shares one emulated processor with the traffic takes minutes to audit.
@@ -142,7 +143,6 @@ pub const ALL: &[Scenario] = &[
     Scenario {
         name: "small",
         about: "MemoryMax=32M on 512 MB: minutes of a busy host, with memory, time and BPF memory in figures",
-        kernels: &["6.12", NEWEST],
         arm64: &["6.1", "6.12", NEWEST],
         memory_mib: SMALL_MIB,
         limit_s: 1800,
@@ -153,6 +153,7 @@ pub const ALL: &[Scenario] = &[
     Scenario {
         name: "cases",
         about: "Cases of the audit's matrix that most build machines' kernels can't do: VLANs, flow tables",
+        arm64: &["6.12"],
         memory_mib: 1536,
         limit_s: 1800,
         tests: true,

@@ -49,12 +49,12 @@ pub enum NftError {
 const TRIES: u8 = 3;
 
 /// Every table of this network namespace, with what nft does not print of them; tables of
-/// iptables-legacy among them. But not the one by which an audit that is under way reads
-/// verdicts on older kernels: it is for its probes alone. (Whoever hid behind its name would
-/// still meet the probes.)
+/// iptables-legacy among them. But not those by which audits that are under way read
+/// verdicts on older kernels: they are for their probes alone. (Whoever hid behind such a name
+/// would still meet the probes.)
 pub fn list_ruleset() -> anyhow::Result<Ruleset> {
     let mut ruleset = list_nftables()?;
-    ruleset.tables.retain(|t| (t.family, t.name.as_str()) != (TableFamily::Inet, super::probe::TABLE));
+    ruleset.tables.retain(|t| t.family != TableFamily::Inet || !super::probe::is_table(t.name.as_bytes()));
     ruleset.tables.extend(legacy::read());
     Ok(ruleset)
 }

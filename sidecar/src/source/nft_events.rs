@@ -297,7 +297,7 @@ impl Batch {
                         .map(|name| name.strip_suffix(b"\0").unwrap_or(name));
                     if family == NFPROTO_INET && name == Some(TABLE.as_bytes()) {
                         self.own_touched = true;
-                    } else if family != NFPROTO_INET || name != Some(probe::TABLE.as_bytes()) {
+                    } else if family != NFPROTO_INET || !name.is_some_and(probe::is_table) {
                         self.foreign_touched = true;
                     }
                 }

@@ -54,8 +54,8 @@ use programs::{Attached, Lane, Place, Programs};
 use queues::Queues;
 pub(crate) use route::Routes;
 use route::{Door, Origin};
-pub use tables::TABLE;
 use tables::Tables;
+pub use tables::is_table;
 
 /// What to sweep: every protocol on every address, as it looks through one device.
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -18,8 +18,9 @@ use super::super::{nft, nft_lists};
 use crate::desired::{PRIORITY as OURS, PROBE_PRIORITY};
 use crate::sys::probe::Mapped;
 
-/// The audit's own, for as long as one sweep takes.
-pub const TABLE: &str = "spokeguard_audit";
+/// How the names of its tables begin. Each sweep has one of its own, since another operator's with another run
+/// directory may be under way.
+const PREFIX: &str = "spokeguard_audit_";
 /// Behind every chain of others, and before conntrack confirms what passed.
 const PRIORITY: i32 = i32::MAX - 7;
 /// Before every chain of others, and still before conntrack.
@@ -28,8 +29,21 @@ const FIRST: i32 = i32::MIN + 7;
 const ELEMENTS: usize = 1 << 16;
 const READY: Duration = Duration::from_secs(10);
 
+/// Whether a table of family inet is one by which a sweep reads verdicts, for as long as that takes.
+pub fn is_table(name: &[u8]) -> bool {
+    let token = name.strip_prefix(PREFIX.as_bytes());
+    token.is_some_and(|token| token.len() == 8 && token.iter().all(u8::is_ascii_hexdigit))
+}
+
+fn name(order: &Order) -> String {
+    format!("{PREFIX}{:08x}", order.token)
+}
+
 /// The rules for one sweep; gone when dropped.
-pub struct Tables(Child);
+pub struct Tables {
+    nft: Child,
+    name: String,
+}
 
 impl Tables {
     /// `around`: with sensors on both sides of our table, too.
@@ -43,17 +57,17 @@ impl Tables {
             .stderr(Stdio::piped())
             .spawn()
             .context("start nft")?;
-        let mut tables = Self(child);
+        let mut tables = Self { nft: child, name: name(order) };
         let script = script(order, around);
-        let stdin = tables.0.stdin.as_mut().context("nft has no standard input")?;
+        let stdin = tables.nft.stdin.as_mut().context("nft has no standard input")?;
         stdin.write_all(script.as_bytes()).and_then(|()| stdin.flush()).context("feed nft")?;
         let deadline = Instant::now() + READY;
         // The last command of the script.
-        while let Err(error) = nft::listing(&["-j", "list", "chain", "inet", TABLE, "ready"]) {
+        while let Err(error) = nft::listing(&["-j", "list", "chain", "inet", &tables.name, "ready"]) {
             if matches!(error.downcast_ref(), Some(nft::NftError::Unsupported { .. })) {
                 return Err(error);
             }
-            if Instant::now() >= deadline || !matches!(tables.0.try_wait(), Ok(None)) {
+            if Instant::now() >= deadline || !matches!(tables.nft.try_wait(), Ok(None)) {
                 bail!("nft did not take the audit's table: {}", tables.complaint());
             }
             std::thread::sleep(Duration::from_millis(5));
@@ -64,7 +78,7 @@ impl Tables {
     /// Writes what the sets hold into the traces.
     pub fn read(&self, order: &Order, traces: &mut Mapped<Trace>) -> anyhow::Result<()> {
         for (set, says) in SETS {
-            let keys = nft_lists::keys(TABLE, set, ELEMENTS, |key| {
+            let keys = nft_lists::keys(&self.name, set, ELEMENTS, |key| {
                 decode(order, says, key).ok_or(NetlinkError::Malformed("an element of another form"))
             })?;
             for (port, found) in keys {
@@ -76,9 +90,9 @@ impl Tables {
     }
 
     fn complaint(&mut self) -> String {
-        let _ = self.0.kill();
+        let _ = self.nft.kill();
         let mut text = Vec::new();
-        if let Some(stderr) = self.0.stderr.as_mut() {
+        if let Some(stderr) = self.nft.stderr.as_mut() {
             let _ = stderr.take(4096).read_to_end(&mut text);
         }
         // Before the error it remarks on a terminal that it has not got, and after it on every further line.
@@ -90,9 +104,9 @@ impl Tables {
 
 impl Drop for Tables {
     fn drop(&mut self) {
-        drop(self.0.stdin.take());
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        drop(self.nft.stdin.take());
+        let _ = self.nft.kill();
+        let _ = self.nft.wait();
     }
 }
 
@@ -125,7 +139,7 @@ fn joined(before: Trace, found: Trace) -> Trace {
 
 /// As the programs do it; `@th,OFFSET,BITS` are the words of [`Order::words_at`].
 fn script(order: &Order, around: bool) -> String {
-    let ipv4 = order.is_ipv4();
+    let (table, ipv4) = (name(order), order.is_ipv4());
     let (family, ip, icmp, inner) =
         if ipv4 { ("ipv4", "ip", "icmp", 8 + 20) } else { ("ipv6", "ip6", "icmpv6", 8 + 40) };
     let l4 = if order.proto == 6 { "tcp" } else { "udp" };
@@ -135,7 +149,7 @@ fn script(order: &Order, around: bool) -> String {
     let probe =
         |at: usize| format!("@th,{},16 {high} @th,{},32 {token}", (at + head_at) * 8, (at + token_at) * 8);
     let own = |at: usize| format!("@th,{},16", (at + head_at + 2) * 8);
-    let mut text = format!("add table inet {TABLE} {{ flags owner; }}\n");
+    let mut text = format!("add table inet {table} {{ flags owner; }}\n");
     let sets = [
         ("delivered", format!("{} . {ip} daddr . {l4} dport", own(0))),
         ("forwarded", format!("{} . {ip} daddr . {l4} dport", own(0))),
@@ -148,7 +162,7 @@ fn script(order: &Order, around: bool) -> String {
     for (name, kind) in &sets {
         let _ = writeln!(
             text,
-            "add set inet {TABLE} {name} {{ typeof {kind}; size {ELEMENTS}; flags dynamic; }}"
+            "add set inet {table} {name} {{ typeof {kind}; size {ELEMENTS}; flags dynamic; }}"
         );
     }
     for (name, hook, priority) in [
@@ -159,27 +173,27 @@ fn script(order: &Order, around: bool) -> String {
     ] {
         let _ = writeln!(
             text,
-            "add chain inet {TABLE} {name} {{ type filter hook {hook} priority {priority}; policy accept; }}"
+            "add chain inet {table} {name} {{ type filter hook {hook} priority {priority}; policy accept; }}"
         );
     }
     let mine = format!("meta nfproto {family} meta l4proto {l4} {}", probe(0));
     if order.canary & canary::PLAIN == 0 {
         // Our rules are told, also where none of our programs stands on the device.
-        let _ = writeln!(text, "add rule inet {TABLE} arrived {mine} meta priority set {PROBE_PRIORITY}");
+        let _ = writeln!(text, "add rule inet {table} arrived {mine} meta priority set {PROBE_PRIORITY}");
     }
     if around {
         for (side, priority, (set, key)) in [("to", OURS - 1, &sets[5]), ("past", OURS + 1, &sets[6])] {
             for hook in ["input", "forward"] {
                 let _ = writeln!(
                     text,
-                    "add chain inet {TABLE} {side}_{hook} {{ type filter hook {hook} priority {priority}; }}\n\
-                     add rule inet {TABLE} {side}_{hook} {mine} add @{set} {{ {key} }}"
+                    "add chain inet {table} {side}_{hook} {{ type filter hook {hook} priority {priority}; }}\n\
+                     add rule inet {table} {side}_{hook} {mine} add @{set} {{ {key} }}"
                 );
             }
         }
     }
     let mut rule = |chain: &str, rule: &str| {
-        let _ = writeln!(text, "add rule inet {TABLE} {chain} meta nfproto {family} {rule} drop");
+        let _ = writeln!(text, "add rule inet {table} {chain} meta nfproto {family} {rule} drop");
     };
     let add = |set: usize| format!("add @{} {{ {} }}", sets[set].0, sets[set].1);
     if order.reply == 0 {
@@ -205,7 +219,7 @@ fn script(order: &Order, around: bool) -> String {
         };
         rule("out", &format!("udp dport {port} {to} {}", add(3)));
     }
-    let _ = writeln!(text, "add chain inet {TABLE} ready");
+    let _ = writeln!(text, "add chain inet {table} ready");
     text
 }
 
@@ -269,6 +283,15 @@ mod tests {
     }
 
     #[test]
+    fn tables_of_sweeps_are_told_from_others() {
+        let order = Order { token: 0xbeef, ..Order::default() };
+        assert_eq!(name(&order), "spokeguard_audit_0000beef");
+        assert!(is_table(name(&order).as_bytes()));
+        let others = ["spokeguard", "spokeguard_audit", "spokeguard_audit_", "spokeguard_audit_0000beef0"];
+        assert!(!others.iter().chain(&["spokeguard_audit_0000b33z"]).any(|other| is_table(other.as_bytes())));
+    }
+
+    #[test]
     fn what_is_no_element_of_ours_is_refused() {
         for (end, key) in [
             (ends::LOCAL, &[1, 2, 0, 0][..]),
@@ -301,7 +324,10 @@ mod tests {
                     let order = Order { head: 0xffff, proto, family, reply, ..Order::default() };
                     let (text, around) = (script(&order, false), script(&order, true));
                     for (set, _) in SETS {
-                        assert!(text.contains(&format!("add set inet {TABLE} {set} ")), "{set}: {text}");
+                        assert!(
+                            text.contains(&format!("add set inet {} {set} ", name(&order))),
+                            "{set}: {text}"
+                        );
                     }
                     assert_eq!(text.contains("delivered meta"), reply == 0, "{text}");
                     assert!(text.contains("flags owner") && text.ends_with(" ready\n"), "{text}");
