@@ -109,6 +109,9 @@ in
       after = [
         "systemd-modules-load.service"
         "local-fs.target"
+        # Who loads its rules by flushing all others does so before.
+        "nftables.service"
+        "netfilter-persistent.service"
       ];
       unitConfig = {
         DefaultDependencies = false;
@@ -127,7 +130,11 @@ in
 
     systemd.services.spokeguard-shut = early // {
       description = "Shut the host until spokeguard's rules are back";
-      after = [ "systemd-modules-load.service" ];
+      after = [
+        "systemd-modules-load.service"
+        "nftables.service"
+        "netfilter-persistent.service"
+      ];
       unitConfig.DefaultDependencies = false;
       serviceConfig = sandbox // loader shut;
     };

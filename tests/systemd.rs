@@ -94,6 +94,7 @@ fn units_hold_the_line_from_the_first_packet_of_a_boot() {
 
     // A boot without any of our code.
     machine.cut_power();
+    machine.flushes_late();
     std::fs::remove_file(machine.path("usr/local/sbin/spokeguard")).unwrap();
     machine.boots_shut();
 

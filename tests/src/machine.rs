@@ -157,6 +157,7 @@ impl<'a> Machine<'a> {
     fn unplug(&self) {
         // A cable that is out takes addresses of IPv6 with it, unless they are to stay.
         let script = "for link in eth0 wg0; do
+                 ip link show dev $link >/dev/null 2>&1 || continue
                  echo 1 >/proc/sys/net/ipv6/conf/$link/keep_addr_on_down
                  ip link set $link down
              done";
@@ -348,6 +349,13 @@ impl<'a> Machine<'a> {
             ))
             .unwrap();
         let lab = self.lab;
+        // What knocks while nobody answers for an address waits for the next second to be sent.
+        let shown = lab.spoke.sh("ip -br link show dev eth0").unwrap();
+        let mac = shown.split_whitespace().nth(2).unwrap();
+        for address in [SPOKE_PUBLIC, SPOKE_PUBLIC_V6] {
+            let known = format!("ip neigh replace {address} lladdr {mac} nud permanent dev spoke0");
+            lab.internet.sh(&known).unwrap();
+        }
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
             scope.spawn(|| lab.internet.inside(|| knock(&stop)).unwrap());

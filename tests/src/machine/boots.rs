@@ -37,11 +37,21 @@ impl Machine<'_> {
         assert_eq!(self.ok(&["systemctl", "is-active", "spokeguard-boot"]), "active\n");
     }
 
+    /// From its next boot on Debian's service for nftables loads rules that flush all others, and takes its time.
+    pub fn flushes_late(&self) {
+        self.write("etc/nftables.conf", "flush ruleset\n");
+        self.write_new(
+            "etc/systemd/system/nftables.service.d/late.conf",
+            "[Service]\nExecStartPre=sleep 2\n",
+        );
+        self.want("sysinit.target", "/lib/systemd/system/nftables.service");
+    }
+
     /// A boot with nothing of ours in the way: whoever knocks is answered, or an empty count would prove nothing.
     #[track_caller]
     pub fn boots_open(&mut self) {
-        self.boot();
         let (_, answers) = self.knocked_at_while(|machine| {
+            machine.boot();
             machine.wait("sshd answers", |machine| machine.answer(22) == Answer::Open);
         });
         assert!(answers > 0, "no answer was counted, so there is nothing to shut");
@@ -66,27 +76,29 @@ impl Machine<'_> {
     #[track_caller]
     pub fn ssh_follows_its_address(&mut self, by: &str, late: Duration) {
         let lab = self.lab;
-        lab.spoke.sh("ip addr flush dev wg0").unwrap();
+        lab.spoke.ok(&["ip", "link", "del", "wg0"]).unwrap();
         if by == "ssh.socket" {
             let text = format!("[Socket]\nListenStream=\nListenStream={SPOKE_MESH}:22\n");
             std::fs::create_dir_all(self.path("etc/systemd/system/ssh.socket.d")).unwrap();
             self.write("etc/systemd/system/ssh.socket.d/lab.conf", &text);
             self.want("sockets.target", "/lib/systemd/system/ssh.socket");
         }
-        let raise = format!("ip addr add {SPOKE_MESH}/24 dev wg0; ip link set wg0 up");
+        let make = || {
+            let made = format!("ip link add wg0 type veth peer name wg0 netns {}", lab.hub.net_path());
+            lab.spoke.sh(&made).unwrap();
+            lab.hub.sh("ip addr add 10.84.0.1/24 dev wg0; ip link set wg0 up").unwrap();
+            lab.spoke.sh(&format!("ip addr add {SPOKE_MESH}/24 dev wg0; ip link set wg0 up")).unwrap();
+        };
         self.nobody_answers_while(|machine| {
             machine.boot();
             let booted = Instant::now();
             machine.until(2 * late, "the mesh is late", |_| booted.elapsed() > late).unwrap();
-            assert!(banner(&lab.hub).is_none(), "{by}: before there is an address");
-            lab.spoke.sh(&raise).unwrap();
+            assert!(banner(&lab.hub).is_none(), "{by}: before there is a mesh");
+            make();
             machine.ssh_comes(by, "late");
             for round in ["made anew", "and again"] {
                 lab.spoke.ok(&["ip", "link", "del", "wg0"]).unwrap();
-                let anew = format!("ip link add wg0 type veth peer name wg0 netns {}", lab.hub.net_path());
-                lab.spoke.sh(&anew).unwrap();
-                lab.hub.sh("ip addr add 10.84.0.1/24 dev wg0; ip link set wg0 up").unwrap();
-                lab.spoke.sh(&raise).unwrap();
+                make();
                 machine.ssh_comes(by, round);
             }
         });

@@ -26,6 +26,8 @@ pub fn boot_window(steps: &mut Steps, boot: &str) -> Result<()> {
                 machine.boots_open();
                 took(&machine)
             })?;
+            // Of what flushes all rules at a boot.
+            machine.flushes_late();
             installed(steps, &machine)
         }
         "2" => {
