@@ -173,7 +173,7 @@ fn pip_install(packages: &[&str]) -> Result<()> {
 }
 
 pub fn target() -> PathBuf {
-    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| crate::root().join("target"), PathBuf::from)
+    crate::root().join(std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into()))
 }
 
 /// What `cargo xtask dist` needs beyond that.
@@ -326,7 +326,7 @@ fn apt_get(archives: &Path, arguments: &[&str]) -> Command {
 fn apt(packages: &[&str]) -> Result<()> {
     let _quiet = NoServices::begin()?;
     println!("setup: apt-get install {} (their services are not started)", packages.join(" "));
-    let folder = target().join("apt");
+    let folder = target().join(format!("apt-{}", std::process::id()));
     fs::create_dir_all(folder.join("partial")).with_context(|| format!("make {}", folder.display()))?;
     let apt = |arguments: &[&str]| apt_get(&folder, arguments);
     let install: Vec<&str> = ["install", "--no-install-recommends"].iter().chain(packages).copied().collect();
@@ -340,12 +340,14 @@ fn apt(packages: &[&str]) -> Result<()> {
             Err(error) if attempt == TRIES => return Err(error),
             Err(error) => eprintln!("setup: try {attempt} of {TRIES}: {error:#}"),
         }
-        // What was begun and broke off is in the way of the next try.
-        if let Err(error) =
-            timed("apt-get --fix-broken install", &mut apt(&["--fix-broken", "--no-remove", "install"]))
-        {
-            eprintln!("setup: {error:#}");
-        }
+        // What was begun and broke off, now or in an earlier run, is in the way of the next try.
+        let mut configure = Command::new("dpkg");
+        configure.args(["--configure", "-a"]).env("DEBIAN_FRONTEND", "noninteractive");
+        let mended = [
+            timed("dpkg --configure -a", &mut configure),
+            timed("apt-get --fix-broken install", &mut apt(&["--fix-broken", "--no-remove", "install"])),
+        ];
+        mended.into_iter().filter_map(Result::err).for_each(|error| eprintln!("setup: {error:#}"));
     }
     bail!("no try was made")
 }
