@@ -13,7 +13,7 @@ use lab::{
 };
 use spokeguard::audit::{Fate, Sweep};
 use spokeguard::observed::{Link, Listener};
-use spokeguard::source::probe::{Means, Mode, Request, SweepError, TABLE, sweep, sweep_by};
+use spokeguard::source::probe::{Means, Mode, Request, SweepError, is_table, sweep, sweep_by};
 use spokeguard::source::{links, listeners, owners};
 use spokeguard::terms::{Port, Proto};
 
@@ -566,7 +566,8 @@ fn quiet_listener(node: &Node, at: SocketAddr) -> TcpListener {
 /// By the older means its table.
 fn attached(node: &Node) -> usize {
     if !Means::of_this_kernel().tcx {
-        return node.ok(&["nft", "list", "tables"]).unwrap().matches(TABLE).count();
+        let tables = node.ok(&["nft", "list", "tables"]).unwrap();
+        return tables.split_whitespace().filter(|word| is_table(word.as_bytes())).count();
     }
     let both = [TcAttachType::Ingress, TcAttachType::Egress];
     let programs = |way| SchedClassifier::query_tcx("eth0", way).map(|(_, programs)| programs.len());

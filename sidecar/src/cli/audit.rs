@@ -109,6 +109,7 @@ fn local(global: &Global, options: &Options) -> anyhow::Result<Audit> {
             Some(load?.1)
         }
     };
+    probe::await_free(&global.places()?.run, PATIENCE);
     let rules = Reading::from_result(nft::list_ruleset());
     // What break-glass holds open is an exception of this moment.
     let desired = desired.map(|desired| desired.with_openings(&openings_in(&rules), started));

@@ -12,6 +12,7 @@ use crate::observed::{Facet, Probed, Reading, Snapshot};
 use crate::report::Report;
 use crate::source::Eyes;
 use crate::source::outside::{self, Extent};
+use crate::source::probe;
 use crate::sys::clock;
 
 #[derive(Args)]
@@ -26,6 +27,9 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
     let (_, desired) = super::policy::load(global, now)?;
     let places = global.places()?;
     let mut eyes = Eyes::new(&places.pin);
+    if !options.no_probe {
+        probe::await_free(&places.run, super::audit::PATIENCE);
+    }
     let snapshot = eyes.look(&desired, now);
     let (snapshot, mut assessment) = if options.no_probe {
         let assessment = diff::assess(&desired, &snapshot, now);

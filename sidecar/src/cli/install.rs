@@ -111,6 +111,14 @@ pub fn install(global: &Global, options: &Options) -> anyhow::Result<u8> {
         let wants = |target: &str, unit: &str| root.link(&format!("{UNITS}/{target}.wants/{unit}"), unit);
         wants("sysinit.target", BOOT)?;
         wants("multi-user.target", SERVICE)?;
+        if let Err(error) = policy.as_ref()
+            && of_root.policy.exists()
+        {
+            told.push(format!(
+                "what is loaded when the confirmed rules can't be lets tunnels in by their usual names and ports\n\
+                 alone, since the policy has mistakes; install again without them:\n{error:#}"
+            ));
+        }
         told.push("enabled for the next boot; nothing was started".to_owned());
         global.print(&(told.join("\n") + "\n"))?;
         return Ok(0);
@@ -147,8 +155,9 @@ pub fn uninstall(global: &Global, options: &Removal) -> anyhow::Result<u8> {
         remove(&root.path(&format!("{UNITS}/{target}.wants/{unit}")))?;
     }
     let mut told = root.take()?;
-    if remove(&root.path(PROGRAM.trim_start_matches('/')))? {
-        told.push(format!("removed {PROGRAM}"));
+    let program = root.path(PROGRAM.trim_start_matches('/'));
+    if remove(&program)? {
+        told.push(format!("removed {}", program.display()));
     }
     if root.is_running() {
         systemctl(&["daemon-reload"])?;

@@ -91,24 +91,21 @@ impl Guarding {
             kept => kept,
         };
         self.last = Some((rules.clone(), waits));
-        let kept = match guard.attached() {
+        let gap = match guard.attached() {
             Ok(on) => {
                 let on = links.iter().filter(|l| on.contains(&l.name));
                 self.on = on.map(|l| (l.name.clone(), l.index)).collect();
                 self.on.sort_unstable();
-                kept
+                None
             }
-            // On none, as far as is known, and that is not because none is public.
-            Err(error) => {
-                self.on.clear();
-                match kept {
-                    Kept::Failed(_) => kept,
-                    _ => Kept::Failed(format!("{error:#}")),
-                }
-            }
+            // What is taken off meanwhile is still known by what it was on before.
+            Err(error) => Some(format!("{error:#}")),
         };
-        self.gap = if let Kept::Failed(why) = &kept { Some(why.clone()) } else { None };
-        kept
+        self.gap = if let Kept::Failed(why) = &kept { Some(why.clone()) } else { gap };
+        match (kept, &self.gap) {
+            (Kept::Sound, Some(why)) => Kept::Failed(why.clone()),
+            (kept, _) => kept,
+        }
     }
 
     /// Whether there is one to keep.

@@ -73,8 +73,6 @@ use pace::Pace;
 use privileges::Privileges;
 use suspects::Suspects;
 
-/// What is due at the same time as a look has been begun by then.
-const TURN: Duration = Duration::from_millis(10);
 /// What has no events of its own is read this often.
 const TICK: Duration = Duration::from_secs(10);
 /// Everything is read this often, whatever the events said.
@@ -351,8 +349,10 @@ impl Daemon {
             let canary = in_turn(self.canaries.due(), self.audits.is_under_way());
             // What was asked for during a look rests after it, too; then they come first, or might never.
             let due = self.due.filter(|_| look.is_none()).map(|due| due.max(self.rest_until));
-            let is_first = |due: Instant| [ask, canary].into_iter().flatten().any(|turn| turn <= due);
-            let due = due.map(|due| if is_first(due) { due + TURN } else { due });
+            // Not where interfaces have changed since they were read: that is what they go by.
+            let by_known = self.snapshot.is_some() && !self.wanted.contains(&Facet::Links);
+            let is_first = |due: &Instant| by_known && [ask, canary].iter().flatten().any(|turn| turn <= due);
+            let due = due.filter(|due| !is_first(due));
             // In no order: whoever floods one source must not silence the others.
             tokio::select! {
                 event = maybe(commits.as_mut().map(NftEvents::next)) => match event {

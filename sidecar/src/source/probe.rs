@@ -31,7 +31,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
 use std::os::fd::AsFd as _;
 use std::panic::resume_unwind;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -154,6 +154,13 @@ pub fn sweep_when_free(
     progress: &mut dyn FnMut(Progress),
 ) -> anyhow::Result<Vec<Sweep>> {
     when_free(patience, || sweep(request, progress))
+}
+
+/// Waits until no sweep or trial is under way here, at most that long: what is read then is as new as what the next
+/// one meets.
+pub fn await_free(run_dir: &Path, patience: Duration) {
+    // Whatever is in the way of a lock is told by who needs it.
+    let _ = when_free(patience, || Lock::take(run_dir).map(drop));
 }
 
 fn when_free<T>(patience: Duration, mut go: impl FnMut() -> anyhow::Result<T>) -> anyhow::Result<T> {

@@ -1,5 +1,6 @@
 //! The Debian package: installed, upgraded, removed and purged.
 
+use std::io::{Read as _, Write as _};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -82,6 +83,12 @@ impl Machine<'_> {
         machine.ok(&["sh", "-ec", &upgraded(deb, later)]);
         let ssh = SocketAddr::new(SPOKE_MESH, 22);
         let hub = machine.lab.hub.inside(|| Ok(std::net::TcpStream::connect_timeout(&ssh, LONG)?)).unwrap();
+        let mut heard = vec![0; 1024];
+        let greeted = machine.lab.hub.inside(|| {
+            hub.set_read_timeout(Some(LONG))?;
+            Ok((&hub).read(&mut heard)?)
+        });
+        assert!(heard[..greeted.unwrap()].starts_with(b"SSH-"));
         let (dropped, table) = machine.dropped_and_table();
         assert!(dropped > 0.0);
         let pid = machine.property(SERVICE, "MainPID");
@@ -95,7 +102,9 @@ impl Machine<'_> {
         let (dropped_after, table_after) = machine.dropped_and_table();
         assert!(dropped_after > dropped, "{dropped} before, {dropped_after} after");
         assert_eq!(table, table_after);
-        assert!(hub.peer_addr().is_ok() && hub.take_error().unwrap().is_none());
+        // sshd goes on with what comes by that connection: it offers its algorithms.
+        (&hub).write_all(b"SSH-2.0-lab\r\n").unwrap();
+        assert!((&hub).read(&mut heard).unwrap() > 100, "what sshd says after the upgrade");
         assert_eq!(machine.enabled(BOOT), "disabled", "as its administrator wants it");
         machine.ok(&["systemctl", "enable", "--quiet", BOOT]);
 
@@ -134,7 +143,7 @@ impl Machine<'_> {
         self.ok_within(LONG, &["dpkg", "--force-unsafe-io", action, what])
     }
 
-    fn enabled(&self, unit: &str) -> String {
+    pub fn enabled(&self, unit: &str) -> String {
         self.run(&["systemctl", "is-enabled", unit]).stdout.trim().to_owned()
     }
 

@@ -12,6 +12,8 @@ use lab::{Answer, Daemon, Lab, MemoryGroup, Mesh, SPOKE_MESH, SPOKE_PUBLIC, Shap
 use crate::{SOON, Steps, patiently, run_to_end};
 
 const LIMIT: u64 = 32 << 20;
+/// Of it, what no other use of the memory could take: without the files that the kernel keeps for it.
+const OWN: u64 = 12 << 20;
 /// Of the guest's time: what is idle of it costs nothing.
 const LONG_ENOUGH: Duration = Duration::from_secs(180);
 const ROUND: Duration = Duration::from_secs(3);
@@ -89,7 +91,9 @@ pub fn run(steps: &mut Steps) -> Result<()> {
             took(&group),
             daemon.running.log()
         );
-        ensure!(group.peak()? <= LIMIT, "{}", took(&group));
+        // The limit itself could not have been passed; most of what reached it are files, which the kernel gives up.
+        let own = group.stat("anon")? + group.stat("kernel")?;
+        ensure!(own <= OWN, "{own} bytes: {}", took(&group));
         in_figures(&lab, &daemon, &group)
     })
 }

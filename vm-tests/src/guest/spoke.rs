@@ -6,6 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use anyhow::{Context, Result, ensure};
 use lab::{
     Answer, HUB_PUBLIC, Lab, Mesh, Node, SECOND_MESH, SPOKE_MESH, SPOKE_PUBLIC, SPOKE_PUBLIC_V6, Shape,
+    Signal,
 };
 use serde_json::Value;
 
@@ -163,14 +164,20 @@ pub fn run(steps: &mut Steps) -> Result<()> {
         Ok("same peer, same endpoint".to_owned())
     })?;
     steps.step("a flush is repaired, and the guard refuses meanwhile", || {
+        daemon.running.signal(Signal::STOP)?;
         lab.spoke.ok(&["nft", "flush", "ruleset"])?;
-        let answer = lab.internet.connect(SocketAddr::new(SPOKE_PUBLIC, 5432), SOON);
-        ensure!(answer == Answer::Silent, "after a flush: {answer:?}");
+        for (address, port) in [(SPOKE_PUBLIC, 22), (SPOKE_PUBLIC, 5432), (SPOKE_PUBLIC_V6, 5432)] {
+            let answer = lab.internet.connect(SocketAddr::new(address, port), SOON);
+            ensure!(answer == Answer::Silent, "{address} {port} after a flush: {answer:?}");
+        }
+        let rules = lab.spoke.ok(&["nft", "list", "ruleset"])?;
+        ensure!(!rules.contains("spokeguard"), "the rules are back, so this proves nothing: {rules}");
+        daemon.running.signal(Signal::CONT)?;
         patiently("the table is there again", || {
             lab.spoke.ok(&["nft", "list", "table", "inet", "spokeguard"]).ok()
         })
         .with_context(|| daemon.running.log())?;
-        Ok("5432 did not answer".to_owned())
+        Ok("22 and 5432 did not answer while the daemon slept".to_owned())
     })?;
     steps.step("a bind of every address is refused", || {
         let refused =
