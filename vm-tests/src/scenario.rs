@@ -105,6 +105,7 @@ pub const ALL: &[Scenario] = &[
     Scenario {
         name: "neighbours",
         about: "ufw and firewalld beside us under systemd: enabled, reloaded, restarted",
+        kernels: &["6.12", NEWEST],
         disk: Disk::Systemd,
         ..USUAL
     },
@@ -125,7 +126,6 @@ pub const ALL: &[Scenario] = &[
     Scenario {
         name: "upgrade",
         about: "A long connection and steady traffic across restarts, reloads and upgrades; counted exactly",
-        arm64: &["6.1", "6.12"],
         memory_mib: 1536,
         limit_s: 1800,
         // As users get it: a debug build that shares one emulated processor with the traffic takes minutes to audit.
@@ -143,6 +143,7 @@ pub const ALL: &[Scenario] = &[
     Scenario {
         name: "small",
         about: "MemoryMax=32M on 512 MB: minutes of a busy host, with memory, time and BPF memory in figures",
+        kernels: &["6.12", NEWEST],
         arm64: &["6.1", "6.12", NEWEST],
         memory_mib: SMALL_MIB,
         limit_s: 1800,
@@ -153,7 +154,6 @@ pub const ALL: &[Scenario] = &[
     Scenario {
         name: "cases",
         about: "Cases of the audit's matrix that most build machines' kernels can't do: VLANs, flow tables",
-        arm64: &["6.12"],
         memory_mib: 1536,
         limit_s: 1800,
         tests: true,
