@@ -337,30 +337,6 @@ fn a_table_that_sleeps_is_woken_also_where_nft_cannot_list_it() {
     assert_eq!(lab.internet.connect(public(5432), SHORT), Answer::Silent);
 }
 
-/// A large firewall that is changed all the time, by kube-proxy or fail2ban.
-#[test]
-fn a_host_whose_looks_are_slow_and_many_is_audited_all_the_same() {
-    if lacking(&[Need::Lab, Need::Spokeguard]) {
-        return;
-    }
-    let lab = Lab::plain();
-    let (folder, bin) = (new_folder(&lab, "slow", &lab.plain_policy()), lab.dir.join("bin"));
-    fs::create_dir(&bin).unwrap();
-    let nft = "#!/bin/sh\ncase \"$*\" in *list*) sleep 1;; esac\nPATH=${PATH#*:} exec nft \"$@\"\n";
-    fs::write(bin.join("nft"), nft).unwrap();
-    lab.spoke.ok(&["chmod", "0755", &bin.join("nft").display().to_string()]).unwrap();
-    let path = format!("PATH={}:{}", bin.display(), std::env::var("PATH").unwrap());
-    let changes = "while :; do nft add table ip busy; nft delete table ip busy; sleep 0.2; done";
-    let _busy = lab.spoke.spawn(&["sh", "-c", changes]).unwrap();
-    let daemon = lab.spoke.daemon_under(&["env", &path], &folder, &[]).unwrap();
-    let audited = wait_until(LONG, "the first audit", || {
-        (!status(&lab.spoke, &daemon)["daemon"]["audit"].is_null()).then_some(())
-    });
-    audited.unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.running.log()));
-    let told = status(&lab.spoke, &daemon);
-    assert!(told["daemon"]["last_cycle_seconds"].as_f64() > Some(0.6), "{told}");
-}
-
 #[test]
 fn daemon_does_not_fight_for_ever() {
     if lacking(&[Need::Lab, Need::Spokeguard]) {

@@ -91,21 +91,11 @@ impl Guarding {
             kept => kept,
         };
         self.last = Some((rules.clone(), waits));
-        let gap = match guard.attached() {
-            Ok(on) => {
-                let on = links.iter().filter(|l| on.contains(&l.name));
-                self.on = on.map(|l| (l.name.clone(), l.index)).collect();
-                self.on.sort_unstable();
-                None
-            }
-            // What is taken off meanwhile is still known by what it was on before.
-            Err(error) => Some(format!("{error:#}")),
-        };
-        self.gap = if let Kept::Failed(why) = &kept { Some(why.clone()) } else { gap };
-        match (kept, &self.gap) {
-            (Kept::Sound, Some(why)) => Kept::Failed(why.clone()),
-            (kept, _) => kept,
-        }
+        let on = guard.attached().unwrap_or_default();
+        self.on = links.iter().filter(|l| on.contains(&l.name)).map(|l| (l.name.clone(), l.index)).collect();
+        self.on.sort_unstable();
+        self.gap = if let Kept::Failed(why) = &kept { Some(why.clone()) } else { None };
+        kept
     }
 
     /// Whether there is one to keep.

@@ -333,6 +333,8 @@ impl Daemon {
                 self.heart.begin();
                 notify::ready();
             }
+            // What was asked for during a look rests after it, too.
+            let due = self.due.filter(|_| look.is_none()).map(|due| due.max(self.rest_until));
             let stands = (Arc::clone(&self.desired), self.standing.is_on_trial());
             if !Arc::ptr_eq(&stands.0, &guarded.0) || stands.1 != guarded.1 {
                 guarded = stands;
@@ -347,12 +349,6 @@ impl Daemon {
             let in_turn = |due: Option<Instant>, beside: bool| Some(due?.max(calm?)).filter(|_| !beside);
             let ask = in_turn(self.audits.due(), self.canaries.is_under_way());
             let canary = in_turn(self.canaries.due(), self.audits.is_under_way());
-            // What was asked for during a look rests after it, too; then they come first, or might never.
-            let due = self.due.filter(|_| look.is_none()).map(|due| due.max(self.rest_until));
-            // Not where interfaces have changed since they were read: that is what they go by.
-            let by_known = self.snapshot.is_some() && !self.wanted.contains(&Facet::Links);
-            let is_first = |due: &Instant| by_known && [ask, canary].iter().flatten().any(|turn| turn <= due);
-            let due = due.filter(|due| !is_first(due));
             // In no order: whoever floods one source must not silence the others.
             tokio::select! {
                 event = maybe(commits.as_mut().map(NftEvents::next)) => match event {
