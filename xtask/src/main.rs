@@ -178,7 +178,8 @@ fn passes(all: bool, steps: &mut Steps) -> Result<()> {
     machines.end(steps)?;
     unit?;
     steps.integration("integration tests", "debug")?;
-    let deny = ["deny", "--offline", "check", "licenses", "bans", "sources"];
+    // Not `--offline`: what only other systems need was never fetched on a new machine.
+    let deny = ["deny", "--locked", "check", "licenses", "bans", "sources"];
     steps.cargo("licences, bans, sources", &deny)?;
     advisories(steps)?;
     if all {
@@ -218,10 +219,10 @@ fn advisories(steps: &mut Steps) -> Result<()> {
     let copies = home.and_then(|home| std::fs::read_dir(home.join("advisory-dbs")).ok());
     let copy = copies.into_iter().flatten().flatten().any(|entry| entry.path().join(".git").exists());
     match fetched {
-        Ok(()) => steps.cargo("advisories", &["deny", "check", "--disable-fetch", "advisories"]),
+        Ok(()) => steps.cargo("advisories", &["deny", "--offline", "check", "advisories"]),
         Err(why) if copy => {
             println!("the advisory database could not be renewed ({why:#}): using the copy at hand");
-            steps.cargo("advisories, old copy", &["deny", "check", "--disable-fetch", "advisories"])
+            steps.cargo("advisories, old copy", &["deny", "--offline", "check", "advisories"])
         }
         Err(why) => {
             steps.skip("advisories", &format!("no advisory database on this machine, and {why:#}"));
