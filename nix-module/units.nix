@@ -136,7 +136,16 @@ in
         "netfilter-persistent.service"
       ];
       unitConfig.DefaultDependencies = false;
-      serviceConfig = sandbox // loader shut;
+      serviceConfig =
+        sandbox
+        // loader shut
+        // {
+          ExecStart = [
+            "${nft} -f ${shut}"
+            # The tunnel of the policy that was confirmed last, where that can still be read.
+            "-${nft} -f /var/lib/spokeguard/tunnel.nft"
+          ];
+        };
     };
 
     systemd.services.spokeguard = {

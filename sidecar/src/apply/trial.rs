@@ -478,10 +478,16 @@ impl Ledger {
             Err(error) => return Some(format!("{error:#}")),
         };
         let wanted = confirmed.as_ref().and_then(sealed::text);
+        let tunnel = || {
+            let wanted = sealed::tunnel(&confirmed.as_ref()?.policy.mesh);
+            let found = read_text(&self.state.join(sealed::TUNNEL_FILE));
+            let is_other = found.as_ref().ok() != Some(&wanted);
+            is_other.then(|| format!("{} beside it is missing, or of another tunnel", sealed::TUNNEL_FILE))
+        };
         match (wanted, read_text(&self.state.join(sealed::FILE))) {
             (None, Ok(text)) if !sealed::is_whole(&text) => Some("it was changed, or cut off".to_owned()),
             (None, _) => None,
-            (Some(wanted), Ok(text)) if wanted == text => None,
+            (Some(wanted), Ok(text)) if wanted == text => tunnel(),
             (Some(_), Ok(text)) if !sealed::is_whole(&text) => Some("it was changed, or cut off".to_owned()),
             (Some(_), Ok(_)) => Some("it is of another policy or version".to_owned()),
             (Some(_), Err(error)) => Some(format!("it can't be read: {error}")),
@@ -650,6 +656,7 @@ impl Ledger {
         };
         if let Some(text) = sealed::text_as(desired, &policy::sum(normal)) {
             write(sealed::FILE, text)?;
+            write(sealed::TUNNEL_FILE, sealed::tunnel(&desired.policy.mesh))?;
         }
         write(CONFIRMED, summed(normal))?;
         match fs::remove_file(self.state.join(REFUSED)) {
@@ -665,7 +672,7 @@ impl Ledger {
     pub fn forget(&self, _lock: &Lock) -> anyhow::Result<()> {
         self.withdraw();
         let _ = fs::remove_file(self.dir.join(UNRECORDED));
-        for name in [sealed::FILE, CONFIRMED, REFUSED] {
+        for name in [sealed::FILE, sealed::TUNNEL_FILE, CONFIRMED, REFUSED] {
             let path = self.state.join(name);
             match fs::remove_file(&path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -1490,6 +1497,12 @@ mod tests {
         assert!(place.ledger.unsealed(samples::TODAY).expect("a gap").contains("another policy"));
         fs::remove_file(&file).expect("remove");
         assert!(place.ledger.unsealed(samples::TODAY).expect("a gap").contains("can't be read"));
+        place.ledger.record(&samples::everything(), samples::TODAY).expect("recorded");
+        let tunnel = place.ledger.state.join(sealed::TUNNEL_FILE);
+        fs::write(&tunnel, "").expect("write");
+        assert!(place.ledger.unsealed(samples::TODAY).expect("a gap").contains("tunnel.nft"));
+        fs::remove_file(&tunnel).expect("remove");
+        assert!(place.ledger.unsealed(samples::TODAY).expect("a gap").contains("tunnel.nft"));
         let lock = place.ledger.lock().expect("a lock");
         place.ledger.forget(&lock).expect("forgotten");
         assert_eq!(place.ledger.unsealed(samples::TODAY), None);

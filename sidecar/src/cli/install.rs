@@ -218,7 +218,8 @@ impl Root {
         for (path, text) in FILES {
             let text = text
                 .replace("ExecStart=spokeguard ", &format!("ExecStart={} ", program.display()))
-                .replace("ExecStart=nft ", &format!("ExecStart={} ", nft.display()));
+                .replace("ExecStart=nft ", &format!("ExecStart={} ", nft.display()))
+                .replace("ExecStart=-nft ", &format!("ExecStart=-{} ", nft.display()));
             let text = match mesh {
                 Some((mesh, _)) => text.replace(TUNNEL, &format!("{TUNNEL}\n\t\tiifname \"{mesh}\" accept")),
                 None => text,
@@ -376,7 +377,12 @@ mod tests {
         for path in &files {
             let text = fs::read_to_string(root.path(path)).unwrap();
             assert!(text.starts_with(MARK), "{path}");
-            assert!(!text.contains("ExecStart=nft") && !text.contains("ExecStart=spokeguard"), "{path}");
+            assert!(
+                !text.contains("ExecStart=nft")
+                    && !text.contains("=-nft")
+                    && !text.contains("ExecStart=spokeguard"),
+                "{path}"
+            );
         }
         assert!(
             root.put(Path::new(PROGRAM), nft, Some(("mesh0", Port::new(40000))))
