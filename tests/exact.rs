@@ -66,8 +66,13 @@ fn nothing_is_miscounted(lab: &Lab, wrapper: &[&str], [restarts, reloads, audits
     let mut daemon = start();
     audited(lab);
 
-    let kernel = ["rx_packets", "tx_packets"].map(|what| interface(&lab.spoke, "eth0", what));
-    let before = fresh(&lab.hub);
+    let interface = || ["rx_packets", "tx_packets"].map(|what| interface(&lab.spoke, "eth0", what));
+    // Between the two nothing went by.
+    let (kernel, before) = wait_until(LONG, "a moment of silence", || {
+        let (kernel, before) = (interface(), fresh(&lab.hub));
+        (interface() == kernel).then_some((kernel, before))
+    })
+    .unwrap();
     let stop = AtomicBool::new(false);
     let sent = std::thread::scope(|scope| {
         let sender = scope.spawn(|| send(lab, &stop));
@@ -124,13 +129,17 @@ fn nothing_is_miscounted(lab: &Lab, wrapper: &[&str], [restarts, reloads, audits
     let after = fresh(&lab.hub);
     assert!(agreed.is_ok(), "counted {:?}\n   sent {expected:?}", counted(&after));
     // And everything else that went by, both ways.
-    wait_until(LONG, "as many as the interface had", || {
+    let everything = || {
         let now = fresh(&lab.hub);
-        let had = ["rx_packets", "tx_packets"].map(|what| interface(&lab.spoke, "eth0", what));
+        let had = interface();
         let all = |direction| grown(&now, "packets_total", &[("scope", "public"), ("direction", direction)]);
-        ([all("in"), all("out")] == [had[0] - kernel[0], had[1] - kernel[1]]).then_some(())
+        ([all("in"), all("out")], [had[0] - kernel[0], had[1] - kernel[1]])
+    };
+    wait_until(LONG, "as many as the interface had", || {
+        let (counted, had) = everything();
+        (counted == had).then_some(())
     })
-    .unwrap();
+    .unwrap_or_else(|error| panic!("{error}: counted in and out, and what it had: {:?}", everything()));
     let created = |body: &str| sum(body, "counters_created_seconds", &[]);
     assert!(created(&before) > 1e9, "{}", created(&before));
     assert_eq!(created(&after), created(&before), "counting began when it began");
