@@ -18,8 +18,15 @@ use crate::daemon::{LONG, over, plain_policy, status};
 
 const PINS: &str = "/sys/fs/bpf/spokeguard";
 /// What may lie in the state directory of a daemon that wants nothing.
-const STATE_FILES: [&str; 6] =
-    ["confirmed.toml", "sealed.nft", "refused.toml", "events.jsonl", "first-seen.json", "probes.json"];
+const STATE_FILES: [&str; 7] = [
+    "confirmed.toml",
+    "sealed.nft",
+    "tunnel.nft",
+    "refused.toml",
+    "events.jsonl",
+    "first-seen.json",
+    "probes.json",
+];
 const RUN_FILES: [&str; 5] = ["settled", "rollback", "audit.lock", "spokeguard.lock", "spokeguard.sock"];
 
 /// A chain that nothing leads to, by which a daemon tries its repairs. One that was killed leaves it to

@@ -480,9 +480,12 @@ impl Ledger {
         let wanted = confirmed.as_ref().and_then(sealed::text);
         let tunnel = || {
             let wanted = sealed::tunnel(&confirmed.as_ref()?.policy.mesh);
-            let found = read_text(&self.state.join(sealed::TUNNEL_FILE));
-            let is_other = found.as_ref().ok() != Some(&wanted);
-            is_other.then(|| format!("{} beside it is missing, or of another tunnel", sealed::TUNNEL_FILE))
+            let is_other = match read_text(&self.state.join(sealed::TUNNEL_FILE)) {
+                Ok(found) => found != wanted,
+                // Of a version that had none: `complete` writes it.
+                Err(error) => error.kind() != io::ErrorKind::NotFound,
+            };
+            is_other.then(|| format!("{} beside it is not of its tunnel", sealed::TUNNEL_FILE))
         };
         match (wanted, read_text(&self.state.join(sealed::FILE))) {
             (None, Ok(text)) if !sealed::is_whole(&text) => Some("it was changed, or cut off".to_owned()),
@@ -644,21 +647,31 @@ impl Ledger {
         })
     }
 
-    fn record_in_state(&self, desired: &Desired, normal: &str) -> anyhow::Result<()> {
-        let write = |name: &str, text: String| {
-            let path = self.state.join(name);
-            // Written only where it says something else: nothing wears out a quiet host's flash.
-            if read_text(&path).ok().as_ref() == Some(&text) {
-                return Ok(());
-            }
-            replace_private(&path, text.as_bytes()).with_context(|| format!("write {}", path.display()))?;
-            File::open(&self.state).and_then(|dir| dir.sync_all()).context("sync the state directory")
-        };
-        if let Some(text) = sealed::text_as(desired, &policy::sum(normal)) {
-            write(sealed::FILE, text)?;
-            write(sealed::TUNNEL_FILE, sealed::tunnel(&desired.policy.mesh))?;
+    /// Writes the tunnel of the last confirmed policy where no version had done so yet.
+    pub fn complete(&self, today: Date) -> anyhow::Result<()> {
+        if self.state.join(sealed::TUNNEL_FILE).exists() || !self.state.join(sealed::FILE).exists() {
+            return Ok(());
         }
-        write(CONFIRMED, summed(normal))?;
+        let Some(confirmed) = self.last(today)? else { return Ok(()) };
+        self.write_in_state(sealed::TUNNEL_FILE, &sealed::tunnel(&confirmed.policy.mesh))
+    }
+
+    fn write_in_state(&self, name: &str, text: &str) -> anyhow::Result<()> {
+        let path = self.state.join(name);
+        // Written only where it says something else: nothing wears out a quiet host's flash.
+        if read_text(&path).is_ok_and(|found| found == text) {
+            return Ok(());
+        }
+        replace_private(&path, text.as_bytes()).with_context(|| format!("write {}", path.display()))?;
+        File::open(&self.state).and_then(|dir| dir.sync_all()).context("sync the state directory")
+    }
+
+    fn record_in_state(&self, desired: &Desired, normal: &str) -> anyhow::Result<()> {
+        if let Some(text) = sealed::text_as(desired, &policy::sum(normal)) {
+            self.write_in_state(sealed::FILE, &text)?;
+            self.write_in_state(sealed::TUNNEL_FILE, &sealed::tunnel(&desired.policy.mesh))?;
+        }
+        self.write_in_state(CONFIRMED, &summed(normal))?;
         match fs::remove_file(self.state.join(REFUSED)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 Err(error).context("forget the policy that was rolled back")
@@ -1501,8 +1514,11 @@ mod tests {
         let tunnel = place.ledger.state.join(sealed::TUNNEL_FILE);
         fs::write(&tunnel, "").expect("write");
         assert!(place.ledger.unsealed(samples::TODAY).expect("a gap").contains("tunnel.nft"));
+        // Versions before this one left none.
         fs::remove_file(&tunnel).expect("remove");
-        assert!(place.ledger.unsealed(samples::TODAY).expect("a gap").contains("tunnel.nft"));
+        assert_eq!(place.ledger.unsealed(samples::TODAY), None);
+        place.ledger.complete(samples::TODAY).expect("written");
+        assert!(fs::read_to_string(&tunnel).expect("a file").contains("iifname \"wg0\""));
         let lock = place.ledger.lock().expect("a lock");
         place.ledger.forget(&lock).expect("forgotten");
         assert_eq!(place.ledger.unsealed(samples::TODAY), None);

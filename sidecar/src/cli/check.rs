@@ -23,13 +23,15 @@ pub struct Options {
 }
 
 pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
-    let now = clock::now();
-    let (_, desired) = super::policy::load(global, now)?;
     let places = global.places()?;
-    let mut eyes = Eyes::new(&places.pin);
     if !options.no_probe {
+        // A mistake is told at once; what is judged by is what the file says after the wait.
+        super::policy::load(global, clock::now())?;
         probe::await_free(&places.run, super::audit::PATIENCE);
     }
+    let now = clock::now();
+    let (_, desired) = super::policy::load(global, now)?;
+    let mut eyes = Eyes::new(&places.pin);
     let snapshot = eyes.look(&desired, now);
     let (snapshot, mut assessment) = if options.no_probe {
         let assessment = diff::assess(&desired, &snapshot, now);

@@ -125,6 +125,13 @@ pub fn install(global: &Global, options: &Options) -> anyhow::Result<u8> {
     }
     systemctl(&["daemon-reload"])?;
     systemctl(&["enable", "--quiet", BOOT, SERVICE])?;
+    for unit in FLUSHING.into_iter().filter(|unit| is_late(unit)) {
+        told.push(format!(
+            "ATTENTION: {unit} was changed to start after the network, but {BOOT}\n\
+             has to come after it and before the network: systemd leaves out one of the two, and the\n\
+             host may be open until the daemon is up. Take the network out of that unit's After="
+        ));
+    }
     match policy {
         Ok(_) => {
             systemctl(&["restart", SERVICE])?;
@@ -171,6 +178,16 @@ pub fn uninstall(global: &Global, options: &Removal) -> anyhow::Result<u8> {
     }
     global.print(&(told.join("\n") + "\n"))?;
     Ok(0)
+}
+
+/// What flushes all rules when it starts; the boot units come after it.
+const FLUSHING: [&str; 2] = ["nftables.service", "netfilter-persistent.service"];
+
+/// Whether a unit waits for the network, which waits for the boot units.
+fn is_late(unit: &str) -> bool {
+    let output = Command::new("systemctl").args(["show", "--property=After", "--value", unit]).output();
+    let waits = |unit: &str| unit.starts_with("network") && unit.ends_with(".target");
+    output.is_ok_and(|output| String::from_utf8_lossy(&output.stdout).split_whitespace().any(waits))
 }
 
 struct Root(PathBuf);

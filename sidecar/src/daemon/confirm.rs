@@ -591,7 +591,7 @@ impl Daemon {
             return;
         }
         let Some(why) = ledger.unsealed(today) else {
-            self.standing.unsealed = None;
+            self.standing.unsealed = ledger.complete(today).err().map(|error| format!("{error:#}"));
             return;
         };
         // Where the file can't be read, this process still knows what was in it.

@@ -166,9 +166,9 @@ impl Code {
                 severity: Severity::Medium,
                 facets: &[],
                 meaning: "The file sealed.nft in the state directory does not hold the rules of the last\n\
-                          confirmed policy, or tunnel.nft beside it not that policy's tunnel: it is\n\
-                          missing, was changed, or can't be written. Or that policy itself,\n\
-                          confirmed.toml, can't be read: then it says so.",
+                          confirmed policy: it is missing, was changed, or can't be written. Or that\n\
+                          policy itself, confirmed.toml, can't be read, or tunnel.nft beside it names\n\
+                          another tunnel: then it says so.",
                 why: "A boot loads it before the daemon is there. Until the daemon comes up, other rules\n\
                       than the confirmed ones are in force, or none.",
                 remedy: "Make the state directory writable. The daemon writes the file anew when it finds\n\

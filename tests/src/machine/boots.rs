@@ -10,6 +10,9 @@ use crate::{Answer, Node, SPOKE_MESH, SPOKE_PUBLIC, SPOKE_PUBLIC_V6};
 /// Who has sshd listen, and on an address that comes late.
 pub const SSH_BY: [&str; 2] = ["ssh.service", "ssh.socket"];
 
+/// Of what flushes all rules at a boot.
+const LATE: &str = "etc/systemd/system/nftables.service.d/late.conf";
+
 impl Machine<'_> {
     /// The daemon has begun, the hub comes and stays for a moment: that confirms.
     #[track_caller]
@@ -35,15 +38,16 @@ impl Machine<'_> {
             machine.wait("the hub gets in", Machine::hub_gets_in);
         });
         assert_eq!(self.ok(&["systemctl", "is-active", "spokeguard-boot"]), "active\n");
+        if self.path(LATE).exists() {
+            let flushed = self.property("nftables.service", "ActiveState");
+            assert_eq!(flushed, "active", "nobody flushed, so this proves nothing");
+        }
     }
 
     /// From its next boot on Debian's service for nftables loads rules that flush all others, and takes its time.
     pub fn flushes_late(&self) {
         self.write("etc/nftables.conf", "flush ruleset\n");
-        self.write_new(
-            "etc/systemd/system/nftables.service.d/late.conf",
-            "[Service]\nExecStartPre=sleep 2\n",
-        );
+        self.write_new(LATE, "[Service]\nExecStartPre=sleep 2\n");
         self.want("sysinit.target", "/lib/systemd/system/nftables.service");
     }
 

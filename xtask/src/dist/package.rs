@@ -90,7 +90,8 @@ impl Stage {
             let text = fs::read_to_string(folder.join(name)).with_context(|| format!("read {name}"))?;
             let text = text
                 .replace("ExecStart=spokeguard ", "ExecStart=/usr/bin/spokeguard ")
-                .replace("ExecStart=nft ", "ExecStart=/usr/sbin/nft ");
+                .replace("ExecStart=nft ", "ExecStart=/usr/sbin/nft ")
+                .replace("ExecStart=-nft ", "ExecStart=-/usr/sbin/nft ");
             fs::write(folder.join(name), text).with_context(|| format!("write {name}"))?;
         }
         Ok(())
