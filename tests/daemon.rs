@@ -234,6 +234,8 @@ fn daemon_reports_other_tables_and_leaves_them_alone() {
     let daemon = lab.spoke.daemon(&lab.policy()).unwrap();
     let own = lab.spoke.ok(&TABLE).unwrap();
     assert_eq!(findings(&status(&lab.spoke, &daemon), "firewall-blocked"), [] as [Value; 0]);
+    // What a start has to do is over.
+    await_looks(&lab.spoke, &daemon);
 
     let events = Events::mark(&daemon);
     let begun = Instant::now();
