@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use aya::maps::{Array, Map, MapData, PerCpuArray, PerCpuValues};
 use lab::{
-    Daemon, Lab, Need, Node, SPOKE_MESH, SPOKE_MESH_V6, SPOKE_PUBLIC, SPOKE_PUBLIC_V6, Signal, as_linux_6_1,
-    lacking, wait_until,
+    Daemon, Lab, Need, Node, SPOKE_MESH, SPOKE_MESH_V6, SPOKE_PUBLIC, SPOKE_PUBLIC_V6, Signal, Sshd,
+    as_linux_6_1, lacking, wait_until,
 };
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
@@ -31,7 +31,7 @@ const OTHERS: &str = "[[mesh.service]]\nname = \"cache\"\ntcp = [7000]\nudp = [7
 
 #[test]
 fn nothing_is_miscounted_opened_or_reset_whatever_becomes_of_the_daemon() {
-    if lacking(&[Need::Lab, Need::Spokeguard]) {
+    if lacking(&[Need::Lab, Need::Spokeguard, Need::Sshd]) {
         return;
     }
     nothing_is_miscounted(&Lab::plain(), &[], if is_long() { [20, 10, 8] } else { [6, 4, 2] });
@@ -40,7 +40,7 @@ fn nothing_is_miscounted_opened_or_reset_whatever_becomes_of_the_daemon() {
 /// With filters of clsact where there is no tcx, and an audit's table where there are no netfilter programs.
 #[test]
 fn nothing_is_miscounted_by_the_means_of_linux_6_1() {
-    if lacking(&[Need::Lab, Need::Spokeguard, Need::Compiler]) {
+    if lacking(&[Need::Lab, Need::Spokeguard, Need::Sshd, Need::Compiler]) {
         return;
     }
     let lab = Lab::plain();
@@ -57,7 +57,7 @@ fn nothing_is_miscounted(lab: &Lab, wrapper: &[&str], [restarts, reloads, audits
     let _web = lab.spoke.listen("web", &["tcp/[::]:443", "tcp/[::]:5432"]).unwrap();
     quiet(lab);
     watch(&lab.internet);
-    let _ssh = Held::listen(lab);
+    let sshd = lab.spoke.sshd(22, &[&SPOKE_MESH.to_string()], "").unwrap();
     let folder = lab.dir.join("guard");
     fs::create_dir(&folder).unwrap();
     let policy = lab.plain_policy() + ECHO;
@@ -75,7 +75,7 @@ fn nothing_is_miscounted(lab: &Lab, wrapper: &[&str], [restarts, reloads, audits
     .unwrap();
     let stop = AtomicBool::new(false);
     let sent = std::thread::scope(|scope| {
-        let sender = scope.spawn(|| send(lab, &stop));
+        let sender = scope.spawn(|| send(lab, &sshd, &stop));
         // A failed assertion beside ends the traffic, too.
         let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             for round in 0..restarts {
@@ -204,13 +204,13 @@ struct Sent {
 }
 
 /// All traffic at once, until it is to stop. A connection that fails or is reset is an error.
-fn send(lab: &Lab, stop: &AtomicBool) -> Result<Sent> {
+fn send(lab: &Lab, sshd: &Sshd, stop: &AtomicBool) -> Result<Sent> {
     std::thread::scope(|scope| {
         let refused = scope.spawn(|| datagrams(&lab.internet, PUBLIC, 4000, stop));
         let mesh = scope.spawn(|| datagrams(&lab.hub, MESH, 4500, stop));
         let served = scope.spawn(|| connections(&lab.internet, stop).context("a connection to 443"));
         let probed = scope.spawn(|| probes(&lab.internet, stop));
-        let held = scope.spawn(|| Held::hold(&lab.hub, stop).context("the connection that is held"));
+        let held = scope.spawn(|| hold(sshd, &lab.hub, stop).context("the ssh connection that is held"));
         let failed = "a sender panicked";
         held.join().expect(failed)?;
         Ok(Sent {
@@ -279,39 +279,20 @@ fn probes(node: &Node, stop: &AtomicBool) -> Result<u64> {
     })
 }
 
-/// A connection of the hub to sshd's port that is in use the whole time.
-struct Held;
-
-impl Held {
-    fn listen(lab: &Lab) -> std::thread::JoinHandle<()> {
-        let at = SocketAddr::new(SPOKE_MESH, 22);
-        let listener = lab.spoke.inside(|| TcpListener::bind(at).context("listen on 22")).unwrap();
-        std::thread::spawn(move || {
-            for mut stream in listener.incoming().flatten() {
-                // One at a time: the others are those that confirm.
-                let mut bytes = [0u8; 16];
-                while let Ok(length @ 1..) = stream.read(&mut bytes) {
-                    if stream.write_all(&bytes[..length]).is_err() {
-                        break;
-                    }
-                }
-            }
-        })
+/// One login of the hub's at a real sshd, in use the whole time.
+fn hold(sshd: &Sshd, hub: &Node, stop: &AtomicBool) -> Result<()> {
+    let mut session = sshd.session(hub, SPOKE_MESH, "cat")?;
+    let (mut into, mut out) = (session.stdin.take().unwrap(), session.stdout.take().unwrap());
+    while !stop.load(Ordering::Relaxed) {
+        let mut heard = [0u8; 1];
+        into.write_all(b"x")?;
+        out.read_exact(&mut heard)?;
+        std::thread::park_timeout(pause(5));
     }
-
-    fn hold(hub: &Node, stop: &AtomicBool) -> Result<()> {
-        hub.inside(|| {
-            let mut stream = TcpStream::connect_timeout(&SocketAddr::new(SPOKE_MESH, 22), LONG)?;
-            stream.set_read_timeout(Some(LONG))?;
-            while !stop.load(Ordering::Relaxed) {
-                let mut heard = [0u8; 1];
-                stream.write_all(b"x")?;
-                stream.read_exact(&mut heard)?;
-                std::thread::park_timeout(pause(5));
-            }
-            Ok(stream.shutdown(Shutdown::Both)?)
-        })
-    }
+    drop(into);
+    let ended = session.wait()?;
+    ensure!(ended.success(), "it ended with {ended}");
+    Ok(())
 }
 
 /// Another policy each time, on SIGHUP or by the change of the file alone: services come and go.

@@ -4,7 +4,7 @@ use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -159,14 +159,24 @@ impl Node {
 impl Sshd {
     /// Logs in from `from` and runs a command. A connection that fails is ssh's exit code 255.
     pub fn login(&self, from: &Node, to: IpAddr, command: &str) -> Result<Outcome> {
-        let key = self.key.display().to_string();
-        let port = self.port.to_string();
-        let to = format!("root@{to}");
+        from.run(&self.words(to, command, 5))
+    }
+
+    /// The same, talked to by its pipes while it runs. It ends by itself where nothing came back for a minute.
+    pub fn session(&self, from: &Node, to: IpAddr, command: &str) -> Result<Child> {
+        let mut ssh = from.command(&self.words(to, command, 60));
+        ssh.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context("start ssh")
+    }
+
+    fn words(&self, to: IpAddr, command: &str, patience_s: u32) -> Vec<String> {
+        let patience = format!("ConnectTimeout={patience_s}");
+        let (key, port, to) = (self.key.display().to_string(), self.port.to_string(), format!("root@{to}"));
         let words = ["ssh", "-F", "none", "-i", &key, "-p", &port, "-o", "BatchMode=yes"];
         let host =
             ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"];
-        let rest = ["-o", "ConnectTimeout=5", &to, command];
-        from.run(&words.into_iter().chain(host).chain(rest).collect::<Vec<_>>())
+        let alive = ["-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=6"];
+        let rest = ["-o", &patience, &to, command];
+        words.into_iter().chain(host).chain(alive).chain(rest).map(str::to_owned).collect()
     }
 }
 
