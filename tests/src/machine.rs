@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use crate::{Answer, Lab, Outcome, Running, SPOKE_MESH, SPOKE_PUBLIC, SPOKE_PUBLIC_V6, wait_until};
 
-pub use boots::SSH_BY;
+pub use boots::{SSH_BY, is_tunnel};
 pub use package::debian_package;
 
 pub const SHORT: Duration = Duration::from_millis(400);

@@ -5,10 +5,30 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use super::{CABLES, LONG, Machine, OPEN, SHORT};
-use crate::{Answer, Node, SPOKE_MESH, SPOKE_PUBLIC, SPOKE_PUBLIC_V6};
+use crate::{Answer, Lab, Node, SPOKE_MESH, SPOKE_PUBLIC, SPOKE_PUBLIC_V6, tunnel};
 
 /// Who has sshd listen, and on an address that comes late.
 pub const SSH_BY: [&str; 2] = ["ssh.service", "ssh.socket"];
+
+/// The mesh's device, made anew: a real tunnel where this kernel has WireGuard, else a cable to the hub.
+fn mesh_anew(lab: &Lab) {
+    if is_tunnel() {
+        lab.hub.sh("ip link del wg0 2>/dev/null || true").unwrap();
+        // Of a link that was down; the tunnel goes this way.
+        lab.spoke.sh("ip route replace default via 198.51.100.99").unwrap();
+        assert!(tunnel::raise(lab).unwrap().is_empty(), "the kernel's own");
+        return;
+    }
+    let made = format!("ip link add wg0 type veth peer name wg0 netns {}", lab.hub.net_path());
+    lab.spoke.sh(&made).unwrap();
+    lab.hub.sh("ip addr add 10.84.0.1/24 dev wg0; ip link set wg0 up").unwrap();
+    lab.spoke.sh(&format!("ip addr add {SPOKE_MESH}/24 dev wg0; ip link set wg0 up")).unwrap();
+}
+
+/// Whether [`Machine::ssh_follows_its_address`] has ssh go through WireGuard.
+pub fn is_tunnel() -> bool {
+    tunnel::kernel_has_it()
+}
 
 /// Of what flushes all rules at a boot.
 const LATE: &str = "etc/systemd/system/nftables.service.d/late.conf";
@@ -87,22 +107,16 @@ impl Machine<'_> {
             self.write("etc/systemd/system/ssh.socket.d/lab.conf", &text);
             self.want("sockets.target", "/lib/systemd/system/ssh.socket");
         }
-        let make = || {
-            let made = format!("ip link add wg0 type veth peer name wg0 netns {}", lab.hub.net_path());
-            lab.spoke.sh(&made).unwrap();
-            lab.hub.sh("ip addr add 10.84.0.1/24 dev wg0; ip link set wg0 up").unwrap();
-            lab.spoke.sh(&format!("ip addr add {SPOKE_MESH}/24 dev wg0; ip link set wg0 up")).unwrap();
-        };
         self.nobody_answers_while(|machine| {
             machine.boot();
             let booted = Instant::now();
             machine.until(2 * late, "the mesh is late", |_| booted.elapsed() > late).unwrap();
             assert!(banner(&lab.hub).is_none(), "{by}: before there is a mesh");
-            make();
+            mesh_anew(lab);
             machine.ssh_comes(by, "late");
             for round in ["made anew", "and again"] {
                 lab.spoke.ok(&["ip", "link", "del", "wg0"]).unwrap();
-                make();
+                mesh_anew(lab);
                 machine.ssh_comes(by, round);
             }
         });

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use lab::machine::{OPEN, SHUT, SSH_BY};
+use lab::machine::{OPEN, SHUT, SSH_BY, is_tunnel};
 use lab::{Answer, Lab, Machine};
 
 use crate::Steps;
@@ -62,6 +62,8 @@ pub fn ssh_race(steps: &mut Steps, boot: &str) -> Result<()> {
     let number: usize = boot.parse().context("the boot's number")?;
     let by = SSH_BY.get(number - 2).with_context(|| format!("no boot {boot} of this scenario"))?;
     steps.step(&format!("{by}: within 5 s of its address, and nowhere else"), || {
+        // A kernel without it would have ssh go by a cable instead.
+        anyhow::ensure!(is_tunnel(), "this kernel has no WireGuard");
         machine.ssh_follows_its_address(by, LATE);
         Ok(format!("the mesh came {} s late, then went and came twice", LATE.as_secs()))
     })
