@@ -20,6 +20,7 @@ fn units_hold_the_line_from_the_first_packet_of_a_boot() {
 
     // Without a policy the units are there, and nothing else happens.
     let told = machine.ok(&["/opt/spokeguard", "install"]);
+    assert!(!told.contains("ATTENTION"), "{told}");
     assert!(told.contains("not started, for want of a policy"), "{told}");
     assert_eq!(machine.answer(22), Answer::Open);
     // The credential that it names comes later.
@@ -118,7 +119,11 @@ fn units_hold_the_line_from_the_first_packet_of_a_boot() {
 
     // With the program there again, the daemon puts the policy's rules in place of that.
     machine.nobody_answers_while(|machine| {
-        machine.ok(&["/opt/spokeguard", "install"]);
+        let after = "[Unit]\nAfter=network-online.target\n";
+        machine.write_new("etc/systemd/system/nftables.service.d/after.conf", after);
+        let told = machine.ok(&["/opt/spokeguard", "install"]);
+        assert_eq!(told.matches("ATTENTION: ").count(), 1, "{told}");
+        assert!(told.contains("ATTENTION: nftables.service was changed"), "{told}");
         machine.wait("the web answers again", |machine| machine.answer(OPEN) == Answer::Open);
         assert!(machine.hub_gets_in());
         // Taken away, it leaves what is in force.

@@ -125,7 +125,7 @@ pub fn install(global: &Global, options: &Options) -> anyhow::Result<u8> {
     }
     systemctl(&["daemon-reload"])?;
     systemctl(&["enable", "--quiet", BOOT, SERVICE])?;
-    for unit in FLUSHING.into_iter().filter(|unit| is_late(unit)) {
+    for unit in late(&FLUSHING) {
         told.push(format!(
             "ATTENTION: {unit} was changed to start after the network, but {BOOT}\n\
              has to come after it and before the network: systemd leaves out one of the two, and the\n\
@@ -183,11 +183,15 @@ pub fn uninstall(global: &Global, options: &Removal) -> anyhow::Result<u8> {
 /// What flushes all rules when it starts; the boot units come after it.
 const FLUSHING: [&str; 2] = ["nftables.service", "netfilter-persistent.service"];
 
-/// Whether a unit waits for the network, which waits for the boot units.
-fn is_late(unit: &str) -> bool {
-    let output = Command::new("systemctl").args(["show", "--property=After", "--value", unit]).output();
-    let waits = |unit: &str| unit.starts_with("network") && unit.ends_with(".target");
-    output.is_ok_and(|output| String::from_utf8_lossy(&output.stdout).split_whitespace().any(waits))
+/// Those units that wait for the network, which waits for the boot units.
+fn late(units: &[&'static str]) -> Vec<&'static str> {
+    // A property a line, and an empty line between two units.
+    let output = Command::new("systemctl").args(["show", "--property=After"]).args(units).output();
+    let shown = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+    let is_network = |unit: &str| unit.starts_with("network") && unit.ends_with(".target");
+    let after = |line: &str| line.trim_start_matches("After=").split_whitespace().any(is_network);
+    let lines = shown.lines().filter(|line| line.starts_with("After="));
+    units.iter().copied().zip(lines).filter(|(_, line)| after(line)).map(|(unit, _)| unit).collect()
 }
 
 struct Root(PathBuf);
