@@ -63,10 +63,10 @@ let
     SystemCallArchitectures = "native";
   };
   # What nft alone needs, at boot.
-  loader = file: {
+  loader = commands: {
     Type = "oneshot";
     RemainAfterExit = true;
-    ExecStart = "${nft} -f ${file}";
+    ExecStart = commands;
     TimeoutStartSec = 30;
     CapabilityBoundingSet = "CAP_NET_ADMIN";
     ProtectHome = true;
@@ -125,7 +125,7 @@ in
           "|/var/lib/spokeguard/confirmed.toml"
         ];
       };
-      serviceConfig = sandbox // loader "/var/lib/spokeguard/sealed.nft";
+      serviceConfig = sandbox // loader "${nft} -f /var/lib/spokeguard/sealed.nft";
     };
 
     systemd.services.spokeguard-shut = early // {
@@ -138,14 +138,11 @@ in
       unitConfig.DefaultDependencies = false;
       serviceConfig =
         sandbox
-        // loader shut
-        // {
-          ExecStart = [
-            "${nft} -f ${shut}"
-            # The tunnel of the policy that was confirmed last, where that can still be read.
-            "-${nft} -f /var/lib/spokeguard/tunnel.nft"
-          ];
-        };
+        // loader [
+          "${nft} -f ${shut}"
+          # The tunnel of the policy that was confirmed last, where that can still be read.
+          "-${nft} -f /var/lib/spokeguard/tunnel.nft"
+        ];
     };
 
     systemd.services.spokeguard = {

@@ -294,7 +294,7 @@ mod tests {
         }
         let folder = tempfile::tempdir().unwrap();
         // Port 9 of this host: nobody listens there.
-        let refused = Archive::of("http://127.0.0.1:9/debian", Arch::HOST, folder.path()).err();
+        let refused = Archive::of("http://127.0.0.1:9/nobody", Arch::HOST, folder.path()).err();
         let refused = format!("{:#}", refused.expect("nothing is there"));
         assert!(refused.contains("is not known") && refused.contains("127.0.0.1:9"), "{refused}");
         fs::write(folder.path().join("lists/mirror_dists_main_Packages"), "").unwrap();

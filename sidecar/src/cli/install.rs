@@ -127,9 +127,10 @@ pub fn install(global: &Global, options: &Options) -> anyhow::Result<u8> {
     systemctl(&["enable", "--quiet", BOOT, SERVICE])?;
     for unit in late(&FLUSHING) {
         told.push(format!(
-            "ATTENTION: {unit} was changed to start after the network, but {BOOT}\n\
-             has to come after it and before the network: systemd leaves out one of the two, and the\n\
-             host may be open until the daemon is up. Take the network out of that unit's After="
+            "ATTENTION: {unit} was changed to start after the\n\
+             network, but {BOOT} has to come after it and before the\n\
+             network: systemd leaves out one of the two, and the host may be open until the\n\
+             daemon is up. Take the network out of that unit's After= (systemctl edit)."
         ));
     }
     match policy {
