@@ -37,7 +37,11 @@ impl Machine<'_> {
 
         // Without a policy the units are there, and nothing else happens.
         let sshd = machine.property("ssh.service", "MainPID");
+        let late = "etc/systemd/system/nftables.service.d/late.conf";
+        machine.write_new(late, "[Unit]\nAfter=network-online.target\n");
         let told = machine.dpkg("--install", deb);
+        assert_eq!(told.matches("ATTENTION: nftables.service was changed").count(), 1, "{told}");
+        std::fs::remove_file(machine.path(late)).unwrap();
         assert!(told.contains("spokeguard: not started, for want of a policy"), "{told}");
         assert_eq!([machine.enabled(SERVICE), machine.enabled(BOOT)], ["enabled", "enabled"]);
         machine.ok(&["systemctl", "start", SERVICE, BOOT]);
@@ -58,7 +62,7 @@ impl Machine<'_> {
         machine.dpkg("--purge", "spokeguard");
         machine.write_new("etc/spokeguard/policy.toml", "version = 1\n");
         let told = machine.dpkg("--install", deb);
-        assert!(!told.contains("spokeguard: started"), "{told}");
+        assert!(!told.contains("spokeguard: started") && !told.contains("ATTENTION"), "{told}");
         assert_eq!(machine.property(SERVICE, "ActiveState"), "inactive");
 
         // With one, what `spokeguard install` did is taken over while it runs.
