@@ -98,18 +98,21 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
 
 fn local(global: &Global, options: &Options) -> anyhow::Result<Audit> {
     let (started, clock) = (clock::now(), clock::Uptime::start());
-    let desired = match options.no_policy {
-        true => None,
-        false => {
-            let load = super::policy::load(global, started);
-            if load.is_err() && !global.policy.exists() {
-                let file = global.policy.display();
-                anyhow::bail!("there is no policy {file}: name one with --policy, or say --no-policy");
-            }
-            Some(load?.1)
+    let read = || -> anyhow::Result<Option<Desired>> {
+        if options.no_policy {
+            return Ok(None);
         }
+        let load = super::policy::load(global, started);
+        if load.is_err() && !global.policy.exists() {
+            let file = global.policy.display();
+            anyhow::bail!("there is no policy {file}: name one with --policy, or say --no-policy");
+        }
+        Ok(Some(load?.1))
     };
+    // A mistake is told at once; what is judged by is what the file says after the wait.
+    read()?;
     probe::await_free(&global.places()?.run, PATIENCE);
+    let desired = read()?;
     let rules = Reading::from_result(nft::list_ruleset());
     // What break-glass holds open is an exception of this moment.
     let desired = desired.map(|desired| desired.with_openings(&openings_in(&rules), started));
