@@ -91,9 +91,22 @@ impl Guarding {
             kept => kept,
         };
         self.last = Some((rules.clone(), waits));
-        let on = guard.attached().unwrap_or_default();
-        self.on = links.iter().filter(|l| on.contains(&l.name)).map(|l| (l.name.clone(), l.index)).collect();
-        self.on.sort_unstable();
+        let kept = match guard.attached() {
+            Ok(on) => {
+                let on = links.iter().filter(|l| on.contains(&l.name));
+                self.on = on.map(|l| (l.name.clone(), l.index)).collect();
+                self.on.sort_unstable();
+                kept
+            }
+            // On none as far as is known, and not because none is public.
+            Err(error) => {
+                self.on.clear();
+                match kept {
+                    Kept::Failed(_) => kept,
+                    _ => Kept::Failed(format!("where it stands can't be read: {error:#}")),
+                }
+            }
+        };
         self.gap = if let Kept::Failed(why) = &kept { Some(why.clone()) } else { None };
         kept
     }
