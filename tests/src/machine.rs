@@ -11,9 +11,12 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use crate::{Answer, Lab, Outcome, Running, SPOKE_MESH, SPOKE_PUBLIC, SPOKE_PUBLIC_V6, wait_until};
+use crate::{
+    Answer, Lab, OUTSIDER, OUTSIDER_V6, Outcome, Running, SPOKE_MESH, SPOKE_PUBLIC, SPOKE_PUBLIC_V6,
+    wait_until, wire,
+};
 
-pub use boots::{SSH_BY, is_tunnel};
+pub use boots::{SSH_BY, is_tunnel, mesh_anew};
 pub use package::debian_package;
 
 pub const SHORT: Duration = Duration::from_millis(400);
@@ -324,26 +327,31 @@ impl<'a> Machine<'a> {
         self.lab.internet.connect(SocketAddr::new(SPOKE_PUBLIC, port), SHORT)
     }
 
-    /// Knocks at the ports that must stay shut while `work` goes on. What began a connection there, or
-    /// refused one, is counted by the kernel of the stranger; a FIN is of one from before, which the
-    /// rules took away.
+    /// Knocks at the ports that must stay shut while `work` goes on, and at the open one: how often that answered. What
+    /// began a connection at the shut ones, or refused one, is counted by the kernel of the stranger; a FIN is of one
+    /// from before, which the rules took away.
     #[track_caller]
-    pub fn nobody_answers_while(&mut self, work: impl FnOnce(&mut Self)) {
-        let (knocks, answers) = self.knocked_at_while(work);
-        assert!(knocks > 50, "{knocks} knocks");
-        assert_eq!(answers, 0, "answers from shut ports");
+    pub fn nobody_answers_while(&mut self, work: impl FnOnce(&mut Self)) -> u64 {
+        let heard = self.knocked_at_while(work);
+        assert!(heard.knocks > 50, "{heard:?}");
+        assert_eq!(heard.shut, 0, "answers from shut ports");
+        heard.open
     }
 
-    /// How often a stranger knocked at those ports meanwhile, and how many packets they sent him.
-    pub fn knocked_at_while(&mut self, work: impl FnOnce(&mut Self)) -> (u64, u64) {
+    /// What a stranger heard who knocked at those ports meanwhile.
+    pub fn knocked_at_while(&mut self, work: impl FnOnce(&mut Self)) -> Heard {
         let [ssh, db] = SHUT;
         self.lab
             .internet
             .nft(&format!(
                 "add table inet seen\ndelete table inet seen\ntable inet seen {{
                    counter shut {{ }}
+                   counter open {{ }}
                    counter knocks {{ }}
-                   chain back {{ type filter hook input priority -300; tcp sport {{ {ssh}, {db} }} tcp flags & (syn | rst) != 0 counter name shut; }}
+                   chain back {{ type filter hook input priority -300
+                     tcp sport {{ {ssh}, {db} }} tcp flags & (syn | rst) != 0 counter name shut
+                     tcp sport {OPEN} tcp flags & (syn | ack) == syn | ack counter name open
+                   }}
                    chain forth {{ type filter hook output priority -300; tcp dport {{ {ssh}, {db} }} counter name knocks; }}
                  }}"
             ))
@@ -368,23 +376,41 @@ impl<'a> Machine<'a> {
             let mut words = text.split_whitespace().skip_while(|word| *word != "packets");
             words.nth(1).and_then(|word| word.parse().ok()).unwrap()
         };
-        (count("knocks"), count("shut"))
+        Heard { knocks: count("knocks"), shut: count("shut"), open: count("open") }
     }
 }
 
-/// A new connection to each shut port every 5 ms, by IPv4 and IPv6 in turn.
+/// In packets.
+#[derive(Debug)]
+pub struct Heard {
+    /// Sent to the ports that must stay shut.
+    pub knocks: u64,
+    /// Of them, answered.
+    pub shut: u64,
+    /// That the open port took a connection.
+    pub open: u64,
+}
+
+/// A new connection to each port every 5 ms, by IPv4 and IPv6 in turn. What the open one takes is ended before its
+/// server knows: systemd would have a process for each.
 fn knock(stop: &AtomicBool) -> anyhow::Result<()> {
     use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with};
-    let families = [(AddressFamily::INET, SPOKE_PUBLIC), (AddressFamily::INET6, SPOKE_PUBLIC_V6)];
+    let families =
+        [(AddressFamily::INET, OUTSIDER, SPOKE_PUBLIC), (AddressFamily::INET6, OUTSIDER_V6, SPOKE_PUBLIC_V6)];
+    let sender = wire::Sender::open()?;
+    let mut ports = (20_000..30_000).cycle();
     while !stop.load(Ordering::Relaxed) {
         let mut begun = Vec::new();
-        for (family, address) in families.iter().cycle().take(20) {
+        for (family, from, address) in families.iter().cycle().take(20) {
             for port in SHUT {
                 let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
                 let socket = socket_with(*family, SocketType::STREAM, flags, None)?;
                 let _ = connect(&socket, &SocketAddr::new(*address, port));
                 begun.push(socket);
             }
+            let way = (*from, *address);
+            let syn = wire::tcp(way, (ports.next().unwrap_or_default(), OPEN), wire::SYN);
+            sender.send_or_lose(&wire::ip(way, wire::TCP, &syn), *address);
             std::thread::park_timeout(Duration::from_millis(5));
         }
     }

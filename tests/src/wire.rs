@@ -93,12 +93,16 @@ impl Sender {
     }
 
     pub fn send(&self, packet: &[u8], to: IpAddr) -> Result<()> {
-        let socket = if to.is_ipv4() { &self.v4 } else { &self.v6 };
         // The far end may be slower than we are.
         crate::wait_until(std::time::Duration::from_secs(5), "room for a packet", || {
-            sendto(socket, packet, SendFlags::empty(), &SocketAddr::new(to, 0)).ok()
+            self.send_or_lose(packet, to).then_some(())
         })
-        .map(|_| ())
+    }
+
+    /// Whether it went out: the cable may be out.
+    pub fn send_or_lose(&self, packet: &[u8], to: IpAddr) -> bool {
+        let socket = if to.is_ipv4() { &self.v4 } else { &self.v6 };
+        sendto(socket, packet, SendFlags::empty(), &SocketAddr::new(to, 0)).is_ok()
     }
 }
 

@@ -11,7 +11,7 @@ use crate::{Answer, Lab, Node, SPOKE_MESH, SPOKE_PUBLIC, SPOKE_PUBLIC_V6, tunnel
 pub const SSH_BY: [&str; 2] = ["ssh.service", "ssh.socket"];
 
 /// The mesh's device, made anew: a real tunnel where this kernel has WireGuard, else a cable to the hub.
-fn mesh_anew(lab: &Lab) {
+pub fn mesh_anew(lab: &Lab) {
     if is_tunnel() {
         lab.hub.sh("ip link del wg0 2>/dev/null || true").unwrap();
         // Of a link that was down; the tunnel goes this way.
@@ -47,7 +47,7 @@ impl Machine<'_> {
     /// A boot of a host whose rules were confirmed: the sealed rules are there before the cables.
     #[track_caller]
     pub fn boots_shut(&mut self) {
-        self.nobody_answers_while(|machine| {
+        let open = self.nobody_answers_while(|machine| {
             machine.boot();
             for address in [SPOKE_PUBLIC, SPOKE_PUBLIC_V6] {
                 let web = SocketAddr::new(address, OPEN);
@@ -57,7 +57,12 @@ impl Machine<'_> {
             }
             machine.wait("the hub gets in", Machine::hub_gets_in);
         });
+        assert!(open > 10, "{OPEN} has answered {open} times");
         assert_eq!(self.ok(&["systemctl", "is-active", "spokeguard-boot"]), "active\n");
+        let stamp = |unit: &str, name: &str| self.property(unit, name).parse::<u64>().unwrap();
+        let sealed_us = stamp("spokeguard-boot.service", "ActiveEnterTimestampMonotonic");
+        let cables_us = stamp(CABLES, "InactiveExitTimestampMonotonic");
+        assert!(sealed_us <= cables_us, "sealed at {sealed_us} us, cables in at {cables_us} us");
         if self.path(LATE).exists() {
             let flushed = self.property("nftables.service", "ActiveState");
             assert_eq!(flushed, "active", "nobody flushed, so this proves nothing");
@@ -74,11 +79,11 @@ impl Machine<'_> {
     /// A boot with nothing of ours in the way: whoever knocks is answered, or an empty count would prove nothing.
     #[track_caller]
     pub fn boots_open(&mut self) {
-        let (_, answers) = self.knocked_at_while(|machine| {
+        let heard = self.knocked_at_while(|machine| {
             machine.boot();
             machine.wait("sshd answers", |machine| machine.answer(22) == Answer::Open);
         });
-        assert!(answers > 0, "no answer was counted, so there is nothing to shut");
+        assert!(heard.shut > 0, "no answer was counted, so there is nothing to shut: {heard:?}");
     }
 
     /// A host that runs, with confirmed rules and a sshd for the mesh address alone: from its next boot on nobody
