@@ -209,7 +209,14 @@ fn ansible_puts_the_tar_s_program_on_hosts_without_dpkg() {
     let (said, changes) = controller.changes(&[], &nothing);
     assert!(changes >= 1, "{said}");
     assert_eq!(machine.enabled("spokeguard-boot.service"), "enabled");
-    let pid = machine.property("spokeguard.service", "MainPID");
+    let mut pid = machine.property("spokeguard.service", "MainPID");
+
+    // So is one whose daemon still runs the program of before.
+    machine.ok(&["sh", "-ec", &format!("cp -p {PROGRAM} /tmp/same; mv -f /tmp/same {PROGRAM}")]);
+    let (said, changes) = controller.changes(&[], &nothing);
+    assert!(changes >= 1, "{said}");
+    let replaced = std::mem::replace(&mut pid, machine.property("spokeguard.service", "MainPID"));
+    assert_ne!(pid, replaced);
 
     // Another version is replaced, and the daemon is restarted with nothing open meanwhile.
     let other = format!(
