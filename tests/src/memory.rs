@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 
 use crate::{Lab, reaper};
 
-/// Removed with the lab, once nobody is in it.
+/// One of ours is removed with the lab, once nobody is in it.
 pub struct MemoryGroup {
     path: PathBuf,
     /// Version 1 names its files otherwise.
@@ -32,6 +32,11 @@ impl MemoryGroup {
             }
         }
         Ok(group)
+    }
+
+    /// One of version 2 that somebody else made and bounds, such as a unit's.
+    pub fn of(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into(), first: false }
     }
 
     /// Words in front of a command that make it join.

@@ -142,12 +142,12 @@ pub const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "small",
-        about: "MemoryMax=32M on 512 MB: minutes of a busy host, with memory, time and BPF memory in figures",
+        about: "The unit with its MemoryMax=32M on 512 MB: minutes of a busy host, with memory, time and BPF memory in figures",
         kernels: &["6.12", NEWEST],
         arm64: &["6.1", "6.12", NEWEST],
         memory_mib: SMALL_MIB,
         limit_s: 1800,
-        disk: Disk::Empty,
+        disk: Disk::Systemd,
         release: true,
         ..USUAL
     },

@@ -1,16 +1,19 @@
-//! The unit's 32 MB on a machine of 512: some minutes of a busy host, with what all of it took in figures.
+//! The unit's own 32 MB under systemd on a machine of 512: some minutes of a busy host, with what all of it took in
+//! figures.
 
 use std::fs;
 use std::net::SocketAddr;
 use std::path::Path;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use lab::{Answer, Daemon, Lab, MemoryGroup, Mesh, SPOKE_MESH, SPOKE_PUBLIC, Shape};
+use lab::machine::mesh_anew;
+use lab::{Answer, Lab, Machine, MemoryGroup, SPOKE_MESH, SPOKE_PUBLIC};
 
-use crate::{SOON, Steps, patiently, run_to_end};
+use crate::{SOON, Steps, systemd};
 
+const UNIT: &str = "spokeguard.service";
+const GROUP: &str = "/sys/fs/cgroup/system.slice/spokeguard.service";
 const LIMIT: u64 = 32 << 20;
 /// Of it, what no other use of the memory could take: without the files that the kernel keeps for it.
 const OWN: u64 = 12 << 20;
@@ -18,48 +21,35 @@ const OWN: u64 = 12 << 20;
 const LONG_ENOUGH: Duration = Duration::from_secs(180);
 const ROUND: Duration = Duration::from_secs(3);
 const METRICS: u16 = 9984;
-const GROUPS: &str = "/sys/fs/cgroup";
-const DISK: &str = "/mnt";
 
 pub fn run(steps: &mut Steps) -> Result<()> {
-    // Pages of a program that came with the root belong to nobody; those of one on a disk count as the service's.
-    // Before the lab, whose nodes have mounts of their own.
-    steps.step("the program lies on a disk", || {
-        run_to_end(Command::new("mount").args(["-t", "ext4", "/dev/vda", DISK]))?;
-        let (program, copy) = (lab::spokeguard()?, Path::new(DISK).join("spokeguard"));
-        let bytes = fs::copy(&program, &copy).context("copy the program to the disk")?;
-        run_to_end(Command::new("mount").arg("--bind").arg(&copy).arg(&program))?;
-        run_to_end(&mut Command::new("sync"))?;
+    let lab = systemd::lab(steps)?;
+    let mut machine = Machine::whole(&lab, Path::new(systemd::DISK));
+    systemd::furnish(&machine, &lab)?;
+    machine.write("etc/spokeguard/policy.toml", &lab.policy());
+    steps.step("systemd is up, and so is the kernel's WireGuard", || {
+        machine.boot();
+        ensure!(lab::machine::is_tunnel(), "this kernel has no WireGuard");
+        lab.spoke.ok(&["ip", "link", "del", "wg0"])?;
+        mesh_anew(&lab);
+        memory()
+    })?;
+    systemd::installed(steps, &machine)?;
+    steps.step("the unit starts with MemoryMax=32M", || {
+        // What `install` has read of the program is not the unit's to pay.
+        machine.ok(&["systemctl", "stop", UNIT]);
+        machine.ok(&["sync"]);
         fs::write("/proc/sys/vm/drop_caches", "3").context("forget what was read")?;
-        Ok(format!("{} KiB", bytes >> 10))
+        machine.ok_within(lab::machine::LONG, &["systemctl", "start", UNIT]);
+        let limit = machine.property(UNIT, "MemoryMax");
+        ensure!(limit == LIMIT.to_string(), "MemoryMax is {limit}");
+        let stamp = |name: &str| machine.property(UNIT, name).parse::<f64>().context("systemd's clock");
+        let ready_us = stamp("ActiveEnterTimestampMonotonic")? - stamp("ExecMainStartTimestampMonotonic")?;
+        Ok(format!("ready after {:.1} s; {}", ready_us / 1e6, took(&MemoryGroup::of(GROUP))))
     })?;
-    let lab = steps.make("a lab of the kernel's WireGuard", || {
-        let lab = Lab::build(Shape { mesh: Mesh::WireGuard, container: false })?;
-        Ok((lab, format!("{}; {}", crate::release()?, memory()?)))
-    })?;
-    let _web = lab.spoke.web()?;
-    let _database = lab.spoke.listen("postgres", &["tcp/[::]:5432"])?;
-    fs::write(format!("{GROUPS}/cgroup.subtree_control"), "+memory").context("hand memory on to groups")?;
-    let group = MemoryGroup::new(&lab, LIMIT)?;
-    let folder = lab.dir.join("guard");
-    fs::create_dir_all(&folder)?;
-    fs::write(folder.join("policy.toml"), lab.policy())?;
-    let daemon = steps.make("the daemon starts with MemoryMax=32M", || {
-        // Outside of the lab's own group, where the bind guard would be otherwise.
-        let guarded = format!("SPOKEGUARD_CGROUP={GROUPS}");
-        let wrapper = group.wrapper();
-        let wrapper = wrapper.iter().map(String::as_str);
-        let wrapper: Vec<&str> = ["env", &guarded].into_iter().chain(wrapper).collect();
-        let daemon = lab.spoke.daemon_under(&wrapper, &folder, &[]).with_context(|| took(&group))?;
-        let detail = format!("ready after {:.1} s; {}", daemon.started_in.as_secs_f64(), took(&group));
-        Ok((daemon, detail))
-    })?;
+    let group = MemoryGroup::of(GROUP);
     steps.step("the first audit of its own", || {
-        patiently("an audit", || {
-            let status = lab.spoke.spokeguard(&daemon.arguments(&["status", "--format", "json"])).ok()?;
-            (!status.json().ok()?["daemon"]["audit"].is_null()).then_some(())
-        })
-        .with_context(|| daemon.running.log())?;
+        machine.wait("an audit", |machine| !machine.status()["daemon"]["audit"].is_null());
         Ok(took(&group))
     })?;
     steps.step("minutes of strangers, scrapes, listeners and foreign rules", || {
@@ -67,7 +57,7 @@ pub fn run(steps: &mut Steps) -> Result<()> {
         let mut rounds = 0;
         while before.elapsed() < LONG_ENOUGH {
             let next = Instant::now() + ROUND;
-            round(&lab, rounds).with_context(|| format!("round {rounds}: {}", daemon.running.log()))?;
+            round(&machine, rounds).with_context(|| format!("round {rounds}: {}", machine.journal()))?;
             rounds += 1;
             std::thread::sleep(next.saturating_duration_since(Instant::now()));
         }
@@ -75,31 +65,30 @@ pub fn run(steps: &mut Steps) -> Result<()> {
     })?;
     steps.step("a flush of all rules is repaired", || {
         lab.spoke.ok(&["nft", "flush", "ruleset"])?;
-        shut(&lab)?;
-        patiently("the table is there again", || {
-            lab.spoke.ok(&["nft", "list", "table", "inet", "spokeguard"]).ok()
-        })
-        .with_context(|| daemon.running.log())?;
-        open_and_shut(&lab)?;
+        machine.wait("the table is there again", |machine| {
+            machine.run(&["nft", "list", "table", "inet", "spokeguard"]).code == Some(0)
+        });
+        systemd::is_shut(&machine)?;
         Ok(took(&group))
     })?;
     steps.step("nobody was killed, and nothing was too much", || {
+        let (killed, restarts) = (group.killed()?, machine.property(UNIT, "NRestarts"));
         ensure!(
-            group.killed()? == 0,
-            "{} were killed: {}\n{}",
-            group.killed()?,
+            killed == 0 && restarts == "0",
+            "{killed} killed, {restarts} restarts: {}\n{}",
             took(&group),
-            daemon.running.log()
+            machine.journal()
         );
         // The limit itself could not have been passed; most of what reached it are files, which the kernel gives up.
         let own = group.stat("anon")? + group.stat("kernel")?;
         ensure!(own <= OWN, "{own} bytes: {}", took(&group));
-        in_figures(&lab, &daemon, &group)
+        in_figures(&machine, &group)
     })
 }
 
 /// What happens on a busy host in three seconds, and that the rules hold.
-fn round(lab: &Lab, number: u32) -> Result<()> {
+fn round(machine: &Machine, number: u32) -> Result<()> {
+    let lab = machine.lab;
     lab.internet.flood_udp(SocketAddr::new(SPOKE_PUBLIC, 33_000), 200)?;
     let name = format!("app-{number}");
     let port = 20_000 + (number % 1000) as u16;
@@ -112,26 +101,19 @@ fn round(lab: &Lab, number: u32) -> Result<()> {
            }}
          }}"
     ))?;
-    open_and_shut(lab)?;
+    systemd::is_shut(machine)?;
     let answer = lab.internet.connect(SocketAddr::new(SPOKE_PUBLIC, port), SOON);
     ensure!(answer == Answer::Silent, "{port} of a new process: {answer:?}");
     drop(app);
+    let page = metrics(lab)?;
+    ensure!(page.contains("spokeguard_packets_total{"), "{page}");
+    Ok(())
+}
+
+fn metrics(lab: &Lab) -> Result<String> {
     let page = lab.hub.http_get(SocketAddr::new(SPOKE_MESH, METRICS), "/metrics", &[])?;
-    ensure!(page.status == 200 && page.body.contains("spokeguard_packets_total{"), "{}", page.head);
-    Ok(())
-}
-
-fn shut(lab: &Lab) -> Result<()> {
-    let answer = lab.internet.connect(SocketAddr::new(SPOKE_PUBLIC, 5432), SOON);
-    ensure!(answer == Answer::Silent, "5432 for a stranger: {answer:?}");
-    Ok(())
-}
-
-fn open_and_shut(lab: &Lab) -> Result<()> {
-    shut(lab)?;
-    let answer = lab.internet.connect(SocketAddr::new(SPOKE_PUBLIC, 443), SOON);
-    ensure!(answer == Answer::Open, "443 for a stranger: {answer:?}");
-    Ok(())
+    ensure!(page.status == 200, "{}", page.head);
+    Ok(page.body)
 }
 
 /// Of the group, which is the daemon and all that it starts.
@@ -147,15 +129,15 @@ fn took(group: &MemoryGroup) -> String {
     )
 }
 
-fn in_figures(lab: &Lab, daemon: &Daemon, group: &MemoryGroup) -> Result<String> {
-    let page = lab.hub.http_get(SocketAddr::new(SPOKE_MESH, METRICS), "/metrics", &[])?.body;
+fn in_figures(machine: &Machine, group: &MemoryGroup) -> Result<String> {
+    let page = metrics(machine.lab)?;
     let value = |name: &str| {
         let line = page.lines().find(|line| line.starts_with(name) && line[name.len()..].starts_with(' '));
         let text = line.and_then(|line| line.split(' ').nth(1)).with_context(|| format!("no {name}"))?;
         text.parse::<f64>().with_context(|| format!("{name} {text}"))
     };
-    let status = fs::read_to_string(format!("/proc/{}/status", daemon.running.pid()))
-        .context("the daemon's memory")?;
+    let status = format!("/proc/{}/status", machine.property(UNIT, "MainPID"));
+    let status = fs::read_to_string(status).context("the daemon's memory")?;
     let high = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap_or_default().trim();
     let used = fs::read_to_string(group.file("cpu.stat")).context("the group's time")?;
     let used_us = used.lines().find_map(|line| line.strip_prefix("usage_usec ")).context("no usage_usec")?;

@@ -12,7 +12,7 @@ use lab::{Answer, Lab, Machine};
 use crate::Steps;
 
 /// The disk, as seen from here before and after it has become the machine's root.
-const DISK: &str = "/mnt";
+pub(crate) const DISK: &str = "/mnt";
 const PACKAGE: &str = "/opt/sg/spokeguard.deb";
 const LATE: Duration = Duration::from_secs(60);
 
@@ -94,12 +94,12 @@ pub fn neighbours(steps: &mut Steps) -> Result<()> {
     })
 }
 
-fn lab(steps: &mut Steps) -> Result<Lab> {
+pub(crate) fn lab(steps: &mut Steps) -> Result<Lab> {
     steps.make("a lab around this machine", || Ok((Lab::around_this_machine()?, crate::release()?)))
 }
 
 /// The disk's first boot: what every machine of the tests has, our program and a policy.
-fn furnish(machine: &Machine, lab: &Lab) -> Result<()> {
+pub(crate) fn furnish(machine: &Machine, lab: &Lab) -> Result<()> {
     machine.furnish();
     machine.copy_in(Path::new("/opt/sg/spokeguard"), "opt/spokeguard");
     machine.write("etc/spokeguard/policy.toml", &lab.plain_policy());
@@ -115,7 +115,7 @@ fn confirmed(steps: &mut Steps, machine: &mut Machine, lab: &Lab) -> Result<()> 
     installed(steps, machine)
 }
 
-fn installed(steps: &mut Steps, machine: &Machine) -> Result<()> {
+pub(crate) fn installed(steps: &mut Steps, machine: &Machine) -> Result<()> {
     steps.step("`spokeguard install`, and the hub's ssh confirms", || {
         // A build for debugging, on an emulated processor.
         machine.ok_within(LONG, &["/opt/spokeguard", "install"]);
@@ -124,7 +124,7 @@ fn installed(steps: &mut Steps, machine: &Machine) -> Result<()> {
     })
 }
 
-fn is_shut(machine: &Machine) -> Result<String> {
+pub(crate) fn is_shut(machine: &Machine) -> Result<String> {
     for port in SHUT {
         let answer = machine.answer(port);
         anyhow::ensure!(answer == Answer::Silent, "{port} is {answer:?} for a stranger");
