@@ -91,23 +91,21 @@ impl Guarding {
             kept => kept,
         };
         self.last = Some((rules.clone(), waits));
-        let kept = match guard.attached() {
+        let mut unread = None;
+        match guard.attached() {
             Ok(on) => {
                 let on = links.iter().filter(|l| on.contains(&l.name));
                 self.on = on.map(|l| (l.name.clone(), l.index)).collect();
                 self.on.sort_unstable();
-                kept
             }
-            // On none as far as is known, and not because none is public.
-            Err(error) => {
-                self.on.clear();
-                match kept {
-                    Kept::Failed(_) => kept,
-                    _ => Kept::Failed(format!("where it stands can't be read: {error:#}")),
-                }
-            }
+            // Where it was stays known, or what is taken away meanwhile would pass for new.
+            Err(error) => unread = Some(format!("where it stands can't be read: {error:#}")),
+        }
+        let kept = match (kept, &unread) {
+            (Kept::Sound, Some(why)) => Kept::Failed(why.clone()),
+            (kept, _) => kept,
         };
-        self.gap = if let Kept::Failed(why) = &kept { Some(why.clone()) } else { None };
+        self.gap = if let Kept::Failed(why) = &kept { Some(why.clone()) } else { unread };
         kept
     }
 
