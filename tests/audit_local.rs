@@ -397,6 +397,39 @@ fn an_audit_that_is_killed_leaves_nothing_and_a_second_one_waits_its_turn() {
 }
 
 #[test]
+fn an_audit_that_waited_judges_by_what_the_policy_says_by_then() {
+    if lacking(&[Need::Lab, Need::Spokeguard]) {
+        return;
+    }
+    let lab = Lab::plain();
+    let run_dir = lab.dir.join("run");
+    let policy = lab.file("policy.toml", &lab.plain_policy()).unwrap();
+    let _app = lab.spoke.listen_tcp(SPOKE_PUBLIC, 8080).unwrap();
+    let program = lab::spokeguard().unwrap();
+    let [program, file, run] = [&program, &policy, &run_dir].map(|path| path.to_str().unwrap());
+    let audit = ["audit", "--tcp", "-p", "8080", "--interface", "eth0"];
+    let words = [&[program], &audit[..], &["--policy", file, "--run-dir", run]].concat();
+    let judge = |changes: bool| {
+        let mut slow = lab.spoke.sweep_slowly("eth0", SPOKE_PUBLIC, &run_dir).unwrap();
+        let mut waits = lab.spoke.spawn(&words).unwrap();
+        std::thread::sleep(Duration::from_secs(1));
+        assert!(!waits.has_ended(), "it did not wait: {}", waits.log());
+        if changes {
+            let wider = lab.plain_policy().replace("tcp = [80, 443]", "tcp = [80, 443, 8080]");
+            std::fs::write(&policy, wider).unwrap();
+        }
+        slow.signal(Signal::KILL).unwrap();
+        slow.wait(SOON).unwrap();
+        let ended = waits.wait(Duration::from_secs(30)).unwrap();
+        (ended.code(), waits.log())
+    };
+    let (code, said) = judge(false);
+    assert_eq!(code, Some(1), "{said}");
+    let (code, said) = judge(true);
+    assert_eq!(code, Some(0), "{said}");
+}
+
+#[test]
 fn devices_of_every_kind() {
     if lacking(&[Need::Lab]) {
         return;

@@ -98,11 +98,11 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
 
 fn local(global: &Global, options: &Options) -> anyhow::Result<Audit> {
     let (started, clock) = (clock::now(), clock::Uptime::start());
-    let read = || -> anyhow::Result<Option<Desired>> {
+    let read = |now| -> anyhow::Result<Option<Desired>> {
         if options.no_policy {
             return Ok(None);
         }
-        let load = super::policy::load(global, started);
+        let load = super::policy::load(global, now);
         if load.is_err() && !global.policy.exists() {
             let file = global.policy.display();
             anyhow::bail!("there is no policy {file}: name one with --policy, or say --no-policy");
@@ -110,12 +110,13 @@ fn local(global: &Global, options: &Options) -> anyhow::Result<Audit> {
         Ok(Some(load?.1))
     };
     // A mistake is told at once; what is judged by is what the file says after the wait.
-    read()?;
+    read(started)?;
     probe::await_free(&global.places()?.run, PATIENCE);
-    let desired = read()?;
+    let now = clock::now();
+    let desired = read(now)?;
     let rules = Reading::from_result(nft::list_ruleset());
     // What break-glass holds open is an exception of this moment.
-    let desired = desired.map(|desired| desired.with_openings(&openings_in(&rules), started));
+    let desired = desired.map(|desired| desired.with_openings(&openings_in(&rules), now));
     let sockets = Reading::from_result(listeners::read(&mut owners::Owners::new()));
     let interfaces = Reading::from_result(links::read());
     let guard = guard::read(&global.places()?.pin, desired.as_ref().and_then(|d| d.guard.as_ref()));
