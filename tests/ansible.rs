@@ -217,6 +217,8 @@ fn ansible_puts_the_tar_s_program_on_hosts_without_dpkg() {
     assert!(changes >= 1, "{said}");
     let replaced = std::mem::replace(&mut pid, machine.property("spokeguard.service", "MainPID"));
     assert_ne!(pid, replaced);
+    let (said, changes) = controller.changes(&[], &nothing);
+    assert_eq!(changes, 0, "{said}");
 
     // Another version is replaced, and the daemon is restarted with nothing open meanwhile.
     let other = format!(

@@ -110,11 +110,12 @@ fn units_hold_the_line_from_the_first_packet_of_a_boot() {
     let (known, rest): (Vec<&str>, Vec<&str>) = text.lines().partition(|line| line.contains("iifname \"wg"));
     assert_eq!(known.len(), 2, "{text}");
     std::fs::write(&shut, rest.join("\n") + "\n").unwrap();
-    machine.nobody_answers_while(|machine| {
+    let heard = machine.nobody_answers_while(|machine| {
         machine.boot();
         machine.wait("the hub gets in", Machine::hub_gets_in);
         assert_eq!(machine.answer(OPEN), Answer::Silent);
     });
+    assert_eq!(heard.open, [0, 0], "what can't be loaded shuts 80 as well");
     assert_eq!(machine.ok(&["systemctl", "is-active", "spokeguard-shut"]), "active\n");
 
     // With the program there again, the daemon puts the policy's rules in place of that.

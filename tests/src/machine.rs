@@ -327,15 +327,15 @@ impl<'a> Machine<'a> {
         self.lab.internet.connect(SocketAddr::new(SPOKE_PUBLIC, port), SHORT)
     }
 
-    /// Knocks at the ports that must stay shut while `work` goes on, and at the open one: how often that answered. What
-    /// began a connection at the shut ones, or refused one, is counted by the kernel of the stranger; a FIN is of one
-    /// from before, which the rules took away.
+    /// Knocks at the ports that must stay shut while `work` goes on, and at the open one. What began a connection at
+    /// the shut ones, or refused one, is counted by the kernel of the stranger; a FIN is of one from before, which the
+    /// rules took away.
     #[track_caller]
-    pub fn nobody_answers_while(&mut self, work: impl FnOnce(&mut Self)) -> u64 {
+    pub fn nobody_answers_while(&mut self, work: impl FnOnce(&mut Self)) -> Heard {
         let heard = self.knocked_at_while(work);
         assert!(heard.knocks > 50, "{heard:?}");
         assert_eq!(heard.shut, 0, "answers from shut ports");
-        heard.open
+        heard
     }
 
     /// What a stranger heard who knocked at those ports meanwhile.
@@ -346,11 +346,13 @@ impl<'a> Machine<'a> {
             .nft(&format!(
                 "add table inet seen\ndelete table inet seen\ntable inet seen {{
                    counter shut {{ }}
-                   counter open {{ }}
+                   counter open4 {{ }}
+                   counter open6 {{ }}
                    counter knocks {{ }}
                    chain back {{ type filter hook input priority -300
                      tcp sport {{ {ssh}, {db} }} tcp flags & (syn | rst) != 0 counter name shut
-                     tcp sport {OPEN} tcp flags & (syn | ack) == syn | ack counter name open
+                     meta nfproto ipv4 tcp sport {OPEN} tcp flags & (syn | ack) == syn | ack counter name open4
+                     meta nfproto ipv6 tcp sport {OPEN} tcp flags & (syn | ack) == syn | ack counter name open6
                    }}
                    chain forth {{ type filter hook output priority -300; tcp dport {{ {ssh}, {db} }} counter name knocks; }}
                  }}"
@@ -376,7 +378,7 @@ impl<'a> Machine<'a> {
             let mut words = text.split_whitespace().skip_while(|word| *word != "packets");
             words.nth(1).and_then(|word| word.parse().ok()).unwrap()
         };
-        Heard { knocks: count("knocks"), shut: count("shut"), open: count("open") }
+        Heard { knocks: count("knocks"), shut: count("shut"), open: ["open4", "open6"].map(count) }
     }
 }
 
@@ -387,8 +389,8 @@ pub struct Heard {
     pub knocks: u64,
     /// Of them, answered.
     pub shut: u64,
-    /// That the open port took a connection.
-    pub open: u64,
+    /// That the open port took a connection, by IPv4 and by IPv6.
+    pub open: [u64; 2],
 }
 
 /// A new connection to each port every 5 ms, by IPv4 and IPv6 in turn. What the open one takes is ended before its

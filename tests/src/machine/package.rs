@@ -7,6 +7,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
+use super::boots::LATE;
 use super::{LONG, Machine, OPEN};
 use crate::{Answer, SPOKE_MESH};
 
@@ -37,11 +38,10 @@ impl Machine<'_> {
 
         // Without a policy the units are there, and nothing else happens.
         let sshd = machine.property("ssh.service", "MainPID");
-        let late = "etc/systemd/system/nftables.service.d/late.conf";
-        machine.write_new(late, "[Unit]\nAfter=network-online.target\n");
+        machine.write_new(LATE, "[Unit]\nAfter=network-online.target\n");
         let told = machine.dpkg("--install", deb);
         assert_eq!(told.matches("ATTENTION: nftables.service was changed").count(), 1, "{told}");
-        std::fs::remove_file(machine.path(late)).unwrap();
+        std::fs::remove_file(machine.path(LATE)).unwrap();
         assert!(told.contains("spokeguard: not started, for want of a policy"), "{told}");
         assert_eq!([machine.enabled(SERVICE), machine.enabled(BOOT)], ["enabled", "enabled"]);
         machine.ok(&["systemctl", "start", SERVICE, BOOT]);

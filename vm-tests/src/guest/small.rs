@@ -17,7 +17,6 @@ const GROUP: &str = "/sys/fs/cgroup/system.slice/spokeguard.service";
 const LIMIT: u64 = 32 << 20;
 /// Of it, what no other use of the memory could take: without the files that the kernel keeps for it.
 const OWN: u64 = 12 << 20;
-/// Of the guest's time: what is idle of it costs nothing.
 const LONG_ENOUGH: Duration = Duration::from_secs(180);
 const ROUND: Duration = Duration::from_secs(3);
 const METRICS: u16 = 9984;
@@ -25,8 +24,7 @@ const METRICS: u16 = 9984;
 pub fn run(steps: &mut Steps) -> Result<()> {
     let lab = systemd::lab(steps)?;
     let mut machine = Machine::whole(&lab, Path::new(systemd::DISK));
-    systemd::furnish(&machine, &lab)?;
-    machine.write("etc/spokeguard/policy.toml", &lab.policy());
+    systemd::furnish(&machine, &lab.policy())?;
     steps.step("systemd is up, and so is the kernel's WireGuard", || {
         machine.boot();
         ensure!(lab::machine::is_tunnel(), "this kernel has no WireGuard");
@@ -65,6 +63,8 @@ pub fn run(steps: &mut Steps) -> Result<()> {
     })?;
     steps.step("a flush of all rules is repaired", || {
         lab.spoke.ok(&["nft", "flush", "ruleset"])?;
+        // By the tc guard, until then.
+        systemd::others_are_silent(&machine)?;
         machine.wait("the table is there again", |machine| {
             machine.run(&["nft", "list", "table", "inet", "spokeguard"]).code == Some(0)
         });
