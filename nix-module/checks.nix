@@ -21,6 +21,7 @@ let
   warn = unwise: words: lib.optional unwise (lib.concatStringsSep " " words);
   # Not looked at where the condition does not hold.
   only = lib.optionals;
+  isNetwork = unit: lib.hasPrefix "network" unit && lib.hasSuffix ".target" unit;
   shown = lib.concatMapStringsSep ", " toString;
   isHub = policy.node.role == "hub";
   overWireguard = mesh.kind == "wireguard";
@@ -164,6 +165,10 @@ in
           (unless nftables.flushRuleset [
             "networking.nftables.flushRuleset takes table inet spokeguard away at every rebuild:"
             "put your rules into networking.nftables.tables, and set it to false"
+          ])
+          (unless (lib.any isNetwork (config.systemd.services.nftables or { }).after or [ ]) [
+            "systemd.services.nftables starts after the network, and the boot unit has to start between"
+            "the two, so that systemd would leave one out: take the network out of its after"
           ])
           (unless (nftables.tables ? spokeguard) [
             "networking.nftables.tables.spokeguard has the name of spokeguard's own table: choose another"

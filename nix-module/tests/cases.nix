@@ -366,6 +366,20 @@ in
         ])
       ];
     };
+    late-nftables = {
+      module = {
+        systemd.services.nftables.after = [
+          "sysinit.target"
+          "network-online.target"
+        ];
+      };
+      errors = [
+        (say [
+          "systemd.services.nftables starts after the network, and the boot unit has to start between"
+          "the two, so that systemd would leave one out: take the network out of its after"
+        ])
+      ];
+    };
     same-table = {
       module = {
         networking.nftables.tables.spokeguard = {
