@@ -172,7 +172,7 @@ fn tell(story: &mut Story) -> Result<()> {
     let event = events.wait("the refused bind is reported", |e| e["subject"] == "tcp/0.0.0.0:6379")?;
     told(&event);
     story.promise(
-        "a bind of every address is refused, and the process named",
+        "a bind of every address is refused",
         refused && event["code"] == "bind-refused" && event["by"]["process"] == "redis",
         format!("{:.0} ms, by {}", begun.elapsed().as_secs_f64() * 1e3, event["by"]["process"]),
     );
