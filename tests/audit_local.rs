@@ -412,7 +412,12 @@ fn an_audit_that_waited_judges_by_what_the_policy_says_by_then() {
     let judge = |changes: bool| {
         let mut slow = lab.spoke.sweep_slowly("eth0", SPOKE_PUBLIC, &run_dir).unwrap();
         let mut waits = lab.spoke.spawn(&words).unwrap();
-        std::thread::sleep(Duration::from_secs(1));
+        // It has read the policy once, and sleeps until it asks for the lock again.
+        let asleep = format!("/proc/{}/wchan", waits.pid());
+        wait_until(Duration::from_secs(20), "the second audit waits", || {
+            std::fs::read_to_string(&asleep).ok()?.contains("nanosleep").then_some(())
+        })
+        .unwrap_or_else(|error| panic!("{error:#}: {}", waits.log()));
         assert!(!waits.has_ended(), "it did not wait: {}", waits.log());
         if changes {
             let wider = lab.plain_policy().replace("tcp = [80, 443]", "tcp = [80, 443, 8080]");
