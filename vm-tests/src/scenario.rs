@@ -37,8 +37,6 @@ pub struct Scenario {
     pub tests: bool,
     /// Whether it needs our Debian package.
     pub package: bool,
-    /// Whether it is run only when it is named: too long for `cargo xtask test --all`.
-    pub by_name: bool,
 }
 
 const SMALL_MIB: u32 = 512;
@@ -71,7 +69,6 @@ const USUAL: Scenario = Scenario {
     release: false,
     tests: false,
     package: false,
-    by_name: false,
 };
 
 pub const ALL: &[Scenario] = &[
@@ -164,8 +161,7 @@ pub const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "tests",
-        about: "The integration tests, on that kernel; hours, so only when named, best with --filter",
-        by_name: true,
+        about: "The integration tests, on that kernel; takes hours, --filter chooses",
         memory_mib: 1536,
         limit_s: 14_400,
         // An audit by a debug build takes longer there than some tests wait.
