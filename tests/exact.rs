@@ -224,8 +224,7 @@ fn send(lab: &Lab, sshd: &Sshd, stop: &AtomicBool) -> Result<Sent> {
 
 /// Between two packets of a sender. A processor that is emulated would do nothing but send.
 fn pause(ms: u64) -> Duration {
-    let factor = std::env::var("SPOKEGUARD_PAUSES").map_or(1, |times| times.parse().unwrap());
-    Duration::from_millis(ms * factor)
+    Duration::from_millis(ms) * lab::times("SPOKEGUARD_PAUSES")
 }
 
 fn datagrams(node: &Node, to: [IpAddr; 2], port: u16, stop: &AtomicBool) -> Result<u64> {

@@ -49,7 +49,7 @@ use anyhow::{Context, Result, bail, ensure};
 pub use machine::{Machine, debian_package};
 pub use memory::MemoryGroup;
 pub use need::{Need, firewalld, lacking, missing, python};
-pub use node::{Answer, HTTP_PATIENCE, Http, Node, Outcome, Running, Scan, states, wait_until};
+pub use node::{Answer, HTTP_PATIENCE, Http, Node, Outcome, Running, Scan, states, times, wait_until};
 pub use older::as_linux_6_1;
 pub use product::{Daemon, spokeguard};
 pub use reaper::reap;
