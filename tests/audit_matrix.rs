@@ -7,9 +7,10 @@
 //! stays; `full = true`, to compare all 65,535 ports in each run and not only under `cargo xtask test --all` (else:
 //! the lower 256, all that the rules name with their neighbours, and a sample); `thorough = true`, for one that is
 //! run there alone, or by its name (SPOKEGUARD_AUDIT_CASE, or a part of some); `needs`, a command without whose
-//! success the case is skipped, with what is missing. Where our
-//! answer is not nmap's, `[[differs]]` says for which `ports` (of `proto`, at `address`), what `ours` is, what
-//! `nmap` says (may be left out where that changes from run to run), and `why` ours is right.
+//! success the case is skipped, with what is missing (or fails, where SPOKEGUARD_AUDIT_SKIPS lists the cases that
+//! may be skipped and this is none of them). Where our answer is not nmap's, `[[differs]]` says for which `ports`
+//! (of `proto`, at `address`), what `ours` is, what `nmap` says (may be left out where that changes from run to
+//! run), and `why` ours is right.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -85,14 +86,16 @@ fn every_case_is_what_a_real_nmap_says_or_explained() {
         return;
     }
     let only = std::env::var("SPOKEGUARD_AUDIT_CASE").unwrap_or_default();
-    let all = std::env::var_os("SPOKEGUARD_AUDIT_CASES").is_some_and(|value| value == "all");
+    let extent = Extent::wanted();
+    let all = extent == Extent::All;
     let mut cases = cases();
     assert!(cases.len() > 20, "the cases were not found");
     let is_name = cases.iter().any(|case| case.name == only);
     let chosen = |name: &str| if is_name { name == only } else { name.contains(&only) };
     cases.retain(|case| chosen(&case.name) && (!case.thorough || all || !only.is_empty()));
-    let report = Mutex::new(Report::default());
-    let (full, dense): (Vec<Case>, Vec<Case>) = cases.into_iter().partition(|case| case.full || all);
+    let skips = std::env::var("SPOKEGUARD_AUDIT_SKIPS").ok();
+    let report = Mutex::new(Report { skips, ..Report::default() });
+    let (full, dense): (Vec<Case>, Vec<Case>) = cases.into_iter().partition(|case| case.all_ports(extent));
     // A scan of all ports takes all that two cores have to give.
     for (waiting, labs) in [(Mutex::new(full), 1), (Mutex::new(dense), LABS)] {
         std::thread::scope(|scope| {
@@ -101,7 +104,7 @@ fn every_case_is_what_a_real_nmap_says_or_explained() {
                     loop {
                         let Some(case) = waiting.lock().unwrap().pop() else { break };
                         let started = Instant::now();
-                        let done = case.run(all);
+                        let done = case.run(extent);
                         report.lock().unwrap().note(&case, done, started.elapsed());
                     }
                 });
@@ -114,18 +117,49 @@ fn every_case_is_what_a_real_nmap_says_or_explained() {
     assert!(report.wrong.is_empty(), "\n{}", report.wrong);
 }
 
+/// How many ports are compared, by SPOKEGUARD_AUDIT_CASES.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Extent {
+    /// `all`: every port of every case, and the thorough cases as well.
+    All,
+    /// A sample, where a case does not ask for all.
+    Usual,
+    /// `sampled`: a sample of every case, where nmap is slow.
+    Sampled,
+}
+
+impl Extent {
+    fn wanted() -> Extent {
+        match std::env::var("SPOKEGUARD_AUDIT_CASES").as_deref() {
+            Ok("all") => Extent::All,
+            Ok("sampled") => Extent::Sampled,
+            Ok(other) => panic!("SPOKEGUARD_AUDIT_CASES={other} is neither all nor sampled"),
+            Err(_) => Extent::Usual,
+        }
+    }
+}
+
 #[derive(Default)]
 struct Report {
+    /// The cases that may be skipped, where that is known.
+    skips: Option<String>,
     same: usize,
     wrong: String,
     times: Vec<(f64, String)>,
 }
 
 impl Report {
+    fn must_not_skip(&self, case: &str) -> bool {
+        self.skips.as_ref().is_some_and(|may| may.split(' ').all(|name| name != case))
+    }
+
     fn note(&mut self, case: &Case, done: anyhow::Result<Done>, took: Duration) {
         let before = self.wrong.len();
         match done {
             Ok(Done::Same) => self.same += 1,
+            Ok(Done::Skipped(why)) if self.must_not_skip(&case.name) => {
+                self.wrong += &format!("{}: may not be skipped here, and lacks {why}\n", case.name);
+            }
             Ok(Done::Skipped(why)) => eprintln!("skipped: the case {}: {why}", case.name),
             Ok(Done::Wrong(text)) => self.wrong += &format!("{}: {}\n{text}", case.name, case.about),
             Err(error) => self.wrong += &format!("{}: {error:#}\n", case.name),
@@ -160,7 +194,11 @@ fn cases() -> Vec<Case> {
 }
 
 impl Case {
-    fn run(&self, all: bool) -> anyhow::Result<Done> {
+    fn all_ports(&self, extent: Extent) -> bool {
+        extent == Extent::All || self.full && extent == Extent::Usual
+    }
+
+    fn run(&self, extent: Extent) -> anyhow::Result<Done> {
         let lab = Lab::build(Shape { mesh: Mesh::Plain, container: true })?;
         if let Some(Requirement { command, missing }) = &self.needs
             && lab.spoke.run(&["sh", "-c", command])?.code != Some(0)
@@ -188,7 +226,7 @@ impl Case {
             }
         };
         let reached = self.addresses.clone().unwrap_or(vec![SPOKE_PUBLIC, SPOKE_PUBLIC_V6]);
-        let full = self.full || all;
+        let full = self.all_ports(extent);
         let dense = self.dense();
         lab.spoke.nft(&self.rules)?;
         let wrong = std::thread::scope(|scope| {

@@ -35,6 +35,9 @@ const PACKAGES: &[&str] = &[
     "wireguard-tools",
 ];
 
+/// And by the integration tests: a program of its own kind in user space is a case of the audit's matrix.
+const MORE_PACKAGES: &[&str] = &["python3-minimal", "libpython3-stdlib"];
+
 /// Only the scripts of an installation use these.
 const LEFT_OUT: &[&str] = &[
     "adduser",
@@ -164,24 +167,39 @@ pub fn kernel(arch: Arch, series: &str) -> Result<Kernel> {
 
 /// The root that all machines of an architecture share.
 pub fn root(arch: Arch) -> Result<PathBuf> {
-    let wanted: Vec<Package> = packages::with_dependencies(arch, PACKAGES)?
-        .into_iter()
-        .filter(|package| !LEFT_OUT.contains(&package.name()))
-        .collect();
-    let name = format!("root-{}-{}", arch.name(), key(RECIPE, &wanted));
+    prepare(arch, "root", &wanted(arch, PACKAGES)?, |tree| furnish(tree, arch))
+}
+
+/// What the integration tests want besides.
+pub fn more(arch: Arch) -> Result<PathBuf> {
+    let there = wanted(arch, PACKAGES)?;
+    let mut more = wanted(arch, MORE_PACKAGES)?;
+    more.retain(|package| there.iter().all(|known| known.name() != package.name()));
+    prepare(arch, "more", &more, |_| ())
+}
+
+fn wanted(arch: Arch, names: &[&str]) -> Result<Vec<Package>> {
+    let mut all = packages::with_dependencies(arch, names)?;
+    all.retain(|package| !LEFT_OUT.contains(&package.name()));
+    Ok(all)
+}
+
+/// A part of a root, of packages and what `furnish` adds.
+fn prepare(arch: Arch, kind: &str, wanted: &[Package], furnish: impl FnOnce(&mut Tree)) -> Result<PathBuf> {
+    let name = format!("{kind}-{}-{}", arch.name(), key(RECIPE, wanted));
     let root = folder().join(format!("{name}.cpio"));
     if !root.is_file() {
-        let files = packages::download(&wanted, arch, &folder().join("packages"))?;
-        println!("vm: prepare the root of {} packages", files.len());
+        let files = packages::download(wanted, arch, &folder().join("packages"))?;
+        println!("vm: prepare the {kind} of {} packages", files.len());
         let scratch = Scratch::new(&name)?;
         let mut tree = Tree::default();
         for file in &files {
             packages::unpack(file, &scratch.0)?;
         }
         tree.below("", &scratch.0, &worth_it)?;
-        furnish(&mut tree, arch);
+        furnish(&mut tree);
         write(&tree, &root)?;
-        forget(&format!("root-{}-", arch.name()), &name)?;
+        forget(&format!("{kind}-{}-", arch.name()), &name)?;
     }
     Ok(root)
 }

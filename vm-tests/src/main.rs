@@ -176,6 +176,9 @@ impl Boot<'_> {
         }
         let kernel = image::kernel(arch, series)?;
         let (scratch, own) = (folder.join("programs"), folder.join("own.cpio"));
+        let more = if scenario.tests { Some(image::more(arch)?) } else { None };
+        let parts = [Some(root), more.as_deref(), Some(&*kernel.modules), Some(&*own)];
+        let parts: Vec<&Path> = parts.into_iter().flatten().collect();
         let memory_mib = scenario.memory_mib(arch);
         println!("\nvm: {} on {} ({}, {memory_mib} MiB)", scenario.name, kernel.release, arch.name());
         fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
@@ -198,7 +201,7 @@ impl Boot<'_> {
             let machine = Machine {
                 arch,
                 vmlinuz: &kernel.vmlinuz,
-                initrd: vec![root, &kernel.modules, &own],
+                initrd: parts.clone(),
                 memory_mib,
                 disk: disk.as_deref(),
                 waits: scenario.disk == Disk::Systemd,
