@@ -49,7 +49,7 @@ impl Events {
 /// The status document, whatever the verdict.
 pub fn status(node: &Node, daemon: &Daemon) -> Value {
     let outcome = node.spokeguard(&daemon.arguments(&["status", "--format", "json"])).unwrap();
-    outcome.json().unwrap()
+    outcome.json().unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.running.log()))
 }
 
 pub fn findings(status: &Value, code: &str) -> Vec<Value> {

@@ -65,12 +65,21 @@ impl MemoryGroup {
 
     /// How many of its processes the kernel has killed for want of memory.
     pub fn killed(&self) -> Result<u64> {
-        let path = self.path.join(if self.first { "memory.oom_control" } else { "memory.events" });
+        self.event(if self.first { "memory.oom_control" } else { "memory.events" }, "oom_kill")
+    }
+
+    /// How often it came to its limit and the kernel took files back, or tried to; of version 2 only.
+    pub fn limited(&self) -> Result<u64> {
+        self.event("memory.events", "max")
+    }
+
+    fn event(&self, file: &str, name: &str) -> Result<u64> {
+        let path = self.path.join(file);
         let text = read(&path)?;
-        let killed = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
-        killed
+        let count = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        count
             .and_then(|count| count.trim().parse().ok())
-            .with_context(|| format!("{}: {text}", path.display()))
+            .with_context(|| format!("no {name} in {}: {text}", path.display()))
     }
 
     /// One of the lines of memory.stat.

@@ -32,6 +32,7 @@ const MODULES: &[&str] = &[
 /// What the tests are told of this machine.
 const ENVIRONMENT: &[(&str, &str)] = &[
     ("SPOKEGUARD_LAB", "required"),
+    ("RUST_BACKTRACE", "1"),
     // Debian's kernels can do all other cases.
     ("SPOKEGUARD_AUDIT_SKIPS", "sets-protocol"),
     // nmap needs ten minutes for all ports of two addresses on an emulated processor; `cargo xtask test` compares them.

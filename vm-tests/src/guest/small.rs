@@ -120,8 +120,9 @@ fn metrics(lab: &Lab) -> Result<String> {
 fn took(group: &MemoryGroup) -> String {
     let kib = |bytes: Result<u64>| bytes.map_or_else(|_| "?".to_owned(), |bytes| (bytes >> 10).to_string());
     let stat = |name| kib(group.stat(name));
+    let limited = group.limited().map_or_else(|_| "?".to_owned(), |times| times.to_string());
     format!(
-        "peak {} KiB; now without files {} KiB, the kernel's {} KiB, files {} KiB",
+        "peak {} KiB, limit met {limited} times; now without files {} KiB, the kernel's {} KiB, files {} KiB",
         kib(group.peak()),
         stat("anon"),
         stat("kernel"),
