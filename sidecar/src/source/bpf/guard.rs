@@ -13,7 +13,7 @@ use std::net::IpAddr;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use aya::EbpfLoader;
 use aya::maps::lpm_trie::Key;
 use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, PerCpuArray};
@@ -45,6 +45,7 @@ pub struct Guard {
     prefixes: LpmTrie<MapData, PrefixKey, u8>,
     /// The same, for what aya has no call for.
     prefixes_map: MapData,
+    ports_map: MapData,
     timed: LpmTrie<MapData, TimedKey, u64>,
     sides: HashMap<MapData, u32, Sides>,
     refused: PerCpuArray<MapData, u64>,
@@ -126,6 +127,7 @@ impl Guard {
             state: Array::try_from(Map::Array(map(maps::STATE)?))?,
             rules: Array::try_from(Map::Array(map(maps::RULES)?))?,
             ports: Array::try_from(Map::Array(map(maps::PORTS)?))?,
+            ports_map: map(maps::PORTS)?,
             prefixes: LpmTrie::try_from(Map::LpmTrie(map(maps::PREFIXES)?))?,
             prefixes_map: map(maps::PREFIXES)?,
             timed: LpmTrie::try_from(Map::LpmTrie(map(maps::TIMED)?))?,
@@ -337,9 +339,9 @@ impl Guard {
         for ((bits, key), value) in &wanted.prefixes {
             self.prefixes.insert(&Key::new(*bits, *key), value, 0).context("insertion of a prefix")?;
         }
-        for (at, word) in wanted.words.iter().enumerate() {
-            let at = word_index(bank, 0) + at as u32;
-            if self.ports.get(&at, 0).context("read of the guard's ports")? != *word {
+        for (at, (word, there)) in wanted.words.iter().zip(self.words(bank)?).enumerate() {
+            if *word != there {
+                let at = word_index(bank, 0) + at as u32;
                 self.ports.set(at, word, 0).context("write of the guard's ports")?;
             }
         }
@@ -402,11 +404,8 @@ impl Guard {
         {
             return Ok(None);
         }
-        for (at, word) in wanted.words.iter().enumerate() {
-            let at = word_index(bank, 0) + at as u32;
-            if self.ports.get(&at, 0).context("read of the guard's ports")? != *word {
-                return Ok(None);
-            }
+        if self.words(bank)? != wanted.words {
+            return Ok(None);
         }
         let entries = self.entries()?;
         let all = entries.len();
@@ -418,6 +417,23 @@ impl Guard {
         there.sort_unstable();
         there.dedup();
         Ok(there.into_iter().eq(wanted.prefixes).then_some(Known { bank: bit, others }))
+    }
+
+    /// The ports of a bank. One by one they would be a thousand calls, at every tick.
+    fn words(&self, bank: usize) -> anyhow::Result<Vec<u64>> {
+        const READ: &str = "read of the guard's ports";
+        let first = word_index(bank, 0);
+        let of_bank = first..first + WORDS as u32;
+        match sys::bpf::entries(&self.ports_map, BANKS * WORDS).context(READ)? {
+            Some(entries) => {
+                let mut words: Vec<(u32, u64)> =
+                    entries.into_iter().filter(|(at, _)| of_bank.contains(at)).collect();
+                words.sort_unstable();
+                ensure!(words.len() == WORDS, "{READ}: {} of {WORDS}", words.len());
+                Ok(words.into_iter().map(|(_, word)| word).collect())
+            }
+            None => of_bank.map(|at| self.ports.get(&at, 0)).collect::<Result<_, _>>().context(READ),
+        }
     }
 
     fn word(&self, at: u32) -> anyhow::Result<u64> {
