@@ -36,7 +36,7 @@ const PACKAGES: &[&str] = &[
 ];
 
 /// And by the integration tests: a program of its own kind in user space is a case of the audit's matrix.
-const MORE_PACKAGES: &[&str] = &["python3-minimal", "libpython3-stdlib"];
+const MORE_PACKAGES: &[&str] = &["python3-minimal", "libpython3-stdlib", "curl"];
 
 /// Only the scripts of an installation use these.
 const LEFT_OUT: &[&str] = &[
@@ -79,10 +79,11 @@ const LEFT_OUT: &[&str] = &[
 /// By busybox, where no package brought it.
 const BUSYBOX: &[&str] = &[
     "[", "awk", "basename", "cat", "chmod", "chown", "chroot", "cp", "cut", "date", "dd", "dirname", "du",
-    "echo", "env", "expr", "false", "find", "grep", "head", "hostname", "id", "kill", "ln", "ls", "mkdir",
-    "mkfifo", "mknod", "mktemp", "mount", "mv", "nc", "od", "pgrep", "poweroff", "printf", "ps", "pwd",
-    "readlink", "realpath", "rm", "rmdir", "sed", "seq", "sleep", "sort", "stat", "sync", "tail", "tee",
-    "test", "timeout", "touch", "tr", "true", "umount", "uname", "uniq", "wc", "which", "xargs", "yes",
+    "echo", "env", "expr", "false", "find", "grep", "head", "hostname", "id", "install", "kill", "ln", "ls",
+    "mkdir", "mkfifo", "mknod", "mktemp", "mount", "mv", "nc", "od", "pgrep", "poweroff", "printf", "ps",
+    "pwd", "readlink", "realpath", "rm", "rmdir", "sed", "seq", "sleep", "sort", "stat", "sync", "tail",
+    "tee", "test", "timeout", "touch", "tr", "true", "umount", "uname", "uniq", "wc", "which", "xargs",
+    "yes",
 ];
 
 /// Folders of modules that are taken whole, with all that they depend on.

@@ -124,9 +124,15 @@ fn module(steps: &mut Steps, filter: &str) -> Result<()> {
     })
 }
 
-/// What a failed test wrote.
+/// What a failed test wrote: how it begins, and its end, where a daemon's last words are.
 fn section(text: &str, name: &str) -> String {
     let from = text.split(&format!("---- {name} stdout ----")).nth(1).unwrap_or("it said nothing");
     let until = from.split("\n---- ").next().unwrap_or(from);
-    until.split("\nfailures:\n").next().unwrap_or(until).trim().chars().take(3000).collect()
+    let whole: Vec<char> = until.split("\nfailures:\n").next().unwrap_or(until).trim().chars().collect();
+    const MOST: usize = 3000;
+    if whole.len() <= 2 * MOST {
+        return whole.into_iter().collect();
+    }
+    let (head, tail) = (&whole[..MOST], &whole[whole.len() - MOST..]);
+    head.iter().chain(&['\n', '.', '.', '.', '\n']).chain(tail).collect()
 }
