@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 
 use crate::foreign;
 use crate::image::{Scratch, folder, forget, key};
-use crate::packages::{self, Arch, said};
+use crate::packages::{self, Arch, assert_program, said};
 
 const RECIPE: &str = concat!(include_str!("disk.rs"), include_str!("foreign.rs"));
 
@@ -47,6 +47,8 @@ pub fn installed(arch: Arch) -> Result<PathBuf> {
     if disk.is_file() {
         return Ok(disk);
     }
+    assert_program("mmdebstrap", "mmdebstrap")?;
+    assert_program("mke2fs", "e2fsprogs")?;
     println!("vm: install Debian with systemd into a disk");
     let scratch = Scratch::new(&name)?;
     let root = scratch.0.join("root");
@@ -61,7 +63,7 @@ pub fn installed(arch: Arch) -> Result<PathBuf> {
         words.push(format!("--dpkgopt=path-exclude=/usr/share/{folder}/*"));
     }
     words.extend(["--format=directory", &codename()?, at].map(str::to_owned));
-    foreign::done(arch, &words).context("apt-get install mmdebstrap")?;
+    foreign::done(arch, &words)?;
     // That was for its installation, and is not for what a test installs.
     fs::remove_file(root.join("etc/dpkg/dpkg.cfg.d/99mmdebstrap")).context("remove dpkg's options")?;
     // Without a name it would take each boot for its first, and enable all that it finds.
@@ -71,8 +73,7 @@ pub fn installed(arch: Arch) -> Result<PathBuf> {
     words.extend(firewalls.contains(&"firewalld").then_some("firewalld.service"));
     foreign::done(arch, &words)?;
     let half = disk.with_extension("half");
-    said(Command::new("mke2fs").args(["-q", "-F", "-t", "ext4", "-d"]).arg(&root).arg(&half).arg("1G"))
-        .context("apt-get install e2fsprogs")?;
+    said(Command::new("mke2fs").args(["-q", "-F", "-t", "ext4", "-d"]).arg(&root).arg(&half).arg("1G"))?;
     fs::rename(&half, &disk).with_context(|| format!("name {}", disk.display()))?;
     forget(&format!("installed-{}-", arch.name()), &name)?;
     Ok(disk)
@@ -95,10 +96,10 @@ pub fn copy(disk: &Path, folder: &Path) -> Result<PathBuf> {
 /// An empty disk.
 pub fn empty(folder: &Path) -> Result<PathBuf> {
     const BYTES: u64 = 64 << 20;
+    assert_program("mke2fs", "e2fsprogs")?;
     let path = folder.join("disk.raw");
     let file = fs::File::create(&path).with_context(|| format!("create {}", path.display()))?;
     file.set_len(BYTES).with_context(|| format!("write {} (no space?)", path.display()))?;
-    said(Command::new("mke2fs").args(["-q", "-t", "ext4"]).arg(&path))
-        .context("apt-get install e2fsprogs")?;
+    said(Command::new("mke2fs").args(["-q", "-t", "ext4"]).arg(&path))?;
     Ok(path)
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::packages::Arch;
+use crate::packages::{self, Arch};
 use crate::step::{Line, Verdict, verdict};
 
 /// What to boot, and how long it may take.
@@ -144,8 +144,10 @@ fn start(machine: &Machine, initrd: &Path, steps: &Path, serial: &Path) -> Resul
     command.args(["-chardev", &format!("file,id=steps,path={}", quoted(steps))]);
     command.args(["-serial", &format!("file:{}", quoted(serial))]);
     if let Some(disk) = machine.disk {
-        // What the machine has flushed is safe from the machine's end; this one's end is no test's.
-        command.args(["-drive", &format!("file={},format=raw,if=virtio,cache=unsafe", quoted(disk))]);
+        // What the machine has flushed is safe from the machine's end; this one's end is no test's. When there is no
+        // space the machine is told, where QEMU alone would stop it until somebody makes room.
+        let ways = "format=raw,if=virtio,cache=unsafe,werror=report,rerror=report";
+        command.args(["-drive", &format!("file={},{ways}", quoted(disk))]);
     }
     let log = File::create(machine.folder.join("emulator.log")).context("create the emulator's log")?;
     command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(log);
@@ -167,10 +169,7 @@ fn cpu_time(pid: u32) -> Duration {
 /// Says what is missing before anything is built for it.
 pub fn assert_emulator(arch: Arch) -> Result<()> {
     let (package, program) = emulator(arch);
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let there = std::env::split_paths(&path).any(|folder| folder.join(program).is_file());
-    ensure!(there, "no {program} on PATH: apt-get install {package}");
-    Ok(())
+    packages::assert_program(program, package)
 }
 
 /// A comma would begin another option.

@@ -10,7 +10,7 @@ use clap::{Arg, ArgAction, ArgMatches, Command};
 use vm::disk;
 use vm::image;
 use vm::machine::{self, Machine, Ran};
-use vm::packages::Arch;
+use vm::packages::{self, Arch};
 use vm::payload::{self, Programs, Wanted};
 use vm::scenario::{ALL, Disk, QUICK, Scenario};
 use vm::step::{Line, Verdict};
@@ -118,6 +118,7 @@ fn indented(text: &str) -> String {
 /// What all machines of an architecture share.
 fn make(arch: Arch, wanted: Wanted, built: Option<&String>) -> Result<(Programs, PathBuf)> {
     machine::assert_emulator(arch)?;
+    packages::assert_space(&vm::root(), packages::ROOM_BYTES)?;
     let programs = match built {
         Some(folder) => payload::built(arch, Path::new(folder)),
         None => payload::build(arch, wanted),
@@ -174,6 +175,8 @@ impl Boot<'_> {
         if folder.exists() {
             fs::remove_dir_all(&folder).with_context(|| format!("remove {}", folder.display()))?;
         }
+        fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
+        packages::assert_space(&folder, packages::ROOM_BYTES)?;
         let kernel = image::kernel(arch, series)?;
         let (scratch, own) = (folder.join("programs"), folder.join("own.cpio"));
         let more = if scenario.tests { Some(image::more(arch)?) } else { None };
@@ -181,7 +184,6 @@ impl Boot<'_> {
         let parts: Vec<&Path> = parts.into_iter().flatten().collect();
         let memory_mib = scenario.memory_mib(arch);
         println!("\nvm: {} on {} ({}, {memory_mib} MiB)", scenario.name, kernel.release, arch.name());
-        fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
         let disk = match scenario.disk {
             Disk::None => None,
             Disk::Empty => Some(disk::empty(&folder)?),

@@ -257,9 +257,56 @@ pub(crate) fn said(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
+/// Says which package has a program that is not there.
+pub(crate) fn assert_program(program: &str, package: &str) -> Result<()> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let there = std::env::split_paths(&path).any(|folder| folder.join(program).is_file());
+    ensure!(there, "no {program} on PATH: apt-get install {package}");
+    Ok(())
+}
+
+/// What a machine writes at most: a copy of a disk, and what it is booted from.
+pub const ROOM_BYTES: u64 = 2 << 30;
+
+/// Says so when a folder's file system has less than `wanted` bytes free, before anything is half written.
+pub fn assert_space(folder: &Path, wanted: u64) -> Result<()> {
+    let here = rustix::fs::statvfs(folder).with_context(|| format!("look at {}", folder.display()))?;
+    let free = here.f_bavail.saturating_mul(here.f_frsize);
+    ensure!(
+        free >= wanted,
+        "no space in {}: {} MiB are free, and a machine wants {}",
+        folder.display(),
+        free >> 20,
+        wanted >> 20
+    );
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_program_that_is_missing_is_told_with_its_package() {
+        assert_program("sh", "dash").unwrap();
+        let missing = assert_program("qemu-system-nothing", "qemu-system-misc").unwrap_err().to_string();
+        assert_eq!(missing, "no qemu-system-nothing on PATH: apt-get install qemu-system-misc");
+    }
+
+    #[test]
+    fn too_little_space_is_told_before_anything_is_written() {
+        let here = std::env::temp_dir();
+        assert_space(&here, 1).unwrap();
+        let full = assert_space(&here, u64::MAX).unwrap_err().to_string();
+        assert!(full.starts_with(&format!("no space in {}: ", here.display())), "{full}");
+    }
+
+    #[test]
+    fn a_series_that_debian_does_not_have_is_told_by_its_package() {
+        let missing = kernel(Arch::HOST, "9.99").err().expect("no such series").to_string();
+        let package = format!("linux-image-9.99-cloud-{}", Arch::HOST.name());
+        assert!(missing.contains(&package) && missing.contains("apt-get update"), "{missing}");
+    }
 
     #[test]
     fn a_line_of_apt_is_a_package_and_anything_else_is_not() {
@@ -288,8 +335,9 @@ mod tests {
 
     #[test]
     fn a_mirror_that_can_not_be_reached_is_not_one_without_kernels() {
-        if said(Command::new("apt-get").arg("--version")).is_err() {
-            println!("skipped: no apt-get");
+        if let Err(error) = assert_program("apt-get", "apt") {
+            assert!(std::env::var_os("CI").is_none(), "{error}");
+            println!("skipped: {error}");
             return;
         }
         let folder = tempfile::tempdir().unwrap();

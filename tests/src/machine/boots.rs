@@ -134,6 +134,11 @@ impl Machine<'_> {
         self.wait(by, |machine| banner(&machine.lab.hub).is_some());
         eprintln!("{by}, {what}: sshd after {:?}", begun.elapsed());
         assert!(begun.elapsed() < Duration::from_secs(5), "{by}, {what}: {:?}", begun.elapsed());
+        // That strangers hear nothing would be so with rules alone.
+        let sockets = self.ok(&["ss", "-Hltn", "sport = :22"]);
+        let addresses: Vec<&str> =
+            sockets.lines().filter_map(|line| line.split_whitespace().nth(3)).collect();
+        assert_eq!(addresses, [format!("{SPOKE_MESH}:22")], "{by}, {what}: {sockets}");
     }
 }
 
