@@ -166,7 +166,9 @@ fn nothing_is_left_of_a_lab_that_was_dropped() {
         .unwrap();
     let web = lab.spoke.web().unwrap();
     let pids = residents(&prefix);
-    assert!(pids.len() >= 8, "keepers, tunnel ends, web server and sleepers: {pids:?}");
+    // Without a WireGuard of the kernel's own each end of the tunnel is a process.
+    let most = if lab::machine::is_tunnel() { 7 } else { 8 };
+    assert!(pids.len() >= most, "keepers, tunnel ends, web server and sleepers: {pids:?}");
     drop(lab);
     assert_eq!(alive(&pids), Vec::<i32>::new());
     drop(web);
