@@ -41,14 +41,22 @@ fn syn(from: u16, to: u16) -> Vec<u8> {
     segment
 }
 
-/// Opening segments from as many ports, each sent once: no kernel repeats them.
+/// Opening segments from as many ports, each sent once: no kernel repeats them. One for which a slow machine has no
+/// room was not sent, and has another turn.
 pub fn send_syns(node: &Node, to: IpAddr, port: u16, count: u16) {
+    use rustix::io::Errno;
     use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, ipproto, sendto, socket_with};
+    const SOON: Duration = Duration::from_secs(5);
     node.inside(|| {
         let family = if to.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
         let socket = socket_with(family, SocketType::RAW, SocketFlags::CLOEXEC, Some(ipproto::TCP))?;
         for n in 0..count {
-            sendto(&socket, &syn(20_000 + n, port), SendFlags::empty(), &SocketAddr::new(to, 0))?;
+            let send =
+                || sendto(&socket, &syn(20_000 + n, port), SendFlags::empty(), &SocketAddr::new(to, 0));
+            let sent = wait_until(SOON, "room for a segment", || {
+                Some(send()).filter(|sent| *sent != Err(Errno::NOBUFS))
+            });
+            sent??;
         }
         Ok(())
     })
