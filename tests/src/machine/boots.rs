@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use super::{CABLES, LONG, Machine, OPEN, SHORT};
-use crate::{Answer, Lab, Node, SPOKE_MESH, SPOKE_PUBLIC, SPOKE_PUBLIC_V6, tunnel};
+use crate::{Answer, Lab, SPOKE_MESH, SPOKE_PUBLIC, SPOKE_PUBLIC_V6, tunnel};
 
 /// Who has sshd listen, and on an address that comes late.
 pub const SSH_BY: [&str; 2] = ["ssh.service", "ssh.socket"];
@@ -92,7 +92,7 @@ impl Machine<'_> {
     pub fn listen_on_mesh_alone(&mut self) {
         self.write("etc/ssh/sshd_config.d/mesh.conf", &format!("ListenAddress {SPOKE_MESH}\n"));
         self.ok(&["systemctl", "restart", "ssh.service"]);
-        self.wait("sshd on the mesh", |machine| banner(&machine.lab.hub).is_some());
+        self.wait("sshd on the mesh", Self::sshd_greets);
         self.write(
             &format!("etc/systemd/system/{CABLES}"),
             "[Unit]\nAfter=network-pre.target\nBefore=network.target\nDefaultDependencies=no\n\
@@ -116,7 +116,7 @@ impl Machine<'_> {
             machine.boot();
             let booted = Instant::now();
             machine.until(2 * late, "the mesh is late", |_| booted.elapsed() > late).unwrap();
-            assert!(banner(&lab.hub).is_none(), "{by}: before there is a mesh");
+            assert!(!machine.sshd_greets(), "{by}: before there is a mesh");
             mesh_anew(lab);
             machine.ssh_comes(by, "late");
             for round in ["made anew", "and again"] {
@@ -128,10 +128,22 @@ impl Machine<'_> {
         assert_eq!(self.ok(&["systemctl", "is-active", by]), "active\n");
     }
 
+    /// Whether sshd says who it is to a new connection through the tunnel.
+    pub fn sshd_greets(&self) -> bool {
+        let heard = self.lab.hub.inside(|| {
+            let mut stream = std::net::TcpStream::connect_timeout(&SocketAddr::new(SPOKE_MESH, 22), SHORT)?;
+            stream.set_read_timeout(Some(LONG))?;
+            let mut heard = [0; 4];
+            stream.read_exact(&mut heard)?;
+            Ok(heard)
+        });
+        heard.is_ok_and(|heard| heard == *b"SSH-")
+    }
+
     #[track_caller]
     fn ssh_comes(&self, by: &str, what: &str) {
         let begun = Instant::now();
-        self.wait(by, |machine| banner(&machine.lab.hub).is_some());
+        self.wait(by, Self::sshd_greets);
         eprintln!("{by}, {what}: sshd after {:?}", begun.elapsed());
         assert!(begun.elapsed() < Duration::from_secs(5), "{by}, {what}: {:?}", begun.elapsed());
         // That strangers hear nothing would be so with rules alone.
@@ -140,17 +152,4 @@ impl Machine<'_> {
             sockets.lines().filter_map(|line| line.split_whitespace().nth(3)).collect();
         assert_eq!(addresses, [format!("{SPOKE_MESH}:22")], "{by}, {what}: {sockets}");
     }
-}
-
-/// What sshd says to a new connection through the tunnel.
-fn banner(hub: &Node) -> Option<String> {
-    hub.inside(|| {
-        let mut stream = std::net::TcpStream::connect_timeout(&SocketAddr::new(SPOKE_MESH, 22), SHORT)?;
-        stream.set_read_timeout(Some(LONG))?;
-        let mut heard = [0; 4];
-        stream.read_exact(&mut heard)?;
-        Ok(String::from_utf8_lossy(&heard).into_owned())
-    })
-    .ok()
-    .filter(|heard| heard == "SSH-")
 }

@@ -7,7 +7,6 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use lab::machine::mesh_anew;
 use lab::{Answer, Lab, Machine, MemoryGroup, SPOKE_MESH, SPOKE_PUBLIC};
 
 use crate::{SOON, Steps, systemd};
@@ -27,9 +26,7 @@ pub fn run(steps: &mut Steps) -> Result<()> {
     systemd::furnish(&machine, &lab.policy())?;
     steps.step("systemd is up, and so is the kernel's WireGuard", || {
         machine.boot();
-        ensure!(lab::machine::is_tunnel(), "this kernel has no WireGuard");
-        lab.spoke.ok(&["ip", "link", "del", "wg0"])?;
-        mesh_anew(&lab);
+        systemd::tunnel(&lab)?;
         memory()
     })?;
     systemd::installed(steps, &machine)?;

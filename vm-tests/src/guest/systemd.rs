@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use lab::machine::{LONG, OPEN, SHUT, SSH_BY, is_tunnel};
+use lab::machine::{LONG, OPEN, SHUT, SSH_BY, is_tunnel, mesh_anew};
 use lab::{Answer, Lab, Machine};
 
 use crate::Steps;
@@ -98,6 +98,14 @@ pub(crate) fn lab(steps: &mut Steps) -> Result<Lab> {
     steps.make("a lab around this machine", || Ok((Lab::around_this_machine()?, crate::release()?)))
 }
 
+/// A tunnel of the kernel's in place of the mesh's cable.
+pub(crate) fn tunnel(lab: &Lab) -> Result<()> {
+    anyhow::ensure!(is_tunnel(), "this kernel has no WireGuard");
+    lab.spoke.ok(&["ip", "link", "del", "wg0"])?;
+    mesh_anew(lab);
+    Ok(())
+}
+
 /// The disk's first boot: what every machine of the tests has, our program and a policy.
 pub(crate) fn furnish(machine: &Machine, policy: &str) -> Result<()> {
     machine.furnish();
@@ -140,7 +148,7 @@ pub(crate) fn others_are_silent(machine: &Machine) -> Result<()> {
 }
 
 /// How long the boot was, in systemd's words.
-fn took(machine: &Machine) -> Result<String> {
+pub(crate) fn took(machine: &Machine) -> Result<String> {
     let text = machine.run(&["systemd-analyze", "time"]).stdout;
     Ok(text.lines().next().unwrap_or_default().to_owned())
 }
