@@ -52,7 +52,7 @@ fn run(matches: &ArgMatches) -> Result<bool> {
             let kernels =
                 kernels.map(|arch| format!("{} {}", arch.name(), scenario.kernels(arch, false).join(" ")));
             let kernels = kernels.collect::<Vec<_>>().join(", ");
-            println!("{:<12} {kernels}\n{}", scenario.name, indented(scenario.about));
+            println!("{:<13} {kernels}\n{}", scenario.name, indented(scenario.about));
         }
         return Ok(true);
     }
@@ -102,7 +102,7 @@ fn run(matches: &ArgMatches) -> Result<bool> {
 
 /// Below its name, in 80 columns.
 fn indented(text: &str) -> String {
-    let indent = " ".repeat(12);
+    let indent = " ".repeat(13);
     let (mut out, mut column) = (indent.clone(), indent.len());
     for word in text.split_whitespace() {
         if column + 1 + word.len() > 80 {

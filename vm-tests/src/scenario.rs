@@ -118,6 +118,14 @@ pub const ALL: &[Scenario] = &[
         ..USUAL
     },
     Scenario {
+        name: "lock-out-boot",
+        about: "By the installed units alone: a power cut while the hub is shut out, a daemon that hangs, and what uninstall leaves",
+        arm64: &["6.12"],
+        boots: 3,
+        disk: Disk::Systemd,
+        ..USUAL
+    },
+    Scenario {
         name: "docker-like",
         about: "Others write rules after ours, delete, flush and restore: containers, NixOS, iptables",
         arm64: &["6.1", "6.12", NEWEST],

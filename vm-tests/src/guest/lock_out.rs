@@ -15,7 +15,7 @@ use crate::{LONG, SOON, Steps, patiently, run_to_end};
 
 /// What outlives the machine.
 const DISK: &str = "/mnt";
-const WINDOW: &str = "20s";
+pub(crate) const WINDOW: &str = "20s";
 /// From the trial's begin until the hub has logged in again: the window, and a slow processor's time for the way back
 /// and for a login.
 const BACK: Duration = Duration::from_secs(20 + 10);
@@ -48,14 +48,11 @@ impl Spoke {
     }
 
     fn policy(&self, ports: &str) -> String {
-        let own = self.lab.policy().replace("tcp = [80, 443]", &format!("tcp = {ports}"));
-        format!("{own}[enforce]\nconfirm_within = \"{WINDOW}\"\n")
+        on_trial(&self.lab.policy().replace("tcp = [80, 443]", &format!("tcp = {ports}")))
     }
 
-    /// Its hub is nobody.
     fn shut_out(&self) -> String {
-        let own = self.policy("[80]");
-        own.replace(&format!("address = \"{HUB_MESH}\""), "address = \"10.84.0.250\"")
+        shut_out(&self.policy("[80]"))
     }
 
     fn rules(&self, daemon: &Daemon) -> Result<String> {
@@ -70,17 +67,11 @@ impl Spoke {
 
     /// The rules are on trial since then: the hub is out, and in again when the window has passed.
     fn hub_comes_back(&self, begun: Instant) -> Result<String> {
-        self.hub_is_out()?;
+        hub_is_out(&self.lab)?;
         self.hub_gets_in()?;
         let took = begun.elapsed();
         ensure!(took <= BACK, "the hub was out for {took:?} with a window of {WINDOW}");
         Ok(format!("the hub was out for {:.1} s, with a window of {WINDOW}", took.as_secs_f64()))
-    }
-
-    fn hub_is_out(&self) -> Result<()> {
-        let answer = self.lab.hub.connect(SocketAddr::new(SPOKE_MESH, 22), SOON);
-        ensure!(answer == Answer::Silent, "the hub is not shut out, so this proves nothing: {answer:?}");
-        Ok(())
     }
 
     fn hub_gets_in(&self) -> Result<()> {
@@ -111,6 +102,22 @@ impl Spoke {
             done
         })
     }
+}
+
+/// A policy that waits for the hub as long as this scenario does.
+pub(crate) fn on_trial(policy: &str) -> String {
+    format!("{policy}[enforce]\nconfirm_within = \"{WINDOW}\"\n")
+}
+
+/// The same policy; its hub is nobody.
+pub(crate) fn shut_out(policy: &str) -> String {
+    policy.replace(&format!("address = \"{HUB_MESH}\""), "address = \"10.84.0.250\"")
+}
+
+pub(crate) fn hub_is_out(lab: &Lab) -> Result<()> {
+    let answer = lab.hub.connect(SocketAddr::new(SPOKE_MESH, 22), SOON);
+    ensure!(answer == Answer::Silent, "the hub is not shut out, so this proves nothing: {answer:?}");
+    Ok(())
 }
 
 fn before(steps: &mut Steps) -> Result<()> {
@@ -158,7 +165,7 @@ fn before(steps: &mut Steps) -> Result<()> {
     steps.step("another such policy is on trial when the power fails", || {
         fs::write(&file, spoke.shut_out().replace("tcp = [80]", "tcp = [443]"))?;
         spoke.await_rules(&daemon, "on-trial")?;
-        spoke.hub_is_out()?;
+        hub_is_out(&spoke.lab)?;
         Ok(String::new())
     })?;
     // Nothing of the lab may tidy up first.

@@ -4,6 +4,7 @@ mod docker_like;
 mod features;
 mod integration;
 mod lock_out;
+mod lock_out_boot;
 mod small;
 mod spoke;
 mod systemd;
@@ -51,6 +52,7 @@ fn run(words: &[String]) -> Result<()> {
         "package" => systemd::package(&mut steps),
         "neighbours" => systemd::neighbours(&mut steps),
         "lock-out" => lock_out::run(&mut steps, &boot),
+        "lock-out-boot" => lock_out_boot::run(&mut steps, &boot),
         "docker-like" => docker_like::run(&mut steps),
         "upgrade" => integration::run(&mut steps, &["exact::".to_owned()]),
         "small" => small::run(&mut steps),
@@ -63,7 +65,7 @@ fn run(words: &[String]) -> Result<()> {
     }
     let steps_made = steps.count;
     steps.write(&Line::End { steps: steps_made })?;
-    if scenario == "lock-out" {
+    if scenario == "lock-out" || (scenario == "lock-out-boot" && boot == "1") {
         // What is not on the disk by now never gets there.
         rustix::system::reboot(RebootCommand::PowerOff).context("cut the power")?;
     }

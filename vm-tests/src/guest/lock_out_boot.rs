@@ -1,0 +1,239 @@
+//! A host that `spokeguard install` has set up, and nothing but the units to bring it back: the power fails while a
+//! policy that shuts the hub out is on trial, the daemon hangs, and the program is uninstalled.
+
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use lab::machine::{LONG, OPEN, SHORT, SHUT};
+use lab::{Answer, Lab, Machine, SPOKE_MESH};
+use serde_json::Value;
+
+use crate::lock_out::{WINDOW, hub_is_out, on_trial, shut_out};
+use crate::{Steps, systemd};
+
+const UNIT: &str = "spokeguard.service";
+/// What the hub confirms, beside the policy that may come to say something else.
+const CONFIRMED: &str = "etc/spokeguard/confirmed-before.toml";
+const POLICY: &str = "etc/spokeguard/policy.toml";
+/// From systemd's start: the boot, the daemon's start, the trial's window and the way back.
+const BACK_BY: Duration = Duration::from_secs(60);
+const WATCHDOG: &str = "5s";
+/// From the moment when the daemon hangs: what systemd waits for, RestartSec= and the start.
+const RESTARTED_BY: Duration = Duration::from_secs(30);
+
+/// The first boot ends with the power.
+pub fn run(steps: &mut Steps, boot: &str) -> Result<()> {
+    let lab = systemd::lab(steps)?;
+    systemd::tunnel(&lab)?;
+    let mut machine = Machine::whole(&lab, Path::new(systemd::DISK));
+    match boot {
+        "1" => {
+            power_fails(steps, &mut machine)?;
+            // Nothing of the lab may tidy up first.
+            std::mem::forget(lab);
+            Ok(())
+        }
+        "2" => {
+            comes_back(steps, &mut machine)?;
+            hangs(steps, &mut machine)?;
+            uninstalled(steps, &mut machine)
+        }
+        "3" => is_as_before(steps, &mut machine),
+        other => bail!("no boot {other} of this scenario"),
+    }
+}
+
+fn power_fails(steps: &mut Steps, machine: &mut Machine) -> Result<()> {
+    let policy = on_trial(&machine.lab.plain_policy());
+    systemd::furnish(machine, &policy)?;
+    machine.write(CONFIRMED, &policy);
+    // A link that comes up has no route yet; the tunnel goes this way.
+    let route = "[Service]\nExecStart=ip route replace default via 198.51.100.99\n";
+    machine.write_new("etc/systemd/system/cables.service.d/route.conf", route);
+    steps.step("systemd is up", || {
+        machine.boot();
+        systemd::took(machine)
+    })?;
+    systemd::installed(steps, machine)?;
+    steps.step("a policy that shuts the hub out is on trial when the power fails", || {
+        machine.nobody_answers_while(|machine| {
+            save(&machine.path(POLICY), &shut_out(&policy)).unwrap();
+            machine.wait("the rules are on trial", |machine| machine.rules() == "on-trial");
+            hub_is_out(machine.lab).unwrap();
+        });
+        let rules = machine.rules();
+        ensure!(rules == "on-trial", "when the power fails they are {rules}");
+        Ok(format!("for {WINDOW}; the hub is out"))
+    })
+}
+
+/// As an editor saves it: what its administrator wrote is on the disk before anybody tries it. Nothing that is
+/// written later is.
+fn save(path: &Path, text: &str) -> Result<()> {
+    let mut file = File::create(path).with_context(|| format!("create {}", path.display()))?;
+    file.write_all(text.as_bytes())?;
+    file.sync_all().context("sync the policy")
+}
+
+fn comes_back(steps: &mut Steps, machine: &mut Machine) -> Result<()> {
+    let confirmed = fs::read_to_string(machine.path(CONFIRMED)).context("read what was confirmed")?;
+    steps.step("the disk has the policy that nobody confirmed, and nothing of a rollback", || {
+        let text = fs::read_to_string(machine.path(POLICY))?;
+        ensure!(text == shut_out(&confirmed), "{text}");
+        let refused = machine.path("var/lib/spokeguard/refused.toml");
+        ensure!(!refused.exists(), "{} is there, so this proves nothing", refused.display());
+        Ok(String::new())
+    })?;
+    steps.step("by the units alone the hub gets in, and a stranger does not", || {
+        let lab = machine.lab;
+        let (begun, mut up) = (Instant::now(), Duration::ZERO);
+        let (heard, ways) = while_the_hub_knocks(lab, || {
+            machine.nobody_answers_while(|machine| {
+                machine.boot();
+                up = begun.elapsed();
+                machine.wait("the rules are rolled back", |machine| machine.rules() == "rolled-back");
+                machine.wait("the hub gets in", Machine::hub_gets_in);
+            })
+        });
+        ensure!(heard.open.iter().all(|answers| *answers > 5), "{OPEN} has hardly answered: {heard:?}");
+        let told: Vec<String> = (ways.iter())
+            .map(|(at, is_in)| {
+                format!("{} after {:.1} s", if *is_in { "in" } else { "out" }, at.as_secs_f64())
+            })
+            .collect();
+        let told = told.join(", ");
+        let last = ways.last().filter(|(at, is_in)| *is_in && *at < BACK_BY);
+        ensure!(last.is_some(), "the hub is not in within {BACK_BY:?}: {told}");
+        Ok(format!(
+            "the hub is {told}, systemd up after {:.1} s; {} knocks of strangers",
+            up.as_secs_f64(),
+            heard.knocks
+        ))
+    })?;
+    steps.step("what was confirmed before is in force, and status says what became of the other", || {
+        // The report that tells of it comes a cycle after the state.
+        let mut finding = Value::Null;
+        machine.wait("status tells of the rollback", |machine| {
+            let status = machine.status();
+            let mut all = status["findings"].as_array().into_iter().flatten();
+            finding = all.find(|one| one["code"] == "policy-rolled-back").cloned().unwrap_or_default();
+            status["daemon"]["rules"] == "rolled-back" && !finding.is_null()
+        });
+        let plan = |policy| machine.run(&["spokeguard", "plan", "--policy", &format!("/{policy}")]);
+        let (before, other) = (plan(CONFIRMED), plan(POLICY));
+        ensure!(before.code == Some(0), "what was confirmed is not in force: {}", before.all());
+        ensure!(other.code == Some(1), "both come to the same, so this proves nothing: {}", other.all());
+        systemd::is_shut(machine)?;
+        Ok(format!(
+            "{}: {}",
+            finding["subject"].as_str().unwrap_or_default(),
+            finding["found"].as_str().unwrap_or_default()
+        ))
+    })
+}
+
+/// What `work` comes to, and when the hub's way in through the tunnel opened and shut meanwhile.
+fn while_the_hub_knocks<T>(lab: &Lab, work: impl FnOnce() -> T) -> (T, Vec<(Duration, bool)>) {
+    let (begun, stop) = (Instant::now(), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        let hub = scope.spawn(|| {
+            let mut ways = Vec::new();
+            while !stop.load(Ordering::Relaxed) {
+                let is_in = lab.hub.connect(SocketAddr::new(SPOKE_MESH, 22), SHORT) == Answer::Open;
+                if ways.last().is_none_or(|(_, before)| *before != is_in) {
+                    ways.push((begun.elapsed(), is_in));
+                }
+                // sshd has a process for each.
+                std::thread::park_timeout(Duration::from_millis(500));
+            }
+            ways
+        });
+        let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+        stop.store(true, Ordering::Relaxed);
+        let ways = hub.join().expect("the hub panicked");
+        (done.unwrap_or_else(|panic| std::panic::resume_unwind(panic)), ways)
+    })
+}
+
+fn hangs(steps: &mut Steps, machine: &mut Machine) -> Result<()> {
+    steps.step("a daemon that hangs is killed and started again, and nothing opens", || {
+        // Of this boot only.
+        let folder = format!("/run/systemd/system/{UNIT}.d");
+        let script =
+            format!("mkdir {folder}; printf '[Service]\\nWatchdogSec={WATCHDOG}\\n' >{folder}/soon.conf");
+        machine.ok(&["sh", "-ec", &script]);
+        machine.ok(&["systemctl", "daemon-reload"]);
+        machine.ok_within(LONG, &["systemctl", "restart", UNIT]);
+        machine.wait("the daemon is back", |machine| machine.rules() == "rolled-back");
+        let limit = machine.property(UNIT, "WatchdogUSec");
+        let [pid, restarts] = ["MainPID", "NRestarts"].map(|name| machine.property(UNIT, name));
+        let begun = Instant::now();
+        let mut took = Duration::ZERO;
+        let heard = machine.nobody_answers_while(|machine| {
+            machine.ok(&["kill", "-STOP", &pid]);
+            machine.wait("systemd starts another", |machine| {
+                ![&*pid, "0"].contains(&&*machine.property(UNIT, "MainPID"))
+                    && machine.property(UNIT, "ActiveState") == "active"
+            });
+            took = begun.elapsed();
+            // It does not try again what was rolled back.
+            machine.wait("the rules are rolled back", |machine| machine.rules() == "rolled-back");
+            assert!(machine.hub_gets_in());
+        });
+        ensure!(heard.open.iter().all(|answers| *answers > 5), "{OPEN} has hardly answered: {heard:?}");
+        let journal = machine.journal();
+        for said in ["Watchdog timeout", "Failed with result 'watchdog'"] {
+            ensure!(journal.contains(said), "systemd does not say {said}: {journal}");
+        }
+        let [before, after] =
+            [&restarts, &machine.property(UNIT, "NRestarts")].map(|count| count.parse::<u32>());
+        let (before, after) = (before.context("NRestarts")?, after.context("NRestarts")?);
+        ensure!(after == before + 1, "{before} restarts before, {after} after: {journal}");
+        ensure!(took < RESTARTED_BY, "only after {took:?}: {journal}");
+        Ok(format!("after {:.1} s, with WatchdogSec={limit}; {} knocks", took.as_secs_f64(), heard.knocks))
+    })
+}
+
+fn uninstalled(steps: &mut Steps, machine: &mut Machine) -> Result<()> {
+    steps.step("`spokeguard uninstall` opens nothing", || {
+        machine.nobody_answers_while(|machine| {
+            let told = machine.ok_within(LONG, &["spokeguard", "uninstall"]);
+            assert!(told.contains("The rules in force stay until the next boot"), "{told}");
+            assert!(machine.hub_gets_in());
+        });
+        let state = machine.property(UNIT, "LoadState");
+        ensure!(state == "not-found", "{UNIT} is {state}");
+        systemd::is_shut(machine)
+    })
+}
+
+fn is_as_before(steps: &mut Steps, machine: &mut Machine) -> Result<()> {
+    steps.step("at the next boot whoever knocks is answered", || {
+        machine.boot();
+        for port in SHUT.into_iter().chain([OPEN]) {
+            machine.wait(&format!("{port} answers"), |machine| machine.answer(port) == Answer::Open);
+        }
+        machine.wait("sshd greets the hub", Machine::sshd_greets);
+        systemd::took(machine)
+    })?;
+    steps.step("nothing of ours is left but what `uninstall` keeps", || {
+        let (left, kept) = (machine.left(), "/etc/spokeguard\n/var/lib/spokeguard\n");
+        ensure!(left == kept, "{left}");
+        for (what, words) in [
+            ("rules", &["nft", "list", "ruleset"][..]),
+            ("pins", &["find", "/sys/fs/bpf", "-mindepth", "1"]),
+            ("units", &["systemctl", "list-unit-files", "--no-legend", "spokeguard*"]),
+            ("drop-ins", &["systemctl", "show", "-p", "DropInPaths", "--value", "ssh.service", "ssh.socket"]),
+            ("failures", &["systemctl", "list-units", "--failed", "--plain", "--no-legend"]),
+        ] {
+            let there = machine.run(words).stdout;
+            ensure!(there.trim().is_empty(), "{what}: {there}");
+        }
+        Ok(kept.trim().replace('\n', ", "))
+    })
+}
