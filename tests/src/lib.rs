@@ -231,16 +231,25 @@ impl Lab {
 
     /// Publishes a port of the container the way Docker does: DNAT for whatever is addressed to the host.
     pub fn publish(&self, host_port: u16, container_port: u16) -> Result<()> {
+        self.publish_by("tcp", host_port, container_port)
+    }
+
+    /// The same for datagrams.
+    pub fn publish_udp(&self, host_port: u16, container_port: u16) -> Result<()> {
+        self.publish_by("udp", host_port, container_port)
+    }
+
+    fn publish_by(&self, proto: &str, host_port: u16, container_port: u16) -> Result<()> {
         ensure!(self.container.is_some(), "this lab has no container whose port could be published");
         self.spoke.nft(&format!(
             "add table ip docker_like
              add chain ip docker_like prerouting {{ type nat hook prerouting priority dstnat; }}
              add chain ip docker_like postrouting {{ type nat hook postrouting priority srcnat; }}
-             add rule ip docker_like prerouting fib daddr type local tcp dport {host_port} dnat to {CONTAINER}:{container_port}
+             add rule ip docker_like prerouting fib daddr type local {proto} dport {host_port} dnat to {CONTAINER}:{container_port}
              add rule ip docker_like postrouting ip saddr 172.17.0.0/16 oifname != \"docker0\" masquerade
              add table ip6 docker_like
              add chain ip6 docker_like prerouting {{ type nat hook prerouting priority dstnat; }}
-             add rule ip6 docker_like prerouting fib daddr type local tcp dport {host_port} dnat to [{CONTAINER_V6}]:{container_port}
+             add rule ip6 docker_like prerouting fib daddr type local {proto} dport {host_port} dnat to [{CONTAINER_V6}]:{container_port}
             "
         ))
     }
