@@ -2,17 +2,20 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use lab::{
     Answer, HUB_PUBLIC, Lab, Mesh, Node, SECOND_MESH, SPOKE_MESH, SPOKE_PUBLIC, SPOKE_PUBLIC_V6, Second,
-    Shape, Signal,
+    Shape, Signal, TUNNEL_PORT,
 };
 use serde_json::Value;
 
 use crate::{LONG, SOON, Steps, blind, codes, patiently};
 
 const METRICS: u16 = 9984;
+/// Tunnels have no events, and are read every 10 s. The look, the repair and our own look at it take some of the next.
+const REPAIRED_WITHIN: Duration = Duration::from_secs(11);
 /// Every open port and its neighbours, those that must be shut, and some of nobody's.
 const PORTS: &str = "21-23,79-81,442-444,5431-5433,8079-8081,9983-9985,51819-51821,60000-60050";
 
@@ -142,18 +145,24 @@ pub fn run(steps: &mut Steps) -> Result<()> {
         nobody_else(&lab, &second, METRICS)?;
         Ok(format!("handshake age {age:.0} s; no answer for the others"))
     })?;
-    steps.step("a keepalive of 0 is found and set back", || {
+    steps.step("a keepalive of 0 is found and set back by the next look", || {
         let hub = &lab.keys.hub.public;
-        lab.spoke.ok(&["wg", "set", "wg0", "peer", hub, "persistent-keepalive", "0"])?;
-        patiently("the keepalive is 25 s again", || {
-            let shown = lab.spoke.ok(&["wg", "show", "wg0", "persistent-keepalive"]).ok()?;
-            shown.trim_end().ends_with("\t25").then_some(())
-        })?;
+        // The second comes right after a look, so that it waits for a whole round of them.
+        let mut took = Vec::new();
+        for _ in 0..2 {
+            lab.spoke.ok(&["wg", "set", "wg0", "peer", hub, "persistent-keepalive", "0"])?;
+            let begun = Instant::now();
+            patiently("the keepalive is 25 s again", || {
+                let shown = lab.spoke.ok(&["wg", "show", "wg0", "persistent-keepalive"]).ok()?;
+                shown.trim_end().ends_with("\t25").then_some(())
+            })?;
+            took.push(begun.elapsed());
+        }
+        ensure!(took.iter().all(|took| *took <= REPAIRED_WITHIN), "it took {took:?}");
         let shown = lab.spoke.ok(&["wg", "show", "wg0", "peers"])?;
         ensure!(shown.trim() == hub, "the peers are now {shown}");
-        let endpoint = lab.spoke.ok(&["wg", "show", "wg0", "endpoints"])?;
-        ensure!(endpoint.contains(&format!("{HUB_PUBLIC}:51820")), "{endpoint}");
-        Ok("same peer, same endpoint".to_owned())
+        endpoint_is(&lab, TUNNEL_PORT)?;
+        Ok(format!("after {took:.1?}; same peer, same endpoint"))
     })?;
     steps.step("a flush is repaired, and the guard refuses meanwhile", || {
         daemon.running.signal(Signal::STOP)?;
@@ -213,6 +222,13 @@ fn nobody_else(lab: &Lab, second: &Second, port: u16) -> Result<()> {
         let answer = from.connect(SocketAddr::new(to, port), SOON);
         ensure!(answer == Answer::Silent, "{} to {to} port {port}: {answer:?}", from.name);
     }
+    Ok(())
+}
+
+/// Where the spoke's kernel sends what is for the hub.
+fn endpoint_is(lab: &Lab, port: u16) -> Result<()> {
+    let shown = lab.spoke.ok(&["wg", "show", "wg0", "endpoints"])?;
+    ensure!(shown.trim_end().ends_with(&format!("\t{HUB_PUBLIC}:{port}")), "{shown}");
     Ok(())
 }
 
