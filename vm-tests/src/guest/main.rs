@@ -120,11 +120,16 @@ impl Steps {
 }
 
 /// Looks again and again, in no hurry: time that is slept through inside costs nothing outside.
-fn patiently<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> Result<T> {
-    lab::wait_until(LONG, what, || {
+fn patiently<T>(what: &str, look: impl FnMut() -> Option<T>) -> Result<T> {
+    patiently_within(LONG, what, look)
+}
+
+/// The same for what takes its time, with as many looks.
+fn patiently_within<T>(limit: Duration, what: &str, mut look: impl FnMut() -> Option<T>) -> Result<T> {
+    lab::wait_until(limit, what, || {
         let seen = look();
         if seen.is_none() {
-            std::thread::sleep(Duration::from_millis(250));
+            std::thread::sleep(limit / 240);
         }
         seen
     })
@@ -146,6 +151,12 @@ fn release() -> Result<String> {
 fn codes(report: &Value) -> BTreeSet<String> {
     let all = report["findings"].as_array().into_iter().flatten();
     all.filter_map(|finding| finding["code"].as_str().map(str::to_owned)).collect()
+}
+
+/// What a report found of that code.
+fn found(report: &Value, code: &str) -> Option<String> {
+    let finding = report["findings"].as_array()?.iter().find(|finding| finding["code"] == code)?;
+    finding["found"].as_str().map(str::to_owned)
 }
 
 /// What a report could not look at, and why.
