@@ -1,6 +1,7 @@
 //! Hub, two spokes and an outsider on the kernel's own WireGuard: what the policy promises, and what it refuses.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -49,7 +50,10 @@ pub fn run(steps: &mut Steps) -> Result<()> {
     lab.publish(8080, 8000)?;
     let folder = lab.dir.join("guard");
     std::fs::create_dir_all(&folder)?;
-    let policy = lab.policy() + "[[local]]\nname = \"containers\"\ninterfaces = [\"docker0\"]\n";
+    // A hub that moves to another port is a stranger's flow to the firewall, unless the policy names this end's port.
+    lab.spoke.ok(&["wg", "set", "wg0", "listen-port", &TUNNEL_PORT.to_string()])?;
+    let policy = lab.policy().replace("[mesh]\n", &format!("[mesh]\nlisten_port = {TUNNEL_PORT}\n"));
+    let policy = policy + "[[local]]\nname = \"containers\"\ninterfaces = [\"docker0\"]\n";
     let file = folder.join("policy.toml");
     std::fs::write(&file, &policy)?;
     let folders =
@@ -202,6 +206,40 @@ pub fn run(steps: &mut Steps) -> Result<()> {
         ensure!(age < LONG.as_secs_f64(), "the handshake is still {age} s old");
         Ok(format!("told: {}; then {age} s", ages.join(", ")))
     })?;
+    steps.step("a hub that moves is followed and told, while ssh and scrape go on", || {
+        let mut session = sshd.session(&lab.hub, SPOKE_MESH, "cat")?;
+        let (into, out) = (session.stdin.take(), session.stdout.take());
+        let (mut into, mut out) = (into.context("a pipe to ssh")?, out.context("a pipe from ssh")?);
+        let mut answers = || -> Result<()> {
+            into.write_all(b"x")?;
+            out.read_exact(&mut [0])?;
+            Ok(())
+        };
+        answers().context("a session before the move")?;
+        for port in [TUNNEL_PORT + 1, TUNNEL_PORT] {
+            ensure!(endpoint_is(&lab, port).is_err(), "the hub is at {port} already");
+            lab.hub.ok(&["wg", "set", "wg0", "listen-port", &port.to_string()])?;
+            // Whatever the hub sends, its peers follow.
+            answers().with_context(|| format!("a session across the move to {port}"))?;
+            endpoint_is(&lab, port)?;
+            let login = sshd.login(&lab.hub, SPOKE_MESH, "echo in")?;
+            ensure!(login.stdout.trim() == "in", "{}", login.all());
+            let moved = port != TUNNEL_PORT;
+            let line = "spokeguard_findings{code=\"mesh-endpoint\",severity=\"low\"} 1";
+            patiently(&format!("the hub's scrape says of port {port} what is true"), || {
+                (scrape(&lab.hub).ok()?.contains(line) == moved).then_some(())
+            })?;
+            let told = found(&status()?, "mesh-endpoint");
+            let wanted = moved.then(|| format!("endpoint {HUB_PUBLIC}:{port}"));
+            ensure!(told == wanted, "told {told:?}, wanted {wanted:?}");
+        }
+        let kinds = events(&daemon, "mesh-endpoint")?;
+        ensure!(kinds == ["drift-appeared", "drift-cleared"], "events {kinds:?}");
+        drop(into);
+        let ended = session.wait()?;
+        ensure!(ended.success(), "the session ended with {ended}");
+        Ok(kinds.join(", "))
+    })?;
     steps.step("a flush is repaired, and the guard refuses meanwhile", || {
         daemon.running.signal(Signal::STOP)?;
         lab.spoke.ok(&["nft", "flush", "ruleset"])?;
@@ -286,6 +324,14 @@ fn told_as_by_the_kernel(lab: &Lab) -> Result<f64> {
     let (told, true_s) = (told.context("no handshake age")?, handshake_age_s(lab)?);
     ensure!((true_s as f64 - told).abs() <= SCRAPED_WITHIN_S, "{told} s, the kernel says {true_s} s");
     Ok(told)
+}
+
+/// The kinds of the events that tell of a code, oldest first.
+fn events(daemon: &lab::Daemon, code: &str) -> Result<Vec<String>> {
+    let log = std::fs::read_to_string(daemon.state_dir.join("events.jsonl")).context("read the event log")?;
+    let events = log.lines().map(serde_json::from_str).collect::<Result<Vec<Value>, _>>()?;
+    let of_it = events.iter().filter(|event| event["code"] == code);
+    Ok(of_it.filter_map(|event| event["kind"].as_str().map(str::to_owned)).collect())
 }
 
 fn value(page: &str, name: &str) -> Option<f64> {
