@@ -143,7 +143,7 @@ pub const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "no-features",
-        about: "Without cgroup2, BTF or nf_tables: says so, does the rest, exit code 2",
+        about: "Without cgroup2, BTF or nf_tables: older means, or it says what it lacks, by words and exit code, and does the rest",
         quick: &["6.1"],
         arm64: &["6.1", "6.12", NEWEST],
         ..USUAL

@@ -126,17 +126,7 @@ pub fn run(steps: &mut Steps) -> Result<()> {
         Ok(PORTS.to_owned())
     })?;
     steps.step("the audit says of every such port what nmap says", || {
-        let mut compared = 0;
-        for address in [SPOKE_PUBLIC, SPOKE_PUBLIC_V6] {
-            let (ours, others) = audited(&lab, &daemon, address)?;
-            let theirs = lab.internet.nmap_states(address, PORTS)?;
-            for (port, state) in &theirs {
-                let ours = ours.get(port).unwrap_or(&others);
-                ensure!(ours == state, "{address} {port}: we say {ours}, nmap {state}");
-            }
-            compared += theirs.len();
-        }
-        Ok(format!("{compared} ports"))
+        Ok(format!("{} ports", audited_beside_nmap(&lab, &daemon)?))
     })?;
     steps.step("ssh for the hub through the tunnel, and for nobody else", || {
         let login = sshd.login(&lab.hub, SPOKE_MESH, "echo in")?;
@@ -336,6 +326,21 @@ fn events(daemon: &lab::Daemon, code: &str) -> Result<Vec<String>> {
 
 fn value(page: &str, name: &str) -> Option<f64> {
     page.lines().find(|line| line.starts_with(name))?.rsplit(' ').next()?.parse().ok()
+}
+
+/// How many ports the audit and nmap were asked for, and said the same of.
+pub fn audited_beside_nmap(lab: &Lab, daemon: &lab::Daemon) -> Result<usize> {
+    let mut compared = 0;
+    for address in [SPOKE_PUBLIC, SPOKE_PUBLIC_V6] {
+        let (ours, others) = audited(lab, daemon, address)?;
+        let theirs = lab.internet.nmap_states(address, PORTS)?;
+        for (port, state) in &theirs {
+            let ours = ours.get(port).unwrap_or(&others);
+            ensure!(ours == state, "{address} {port}: we say {ours}, nmap {state}");
+        }
+        compared += theirs.len();
+    }
+    Ok(compared)
 }
 
 /// State by port, and that of all the others that were asked.
