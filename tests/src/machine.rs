@@ -329,7 +329,8 @@ impl<'a> Machine<'a> {
 
     /// Knocks at the ports that must stay shut while `work` goes on, and at the open one. What began a connection at
     /// the shut ones, or refused one, is counted by the kernel of the stranger; a FIN is of one from before, which the
-    /// rules took away.
+    /// rules took away. An ICMP error quotes the packet it is about, and with it the port (RFC 792; RFC 4443): another
+    /// firewall may well refuse what ours lets by.
     #[track_caller]
     pub fn nobody_answers_while(&mut self, work: impl FnOnce(&mut Self)) -> Heard {
         let heard = self.knocked_at_while(work);
@@ -355,8 +356,8 @@ impl<'a> Machine<'a> {
                    counter knocks {{ }}
                    chain back {{ type filter hook input priority -300
                      tcp sport {{ {ssh}, {db} }} tcp flags & (syn | rst) != 0 counter name shut
-                     ip saddr {SPOKE_PUBLIC} icmp type destination-unreachable counter name shut
-                     ip6 saddr {SPOKE_PUBLIC_V6} icmpv6 type destination-unreachable counter name shut
+                     ip saddr {SPOKE_PUBLIC} icmp type destination-unreachable @th,240,16 {{ {ssh}, {db} }} counter name shut
+                     ip6 saddr {SPOKE_PUBLIC_V6} icmpv6 type destination-unreachable @th,400,16 {{ {ssh}, {db} }} counter name shut
                      meta nfproto ipv4 tcp sport {OPEN} tcp flags & (syn | ack) == syn | ack counter name open4
                      meta nfproto ipv6 tcp sport {OPEN} tcp flags & (syn | ack) == syn | ack counter name open6
                    }}
