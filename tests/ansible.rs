@@ -124,6 +124,9 @@ fn a_fleet_run_by_ansible_gets_policies_that_prove_themselves() {
     if !all {
         return;
     }
+    // Nor does a check of it.
+    let (said, changes) = controller.changes(&["--check", "--diff"], &secret);
+    assert_eq!(changes, 0, "{said}");
 
     // What a changed policy would change is shown, and it isn't put there.
     let mut wider = policy();
@@ -202,6 +205,8 @@ fn ansible_puts_the_tar_s_program_on_hosts_without_dpkg() {
     let (said, changes) = controller.changes(&[], &nothing);
     assert_eq!(changes, 0, "{said}");
     assert_eq!(machine.property("spokeguard.service", "MainPID"), pid);
+    let (said, changes) = controller.changes(&["--check"], &nothing);
+    assert_eq!(changes, 0, "{said}");
 
     // One whose units were not put in place is gone on with.
     std::fs::remove_file(machine.path("etc/systemd/system/spokeguard-boot.service")).unwrap();

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use lab::{Lab, Mesh, Need, Outcome, Shape, Sshd, lacking, wait_until};
 use serde_json::Value;
-use spokeguard::source::bpf::Hook;
+use spokeguard::source::probe::Means;
 
 use crate::enforce::{Guard, without_nft};
 
@@ -457,7 +457,7 @@ fn what_it_cannot_see_is_never_called_fine() {
     let seen = look(&without_nft(&command));
     assert_eq!(seen.document["verdict"], "unknown");
     // A kernel without programs for netfilter (before 6.4) has its probes stopped by a table, which nft makes.
-    let older = Hook::of_this_kernel() == Hook::Clsact;
+    let older = !Means::of_this_kernel().programs;
     let facets = if older { &["audit", "nftables"][..] } else { &["nftables"] };
     assert_eq!(blind(&seen).keys().collect::<Vec<_>>(), facets, "{:#}", seen.document);
     assert!(blind(&seen).values().all(|why| why.contains("install nftables")), "{:?}", blind(&seen));

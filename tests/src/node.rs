@@ -370,6 +370,11 @@ pub fn times(name: &str) -> u32 {
 }
 
 impl Outcome {
+    /// Nothing on either stream.
+    pub fn is_silent(&self) -> bool {
+        self.stdout.trim().is_empty() && self.stderr.trim().is_empty()
+    }
+
     /// Both streams, for the message of an assertion.
     pub fn all(&self) -> String {
         format!("--- stdout\n{}--- stderr\n{}", self.stdout, self.stderr)

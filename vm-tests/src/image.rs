@@ -119,6 +119,7 @@ const MODULES: &[&str] = &[
     "kernel/net/packet/",
     "kernel/net/sched/",
     "kernel/net/unix/",
+    "kernel/net/xfrm/",
 ];
 const NOT_MODULES: &[&str] =
     &["kernel/arch/x86/kvm/", "kernel/arch/x86/events/", "kernel/net/netfilter/ipvs/"];

@@ -62,17 +62,24 @@ fn run(matches: &ArgMatches) -> Result<bool> {
         "--filter chooses among the integration tests: write `vm tests --filter {}`",
         filters.join(" --filter ")
     );
-    let (mut count, mut failed) = (0, Vec::new());
-    for arch in Arch::ALL {
-        if ![Some(arch.name()), Some("all")].contains(&matches.get_one::<String>("arch").map(|name| &**name))
-        {
-            continue;
-        }
+    let arch = matches.get_one::<String>("arch").map(|name| &**name);
+    let arches: Vec<Arch> =
+        Arch::ALL.into_iter().filter(|one| [Some(one.name()), Some("all")].contains(&arch)).collect();
+    let boots = |arch| -> Vec<(&Scenario, &str)> {
         let chosen = ALL.iter().filter(|one| names.is_empty() || names.iter().any(|name| *name == one.name));
-        let boots: Vec<(&Scenario, &str)> = chosen
+        chosen
             .flat_map(|one| one.kernels(arch, quick).iter().map(move |kernel| (one, *kernel)))
             .filter(|(_, kernel)| only.is_none_or(|only| only == kernel))
-            .collect();
+            .collect()
+    };
+    // One that was named and is left out would look as if it had passed.
+    for name in &names {
+        let any = arches.iter().flat_map(|arch| boots(*arch)).any(|(scenario, _)| scenario.name == **name);
+        ensure!(any, "no machine of {name} is all of that: --list says which there are");
+    }
+    let (mut count, mut failed) = (0, Vec::new());
+    for arch in arches {
+        let boots = boots(arch);
         if boots.is_empty() {
             continue;
         }
@@ -83,9 +90,14 @@ fn run(matches: &ArgMatches) -> Result<bool> {
             release: boots.iter().any(|(scenario, _)| scenario.release),
             package: boots.iter().any(|(scenario, _)| scenario.package),
         };
+        let boots: Vec<Boot> = boots
+            .into_iter()
+            .map(|(scenario, series)| Boot { scenario, series, arch, quick, filters: &filters })
+            .collect();
+        // What an earlier run said must not stand below the error of one that never began.
+        boots.iter().try_for_each(Boot::forget)?;
         let made = make(arch, wanted, matches.get_one::<String>("programs"));
-        for (scenario, series) in boots {
-            let boot = Boot { scenario, series, arch, quick, filters: &filters };
+        for boot in boots {
             let done = made.as_ref().map_err(|error| anyhow!("{error:#}"));
             if !report(&boot, done.and_then(|(programs, root)| boot.run(root, programs))) {
                 failed.push(boot.title());
@@ -118,7 +130,9 @@ fn indented(text: &str) -> String {
 /// What all machines of an architecture share.
 fn make(arch: Arch, wanted: Wanted, built: Option<&String>) -> Result<(Programs, PathBuf)> {
     machine::assert_emulator(arch)?;
-    packages::assert_space(&vm::root(), packages::ROOM_BYTES)?;
+    let target = vm::target();
+    fs::create_dir_all(&target).with_context(|| format!("create {}", target.display()))?;
+    packages::assert_space(&target, packages::ROOM_BYTES)?;
     let programs = match built {
         Some(folder) => payload::built(arch, Path::new(folder)),
         None => payload::build(arch, wanted),
@@ -169,12 +183,17 @@ impl Boot<'_> {
         machine::folder(&self.title().replace(' ', "-"))
     }
 
-    fn run(&self, root: &Path, programs: &Programs) -> Result<Ran> {
-        let Boot { scenario, series, arch, quick, filters } = *self;
+    fn forget(&self) -> Result<()> {
         let folder = self.folder();
         if folder.exists() {
             fs::remove_dir_all(&folder).with_context(|| format!("remove {}", folder.display()))?;
         }
+        Ok(())
+    }
+
+    fn run(&self, root: &Path, programs: &Programs) -> Result<Ran> {
+        let Boot { scenario, series, arch, quick, filters } = *self;
+        let folder = self.folder();
         fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
         packages::assert_space(&folder, packages::ROOM_BYTES)?;
         let kernel = image::kernel(arch, series)?;

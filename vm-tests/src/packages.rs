@@ -97,6 +97,8 @@ impl Offer {
 /// Debian's kernel of a series for virtual machines, such as `6.12`, or [`NEWEST`]. The package that stands for the
 /// newest of a series changes its dependency with each update.
 pub fn kernel(arch: Arch, series: &str) -> Result<Offer> {
+    // Where it can't be started, every package looks as if there were none.
+    assert_program("apt-cache", "apt")?;
     let arch_name = arch.name();
     let newest = series == NEWEST;
     let archive = if newest { Archive::newest(arch)? } else { Archive::default() };

@@ -54,8 +54,8 @@ use programs::{Attached, Lane, Place, Programs};
 use queues::Queues;
 pub(crate) use route::Routes;
 use route::{Door, Origin};
-use tables::Tables;
 pub use tables::is_table;
+use tables::{Tables, Whose};
 
 /// What to sweep: every protocol on every address, as it looks through one device.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -249,7 +249,7 @@ pub fn sweep_by(
         let place = if request.mode == Mode::Verdict { Place::Verdict } else { Place::Answers };
         let hooked = offsets.and_then(|_| known(programs.hook(family, place)));
         for (proto, origin, shape) in shapes {
-            let tables = if hooked.is_some() { None } else { Some(Tables::put(&shape.order, false)?) };
+            let tables = if hooked.is_some() { None } else { Some(Tables::put(&shape.order, Whose::Sweep)?) };
             let care = request.care.iter().find(|care| (care.address, care.proto) == (shape.to, proto));
             let front = fronts.get(&shape.order.index).and_then(Option::as_ref);
             let mut run = Run { request, programs: &mut programs, tables, shape, proto, care, front };

@@ -22,6 +22,11 @@ impl Machine<'_> {
             ] {
                 machine.ok(&words.split(' ').collect::<Vec<_>>());
             }
+            let theirs = machine.ok(&["nft", "list", "chain", "ip", "filter", "ufw-user-input"]);
+            assert!(
+                theirs.contains("dport 5432"),
+                "ufw has no rule for it, so this proves nothing: {theirs}"
+            );
             machine.is_as_declared();
             machine.ok(&["ufw", "disable"]);
             machine.is_as_declared();
@@ -68,7 +73,7 @@ impl Machine<'_> {
     }
 
     /// The table as the kernel numbers it: another number, another table.
-    fn table(&self) -> String {
+    pub(super) fn table(&self) -> String {
         let listed = self.ok(&["nft", "--handle", "--stateless", "list", "table", "inet", "spokeguard"]);
         // Elements come and go.
         listed.lines().filter(|line| !line.contains("elements")).collect::<Vec<_>>().join("\n")

@@ -3,12 +3,12 @@
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, ensure};
 use lab::{Answer, CONTAINER, Lab, Mesh, SPOKE_MESH, SPOKE_PUBLIC, SPOKE_PUBLIC_V6, Shape};
 
-use crate::{SOON, Steps, patiently};
+use crate::{SOON, Steps, meanwhile, patiently};
 
 const PORTS: &str = "22,80,443,5432,8080-8082";
 
@@ -85,21 +85,17 @@ pub fn run(steps: &mut Steps) -> Result<()> {
     };
     // While somebody else works, a stranger asks for what nobody may have.
     let knocked_at = |work: &dyn Fn() -> Result<()>| -> Result<u32> {
-        let (stop, knocks) = (AtomicBool::new(false), AtomicU32::new(0));
-        std::thread::scope(|scope| {
-            let stranger = scope.spawn(|| -> Result<()> {
-                while !stop.load(Ordering::Relaxed) {
-                    knocks.fetch_add(knock()?, Ordering::Relaxed);
-                }
-                Ok(())
-            });
-            let done = work();
-            stop.store(true, Ordering::Relaxed);
-            stranger.join().expect("the stranger panicked")?;
-            let knocks = knocks.load(Ordering::Relaxed);
-            ensure!(knocks > 0, "nobody knocked");
-            done.map(|()| knocks)
-        })
+        let stranger = |stop: &AtomicBool| -> Result<u32> {
+            let mut knocks = 0;
+            while !stop.load(Ordering::Relaxed) {
+                knocks += knock()?;
+            }
+            Ok(knocks)
+        };
+        let (done, knocks) = meanwhile(stranger, work);
+        let knocks = knocks?;
+        ensure!(knocks > 0, "nobody knocked");
+        done.map(|()| knocks)
     };
 
     steps.step("a container's ports that are published after our rules stay shut", || {

@@ -5,13 +5,13 @@ use std::fs;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use lab::{Answer, Daemon, HUB_MESH, Lab, Listening, Mesh, SPOKE_MESH, SPOKE_PUBLIC, Shape, Signal, Sshd};
 
-use crate::{LONG, SOON, Steps, patiently, run_to_end};
+use crate::{LONG, SOON, Steps, meanwhile, patiently, run_to_end};
 
 /// What outlives the machine.
 const DISK: &str = "/mnt";
@@ -83,24 +83,20 @@ impl Spoke {
 
     /// Does something while a stranger knocks.
     fn knocked_at<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
-        let (stop, knocks) = (AtomicBool::new(false), AtomicU32::new(0));
-        std::thread::scope(|scope| {
-            let stranger = scope.spawn(|| {
-                while !stop.load(Ordering::Relaxed) {
-                    for port in [22, 5432] {
-                        let answer = self.lab.internet.connect(SocketAddr::new(SPOKE_PUBLIC, port), SOON / 3);
-                        ensure!(answer == Answer::Silent, "a stranger asks {port}: {answer:?}");
-                        knocks.fetch_add(1, Ordering::Relaxed);
-                    }
+        let stranger = |stop: &AtomicBool| {
+            let mut knocks = 0;
+            while !stop.load(Ordering::Relaxed) {
+                for port in [22, 5432] {
+                    let answer = self.lab.internet.connect(SocketAddr::new(SPOKE_PUBLIC, port), SOON / 3);
+                    ensure!(answer == Answer::Silent, "a stranger asks {port}: {answer:?}");
+                    knocks += 1;
                 }
-                Ok(())
-            });
-            let done = work();
-            stop.store(true, Ordering::Relaxed);
-            stranger.join().expect("the stranger panicked")?;
-            ensure!(knocks.load(Ordering::Relaxed) > 0, "nobody knocked");
-            done
-        })
+            }
+            Ok(knocks)
+        };
+        let (done, knocks) = meanwhile(stranger, work);
+        ensure!(knocks? > 0, "nobody knocked");
+        done
     }
 }
 

@@ -16,7 +16,7 @@ use super::frame::{self, Kind, NOBODY, Shape, length};
 use super::lock::Lock;
 use super::programs::{Place, Programs};
 use super::route::{Device, Origin, Routes};
-use super::tables::Tables;
+use super::tables::{Tables, Whose};
 use super::{Means, Mode, btf, inject, is_unreachable, keeper, known, order, random};
 use crate::desired::PRIORITY;
 use crate::observed::{Counted, Crossing, Flight, Link};
@@ -198,7 +198,7 @@ impl Aim<'_> {
         let shape = self.shape(order);
         self.programs.traces.set(u32::from(port.get()), Trace::default());
         self.programs.orders.set(0, shape.order);
-        let tables = if self.sensed { None } else { Some(Tables::put(&shape.order, true)?) };
+        let tables = if self.sensed { None } else { Some(Tables::put(&shape.order, Whose::Trial)?) };
         inject(&mut self.programs.lanes[0], &shape, &vec![port; usize::from(frames)], kind)
             .with_context(|| format!("inject a canary into {}", self.target.link.name))?;
         let deadline = Instant::now() + ARRIVAL;

@@ -18,7 +18,8 @@ use serde::{Deserialize, Serialize};
 use sidecar_ebpf::sweep::{CHUNK, Order};
 
 use super::frame::{self, Kind, Shape};
-use super::programs::{Place, Programs};
+use super::programs::{Attached, Place, Programs};
+use super::tables::{Tables, Whose};
 use super::{ANSWER, RETRANSMISSION, btf, conntrack, inject};
 use crate::terms::{Family, Port, Proto};
 
@@ -104,7 +105,12 @@ impl Unfinished {
         first.context("inject resets")
     }
 
-    fn hold(&self, place: Place) -> anyhow::Result<(Programs, Option<super::Attached>)> {
+    /// Keeps the answers in for as long as the second and the third live: before Linux 6.4 by a table.
+    fn hold(
+        &self,
+        place: Place,
+        whose: Whose,
+    ) -> anyhow::Result<(Programs, Option<Attached>, Option<Tables>)> {
         let mut programs = Programs::load(1).context("load the audit's programs")?;
         let mut order = self.shape().order;
         let offsets = super::known(btf::read());
@@ -112,7 +118,8 @@ impl Unfinished {
         (order.skb_head, order.skb_network_header) = (head, network_header);
         programs.orders.set(0, order);
         let hooked = offsets.and_then(|_| super::known(programs.hook(Family::of(self.to), place)));
-        Ok((programs, hooked))
+        let tables = if hooked.is_some() { None } else { Some(Tables::put(&order, whose)?) };
+        Ok((programs, hooked, tables))
     }
 }
 
@@ -189,7 +196,7 @@ pub fn keep(run_dir: &Path) -> anyhow::Result<()> {
     }
     let what: Unfinished = serde_json::from_slice(&text).context("read what the audit begins")?;
     // Behind the sweep's own programs, which are to see the answers first.
-    let (mut programs, _hooked) = what.hold(Place::Behind)?;
+    let (mut programs, _hooked, _tables) = what.hold(Place::Behind, Whose::Keeper)?;
     write_down(run_dir, &what)?;
     // Nobody may be left to hear it.
     let _ = writeln!(std::io::stdout(), "{HELD}");
@@ -211,7 +218,7 @@ pub fn finish_what_was_left(run_dir: &Path) -> anyhow::Result<()> {
     match read(run_dir) {
         Ok(None) => return Ok(()),
         Ok(Some(what)) => {
-            let (mut programs, _hooked) = what.hold(Place::Answers)?;
+            let (mut programs, _hooked, _tables) = what.hold(Place::Answers, Whose::Next)?;
             // Its device may be gone, and with it the way in; conntrack's entries time out.
             if let Err(error) = what.end(&mut programs) {
                 log::warn!("what a killed audit left could not be ended: {error:#}");

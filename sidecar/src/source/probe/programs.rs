@@ -150,7 +150,7 @@ impl Programs {
         let layer = if ethernet { 0 } else { 1 };
         if !tcx {
             let filter = program(&self.code, programs::TAP[layer], Kind::SocketFilter)?;
-            let tap = tap(filter.as_fd(), index, Layer::Link).map_err(denied);
+            let tap = tap(filter.as_fd(), index, Layer::Link).map_err(|error| lacking(error, "CAP_NET_RAW"));
             return Ok(Attached(vec![tap.with_context(|| format!("listen on device {index}"))?]));
         }
         let ways = [(programs::CAUGHT[layer], Direction::Out), (programs::ARRIVE[layer], Direction::In)];
@@ -205,11 +205,15 @@ fn program(code: &Code, name: &str, kind: Kind) -> anyhow::Result<OwnedFd> {
     })
 }
 
-/// Says what is missing where the kernel only says no.
 fn denied(error: io::Error) -> io::Error {
+    lacking(error, "CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON")
+}
+
+/// Says what is missing where the kernel only says no.
+fn lacking(error: io::Error, what: &str) -> io::Error {
     // EACCES is the verifier's own.
     if error.raw_os_error() == Some(libc::EPERM) {
-        io::Error::new(error.kind(), "needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON: run as root")
+        io::Error::new(error.kind(), format!("needs {what}: run as root"))
     } else {
         error
     }

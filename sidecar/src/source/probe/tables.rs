@@ -21,7 +21,9 @@ use crate::sys::probe::Mapped;
 /// How the names of its tables begin. Each sweep has one of its own, since another operator's with another run
 /// directory may be under way.
 const PREFIX: &str = "spokeguard_audit_";
-/// Behind every chain of others, and before conntrack confirms what passed.
+/// And how those end that catch what is left over.
+const SUFFIXES: [&str; 2] = ["_kept", "_left"];
+/// Behind every chain of others, and before conntrack confirms what passed; what is left over meets one more.
 const PRIORITY: i32 = i32::MAX - 7;
 /// Before every chain of others, and still before conntrack.
 const FIRST: i32 = i32::MIN + 7;
@@ -32,11 +34,32 @@ const READY: Duration = Duration::from_secs(10);
 /// Whether a table of family inet is one by which a sweep reads verdicts, for as long as that takes.
 pub fn is_table(name: &[u8]) -> bool {
     let token = name.strip_prefix(PREFIX.as_bytes());
+    let token = token.map(|token| {
+        let bare = SUFFIXES.iter().find_map(|suffix| token.strip_suffix(suffix.as_bytes()));
+        bare.unwrap_or(token)
+    });
     token.is_some_and(|token| token.len() == 8 && token.iter().all(u8::is_ascii_hexdigit))
 }
 
-fn name(order: &Order) -> String {
-    format!("{PREFIX}{:08x}", order.token)
+/// Whom a table is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whose {
+    Sweep,
+    /// With sensors on both sides of our table, too.
+    Trial,
+    /// Catches what the sweep's, which comes first, no longer does.
+    Keeper,
+    /// Of a sweep that ends what one before it left, whose keeper may still be there.
+    Next,
+}
+
+fn name(order: &Order, whose: Whose) -> String {
+    let suffix = match whose {
+        Whose::Sweep | Whose::Trial => "",
+        Whose::Keeper => SUFFIXES[0],
+        Whose::Next => SUFFIXES[1],
+    };
+    format!("{PREFIX}{:08x}{suffix}", order.token)
 }
 
 /// The rules for one sweep; gone when dropped.
@@ -46,8 +69,7 @@ pub struct Tables {
 }
 
 impl Tables {
-    /// `around`: with sensors on both sides of our table, too.
-    pub fn put(order: &Order, around: bool) -> anyhow::Result<Self> {
+    pub fn put(order: &Order, whose: Whose) -> anyhow::Result<Self> {
         let child = Command::new(nft::program()?)
             .arg("-i")
             // Where it would keep a history of what it is told.
@@ -57,8 +79,8 @@ impl Tables {
             .stderr(Stdio::piped())
             .spawn()
             .context("start nft")?;
-        let mut tables = Self { nft: child, name: name(order) };
-        let script = script(order, around);
+        let mut tables = Self { nft: child, name: name(order, whose) };
+        let script = script(order, whose);
         let stdin = tables.nft.stdin.as_mut().context("nft has no standard input")?;
         stdin.write_all(script.as_bytes()).and_then(|()| stdin.flush()).context("feed nft")?;
         let deadline = Instant::now() + READY;
@@ -138,8 +160,9 @@ fn joined(before: Trace, found: Trace) -> Trace {
 }
 
 /// As the programs do it; `@th,OFFSET,BITS` are the words of [`Order::words_at`].
-fn script(order: &Order, around: bool) -> String {
-    let (table, ipv4) = (name(order), order.is_ipv4());
+fn script(order: &Order, whose: Whose) -> String {
+    let (table, ipv4) = (name(order, whose), order.is_ipv4());
+    let last = if matches!(whose, Whose::Keeper | Whose::Next) { PRIORITY + 1 } else { PRIORITY };
     let (family, ip, icmp, inner) =
         if ipv4 { ("ipv4", "ip", "icmp", 8 + 20) } else { ("ipv6", "ip6", "icmpv6", 8 + 40) };
     let l4 = if order.proto == 6 { "tcp" } else { "udp" };
@@ -167,9 +190,9 @@ fn script(order: &Order, around: bool) -> String {
     }
     for (name, hook, priority) in [
         ("arrived", "prerouting", FIRST),
-        ("delivered", "input", PRIORITY),
-        ("forwarded", "forward", PRIORITY),
-        ("out", "postrouting", PRIORITY),
+        ("delivered", "input", last),
+        ("forwarded", "forward", last),
+        ("out", "postrouting", last),
     ] {
         let _ = writeln!(
             text,
@@ -181,7 +204,7 @@ fn script(order: &Order, around: bool) -> String {
         // Our rules are told, also where none of our programs stands on the device.
         let _ = writeln!(text, "add rule inet {table} arrived {mine} meta priority set {PROBE_PRIORITY}");
     }
-    if around {
+    if whose == Whose::Trial {
         for (side, priority, (set, key)) in [("to", OURS - 1, &sets[5]), ("past", OURS + 1, &sets[6])] {
             for hook in ["input", "forward"] {
                 let _ = writeln!(
@@ -285,9 +308,20 @@ mod tests {
     #[test]
     fn tables_of_sweeps_are_told_from_others() {
         let order = Order { token: 0xbeef, ..Order::default() };
-        assert_eq!(name(&order), "spokeguard_audit_0000beef");
-        assert!(is_table(name(&order).as_bytes()));
-        let others = ["spokeguard", "spokeguard_audit", "spokeguard_audit_", "spokeguard_audit_0000beef0"];
+        assert_eq!(name(&order, Whose::Sweep), "spokeguard_audit_0000beef");
+        assert_eq!(name(&order, Whose::Keeper), "spokeguard_audit_0000beef_kept");
+        assert!(
+            [Whose::Sweep, Whose::Keeper, Whose::Next]
+                .iter()
+                .all(|whose| is_table(name(&order, *whose).as_bytes()))
+        );
+        let others = [
+            "spokeguard",
+            "spokeguard_audit",
+            "spokeguard_audit_",
+            "spokeguard_audit_0000beef0",
+            "spokeguard_audit__kept",
+        ];
         assert!(!others.iter().chain(&["spokeguard_audit_0000b33z"]).any(|other| is_table(other.as_bytes())));
     }
 
@@ -322,10 +356,10 @@ mod tests {
             for family in [0, 1] {
                 for reply in [0, 1] {
                     let order = Order { head: 0xffff, proto, family, reply, ..Order::default() };
-                    let (text, around) = (script(&order, false), script(&order, true));
+                    let (text, around) = (script(&order, Whose::Sweep), script(&order, Whose::Trial));
                     for (set, _) in SETS {
                         assert!(
-                            text.contains(&format!("add set inet {} {set} ", name(&order))),
+                            text.contains(&format!("add set inet {} {set} ", name(&order, Whose::Sweep))),
                             "{set}: {text}"
                         );
                     }
@@ -339,8 +373,10 @@ mod tests {
                 }
             }
         }
-        let plain =
-            script(&Order { head: 0xffff, proto: 6, canary: canary::PLAIN, ..Order::default() }, false);
+        let plain = script(
+            &Order { head: 0xffff, proto: 6, canary: canary::PLAIN, ..Order::default() },
+            Whose::Sweep,
+        );
         assert!(!plain.contains("priority set"), "{plain}");
     }
 }
