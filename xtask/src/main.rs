@@ -199,6 +199,8 @@ fn promised(arguments: &[&str], profile: &str) -> Command {
     let mut command = cargo();
     command.args(arguments).env("SPOKEGUARD_LAB", "required");
     command.env("SPOKEGUARD_BIN", root().join(target).join(profile).join("spokeguard"));
+    // Which kernels of build machines may lack; `cargo xtask vm cases` has all but the last.
+    command.env("SPOKEGUARD_AUDIT_SKIPS", "flowtable macvlan vlan sets-protocol");
     if profile == "release" {
         // Only under --all: every port of every case of the audit, every moment to be killed at, and
         // what else has a longer version.
