@@ -156,8 +156,11 @@ fn older_means_say_the_same() {
     else {
         panic!("one address, one protocol")
     };
-    let delivered = sweep.fates.iter().filter(|(_, fate)| matches!(fate, Fate::Delivered { .. }));
-    assert_eq!((sweep.fates.len(), delivered.count()), (65_535, 65_535));
+    let (delivered, others): (Vec<_>, Vec<_>) =
+        sweep.fates.iter().partition(|(_, fate)| matches!(fate, Fate::Delivered { .. }));
+    // Once, beside other tests, 14,780 were not.
+    let some = &others[..others.len().min(5)];
+    assert_eq!((sweep.fates.len(), delivered.len()), (65_535, 65_535), "{some:?}");
     let wire = capture(&lab.internet, "spoke0");
     let replies = Request {
         mode: Mode::Reply,
