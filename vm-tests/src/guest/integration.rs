@@ -97,7 +97,7 @@ pub fn run(steps: &mut Steps, words: &[String]) -> Result<()> {
 /// the failed ones wrote when all have ended.
 fn module(steps: &mut Steps, filter: &str) -> Result<()> {
     let begun = Instant::now();
-    let known = names(&[filter])?;
+    let known = names(filter)?;
     let mut command = Command::new(PROGRAM);
     command.args(["--test-threads=1", filter]).envs(ENVIRONMENT.iter().copied()).stdin(Stdio::null());
     for name in WITHOUT {
@@ -137,9 +137,9 @@ fn module(steps: &mut Steps, filter: &str) -> Result<()> {
     })
 }
 
-/// The tests that these words choose.
-fn names(words: &[&str]) -> Result<Vec<String>> {
-    let output = Command::new(PROGRAM).arg("--list").args(words).output().context("list the tests")?;
+/// The tests that a filter chooses.
+fn names(filter: &str) -> Result<Vec<String>> {
+    let output = Command::new(PROGRAM).args(["--list", filter]).output().context("list the tests")?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     ensure!(output.status.success(), "{}: {text}", output.status);
     Ok(text.lines().filter_map(|line| line.strip_suffix(": test").map(str::to_owned)).collect())

@@ -80,6 +80,7 @@ pub fn run(steps: &mut Steps) -> Result<()> {
         let counted = patiently("everything refused is counted", || {
             machine.dropped().ok().map(|now| now - before).filter(|counted| *counted >= sent)
         })?;
+        ensure!(counted == sent, "{counted} packets were counted of {sent}");
         Ok(format!(
             "{rounds} rounds, {sent} packets sent and {counted} counted in {:.0} s; at most {} KiB without files; {}",
             heard.lasted.as_secs_f64(),
@@ -105,6 +106,8 @@ pub fn run(steps: &mut Steps) -> Result<()> {
             took(&group),
             machine.journal()
         );
+        let own = own(&group)?;
+        ensure!(own <= OWN, "{own} bytes without files: {}", took(&group));
         in_figures(&machine, &group)
     })
 }

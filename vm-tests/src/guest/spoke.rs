@@ -16,7 +16,7 @@ use crate::{LONG, SOON, Steps, blind, codes, found, patiently, patiently_within}
 
 const METRICS: u16 = 9984;
 /// Tunnels have no events, and are read every 10 s. The look, the repair and our own look at it take some of the next.
-const REPAIRED_WITHIN: Duration = Duration::from_secs(13);
+const REPAIRED_WITHIN: Duration = Duration::from_secs(11);
 /// The policy lets no handshake be older, which is how long a session of WireGuard's lasts.
 const OLDEST_S: u64 = 180;
 /// The tunnel is read every 10 s, and we look every 2 s.
