@@ -158,7 +158,7 @@ fn older_means_say_the_same() {
     };
     let (delivered, others): (Vec<_>, Vec<_>) =
         sweep.fates.iter().partition(|(_, fate)| matches!(fate, Fate::Delivered { .. }));
-    // Once, beside other tests, 14,780 were not.
+    // Where the kernel moved a set while it was listed, 14,780 were not.
     let some = &others[..others.len().min(5)];
     assert_eq!((sweep.fates.len(), delivered.len()), (65_535, 65_535), "{some:?}");
     let wire = capture(&lab.internet, "spoke0");

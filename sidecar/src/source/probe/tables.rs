@@ -27,8 +27,12 @@ const SUFFIXES: [&str; 2] = ["_kept", "_left"];
 const PRIORITY: i32 = i32::MAX - 7;
 /// Before every chain of others, and still before conntrack.
 const FIRST: i32 = i32::MIN + 7;
-/// One for each port.
-const ELEMENTS: usize = 1 << 16;
+/// One for each port. The kernel makes room for as many at once, so that the set is never moved to a larger place: it
+/// would be while it is listed, and the list then holds some elements twice and others, as many, not at all. One more,
+/// and its hint of 16 bits (`rhashtable_params.nelem_hint`, Linux 6.18 as well) would be 0, room for 64.
+const ELEMENTS: u16 = u16::MAX;
+/// Of a trial, which asks of one port.
+const TRIAL_ELEMENTS: u16 = 64;
 const READY: Duration = Duration::from_secs(10);
 
 /// Whether a table of family inet is one by which a sweep reads verdicts, for as long as that takes.
@@ -100,9 +104,14 @@ impl Tables {
     /// Writes what the sets hold into the traces.
     pub fn read(&self, order: &Order, traces: &mut Mapped<Trace>) -> anyhow::Result<()> {
         for (set, says) in SETS {
-            let keys = nft_lists::keys(&self.name, set, ELEMENTS, |key| {
+            let mut keys = nft_lists::keys(&self.name, set, usize::from(ELEMENTS), |key| {
                 decode(order, says, key).ok_or(NetlinkError::Malformed("an element of another form"))
             })?;
+            keys.sort_by_key(|(port, _)| *port);
+            // What is not in it would be said to be shut.
+            if keys.windows(2).any(|two| two[0] == two[1]) {
+                bail!("set {set} of table {} was moved by the kernel while it was read", self.name);
+            }
             for (port, found) in keys {
                 let before = traces.get(u32::from(port)).unwrap_or_default();
                 traces.set(u32::from(port), joined(before, found));
@@ -172,6 +181,7 @@ fn script(order: &Order, whose: Whose) -> String {
     let probe =
         |at: usize| format!("@th,{},16 {high} @th,{},32 {token}", (at + head_at) * 8, (at + token_at) * 8);
     let own = |at: usize| format!("@th,{},16", (at + head_at + 2) * 8);
+    let elements = if whose == Whose::Trial { TRIAL_ELEMENTS } else { ELEMENTS };
     let mut text = format!("add table inet {table} {{ flags owner; }}\n");
     let sets = [
         ("delivered", format!("{} . {ip} daddr . {l4} dport", own(0))),
@@ -185,7 +195,7 @@ fn script(order: &Order, whose: Whose) -> String {
     for (name, kind) in &sets {
         let _ = writeln!(
             text,
-            "add set inet {table} {name} {{ typeof {kind}; size {ELEMENTS}; flags dynamic; }}"
+            "add set inet {table} {name} {{ typeof {kind}; size {elements}; flags dynamic; }}"
         );
     }
     for (name, hook, priority) in [
