@@ -35,6 +35,7 @@ fn command() -> Command {
         .arg(Arg::new("arch").long("arch").value_parser(["amd64", "arm64", "all"]).default_value("amd64"))
         .arg(Arg::new("filter").long("filter").action(ArgAction::Append).help("For `tests`: only these"))
         .arg(Arg::new("programs").long("programs").value_name("DIR").help("Programs and package of that architecture, built before"))
+        .arg(Arg::new("packages").long("packages").value_name("DIR").help("For `package`: Debian packages made before, such as target/dist"))
         .arg(flag("quick", "Only what is part of every `cargo xtask test`"))
         .arg(flag("list", "Say what there is, and end"))
 }
@@ -96,7 +97,9 @@ fn run(matches: &ArgMatches) -> Result<bool> {
             .collect();
         // What an earlier run said must not stand below the error of one that never began.
         boots.iter().try_for_each(Boot::forget)?;
-        let made = make(arch, wanted, matches.get_one::<String>("programs"));
+        let [programs, packages] =
+            ["programs", "packages"].map(|name| matches.get_one::<String>(name).map(Path::new));
+        let made = make(arch, wanted, programs, packages);
         for boot in boots {
             let done = made.as_ref().map_err(|error| anyhow!("{error:#}"));
             if !report(&boot, done.and_then(|(programs, root)| boot.run(root, programs))) {
@@ -128,16 +131,31 @@ fn indented(text: &str) -> String {
 }
 
 /// What all machines of an architecture share.
-fn make(arch: Arch, wanted: Wanted, built: Option<&String>) -> Result<(Programs, PathBuf)> {
+fn make(
+    arch: Arch,
+    wanted: Wanted,
+    built: Option<&Path>,
+    packages: Option<&Path>,
+) -> Result<(Programs, PathBuf)> {
     machine::assert_emulator(arch)?;
     let target = vm::target();
     fs::create_dir_all(&target).with_context(|| format!("create {}", target.display()))?;
     packages::assert_space(&target, packages::ROOM_BYTES)?;
-    let programs = match built {
-        Some(folder) => payload::built(arch, Path::new(folder)),
-        None => payload::build(arch, wanted),
+    let given = match packages.filter(|_| wanted.package) {
+        Some(folder) => Some(payload::package(arch, folder)?.with_context(|| {
+            let (folder, arch) = (folder.display(), arch.name());
+            format!("no package for {arch} is in {folder}: `cargo xtask dist` makes them in target/dist")
+        })?),
+        None => None,
     };
-    Ok((programs?, image::root(arch)?))
+    let mut programs = match built {
+        Some(folder) => payload::built(arch, folder)?,
+        None => payload::build(arch, Wanted { package: wanted.package && given.is_none(), ..wanted })?,
+    };
+    if given.is_some() {
+        programs.package = given;
+    }
+    Ok((programs, image::root(arch)?))
 }
 
 /// Says what came of a machine; whether it passed. One that could not be started has failed.

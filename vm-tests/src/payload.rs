@@ -78,11 +78,16 @@ pub fn build(arch: Arch, wanted: Wanted) -> Result<Programs> {
 pub fn built(arch: Arch, folder: &Path) -> Result<Programs> {
     let product = folder.join(PRODUCT);
     let lab = [HELPER, GUEST].map(|name| folder.join(name)).to_vec();
-    let end = format!("_{}.deb", arch.name());
-    let entries = fs::read_dir(folder).with_context(|| format!("list {}", folder.display()))?.flatten();
-    let package = entries.map(|entry| entry.path()).find(|path| path.to_string_lossy().ends_with(&end));
+    let package = package(arch, folder)?;
     let tests = Some(folder.join(TESTS)).filter(|path| path.is_file());
     Ok(Programs { release: Some(product.clone()), product, lab, tests, package, strip: strip(arch) })
+}
+
+/// The Debian package for an architecture that lies in a folder.
+pub fn package(arch: Arch, folder: &Path) -> Result<Option<PathBuf>> {
+    let end = format!("_{}.deb", arch.name());
+    let entries = fs::read_dir(folder).with_context(|| format!("list {}", folder.display()))?.flatten();
+    Ok(entries.map(|entry| entry.path()).find(|path| path.to_string_lossy().ends_with(&end)))
 }
 
 fn strip(arch: Arch) -> &'static str {

@@ -89,7 +89,7 @@ struct Source {
 /// Builds everything for `arches` into target/dist; with `check` once more in another folder, and compares.
 pub fn dist(arches: &[Arch], check: bool) -> Result<()> {
     setup::dist(arches, check)?;
-    let target = target_folder();
+    let target = setup::target();
     let source = Source { tree: crate::root(), epoch: epoch()?, target: target.join("dist-build") };
     let out = target.join("dist");
     let mut steps = Steps::default();
@@ -162,7 +162,13 @@ fn make(source: &Source, arches: &[Arch], out: &Path, steps: &mut Steps) -> Resu
     let mut names = files(out)?;
     names.retain(|name| name != SUMS);
     let sums = said(Command::new("sha256sum").current_dir(out).arg("--").args(&names))?;
-    fs::write(out.join(SUMS), sums).context("write the checksums")
+    fs::write(out.join(SUMS), sums).context("write the checksums")?;
+    // As users do it.
+    steps.step("checksums are of these files, and of all of them", || {
+        let checked = said(Command::new("sha256sum").current_dir(out).args(["--check", "--strict", SUMS]))?;
+        ensure!(checked.lines().count() == names.len(), "{checked}");
+        Ok(())
+    })
 }
 
 /// `objects`: a folder with the eBPF objects, which are the same for every architecture.
@@ -336,10 +342,6 @@ fn version_of(tree: &Path) -> Result<String> {
     let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
     let line = text.lines().find_map(|line| line.strip_prefix("version = \"")?.strip_suffix('"'));
     line.map(str::to_owned).with_context(|| format!("{} has no version", path.display()))
-}
-
-fn target_folder() -> PathBuf {
-    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| crate::root().join("target"), PathBuf::from)
 }
 
 fn cargo_home() -> Result<PathBuf> {
