@@ -167,11 +167,11 @@ fn each_drift_is_found_and_nothing_else() {
         ),
         ("chmod 0644 $DIR/secret", "chmod 0600 $DIR/secret", &["file-mode file $DIR/secret"]),
         ("chmod 0400 $DIR/secret", "chmod 0600 $DIR/secret", &[]),
-        ("rm $DIR/secret", "install -m 600 /dev/null $DIR/secret", &["file-mode file $DIR/secret"]),
+        ("rm $DIR/secret", "(umask 077; : > $DIR/secret)", &["file-mode file $DIR/secret"]),
     ];
     let dir = lab.dir.display().to_string();
     let here = |text: &str| text.replace("$DIR", &dir);
-    lab.spoke.sh(&here("install -m 600 /dev/null $DIR/secret")).unwrap();
+    lab.spoke.sh(&here("(umask 077; : > $DIR/secret)")).unwrap();
     guard.enforce(&(policy.clone() + &here("[[file]]\npath = \"$DIR/secret\"\nmode = \"0600\"\n")));
     is_right(&guard, "with a file");
     for (breaks, mends, wanted) in drifts {

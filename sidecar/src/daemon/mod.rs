@@ -349,6 +349,9 @@ impl Daemon {
             let in_turn = |due: Option<Instant>, beside: bool| Some(due?.max(calm?)).filter(|_| !beside);
             let ask = in_turn(self.audits.due(), self.canaries.is_under_way());
             let canary = in_turn(self.canaries.due(), self.audits.is_under_way());
+            // Whoever waits on the status socket has a turn after each event. Where there is always a next one, this loop
+            // would go round 128 times before tokio has it rest: 10 s of a fight on a slow processor.
+            tokio::task::yield_now().await;
             // In no order: whoever floods one source must not silence the others.
             tokio::select! {
                 event = maybe(commits.as_mut().map(NftEvents::next)) => match event {
