@@ -367,20 +367,28 @@ fn daemon_does_not_fight_for_ever() {
         let script = format!("while :; do {enemy} {change} 2>/dev/null || :; done");
         let mut fight = lab.spoke.spawn(&["sh", "-c", &script]).unwrap();
         let mut between = 0;
-        let told = wait_until(Duration::from_secs(60), "the fight is told", || {
+        let limit = lab::times("SPOKEGUARD_PATIENCE") * Duration::from_secs(60);
+        let told = wait_until(limit, "the fight is told", || {
             let events = Events::mark(&daemon);
             let status = status(&lab.spoke, &daemon);
             between = between.max(events.all().len());
-            findings(&status, code)
+            let undone = findings(&status, code)
                 .into_iter()
-                .find(|f| f["found"].as_str().is_some_and(|t| t.contains("keeps undoing our repair")))
+                .find(|f| f["found"].as_str().is_some_and(|t| t.contains("keeps undoing our repair")));
+            // On a processor on which nft lists for longer than the enemy needs for a change.
+            let unseen = findings(&status, "control-unproven").into_iter().find(|f| {
+                f["subject"] == "control firewall"
+                    && f["next"].as_str().unwrap().contains("faster than nft can list")
+            });
+            undone.or(unseen)
         })
         .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.running.log()));
         // Whoever asks does not wait for the end of the fight.
         assert!(between < 40, "{between} events until status was answered");
         // Our own commits are between theirs, and are not blamed.
         assert_eq!(told["by"]["process"], "enemy", "{told}");
-        assert!(told["found"].as_str().unwrap().contains("enemy (pid "), "{told}");
+        let named = told["found"].as_str().unwrap().contains("enemy (pid ");
+        assert!(named || told["code"] == "control-unproven", "{told}");
         let (before, begun) = (cpu(daemon.running.pid()), Instant::now());
         over(Duration::from_secs(3));
         let share = (cpu(daemon.running.pid()) - before).as_secs_f64() / begun.elapsed().as_secs_f64();

@@ -54,6 +54,9 @@ fn with_an_nft_that_hangs_the_table_still_comes_back_and_what_is_not_seen_is_tol
             let status = status(spoke, &daemon);
             let blind = status["blind"].as_array()?.iter().find(|blind| blind["facet"] == "nftables")?;
             assert!(blind["reason"].to_string().contains("no answer within"), "{blind}");
+            let firewall = findings(&status, "control-unproven");
+            let firewall = firewall.iter().find(|finding| finding["subject"] == "control firewall")?;
+            assert!(firewall["by"].is_null(), "it hangs by itself: {firewall}");
             (status["verdict"] == "unknown").then_some(())
         })
         .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.running.log()));

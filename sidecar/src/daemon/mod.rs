@@ -836,6 +836,7 @@ impl Daemon {
             }
         }
         self.binds.name(&mut assessment.findings);
+        suspects.tell_who_blinds(&mut assessment.findings);
         for finding in assessment.findings.iter_mut().filter(|finding| finding.by.is_none()) {
             // What stood before in the same words was not caused by whoever came since.
             let suspect = suspects.of(finding.code);

@@ -2,7 +2,8 @@
 //! before. Where several different programs did, none of them is named, since naming the
 //! wrong one is worse.
 
-use crate::diff::Code;
+use crate::diff::{Code, Finding};
+use crate::source::nft;
 use crate::terms::Actor;
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -11,7 +12,11 @@ pub struct Suspects {
     own: Suspect,
     /// Who changed any other.
     foreign: Suspect,
+    commits: u32,
 }
+
+/// So many commits during a look are no coincidence with an nft that takes too long.
+const MANY: u32 = 20;
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 enum Suspect {
@@ -23,6 +28,7 @@ enum Suspect {
 
 impl Suspects {
     pub fn add(&mut self, actor: &Actor, own: bool, foreign: bool) {
+        self.commits = self.commits.saturating_add(1);
         if own {
             self.own.add(actor);
         }
@@ -33,23 +39,43 @@ impl Suspects {
 
     /// Announcements were lost: it may have been anybody.
     pub fn lose(&mut self) {
-        *self = Self { own: Suspect::Several, foreign: Suspect::Several };
+        *self = Self { own: Suspect::Several, foreign: Suspect::Several, ..*self };
     }
 
     /// Those of a later time join these.
     pub fn merge(&mut self, later: &Self) {
-        for (here, there) in [(&mut self.own, &later.own), (&mut self.foreign, &later.foreign)] {
-            match there {
-                Suspect::Nobody => {}
-                Suspect::One(actor) => here.add(actor),
-                Suspect::Several => *here = Suspect::Several,
-            }
-        }
+        self.commits = self.commits.saturating_add(later.commits);
+        self.own.join(&later.own);
+        self.foreign.join(&later.foreign);
+    }
+
+    /// Who changed any table at all.
+    pub fn any(&self) -> Option<Actor> {
+        let mut any = self.own.clone();
+        any.join(&self.foreign);
+        any.named()
     }
 
     /// Who changed our table.
     pub fn own(&self) -> Option<Actor> {
         self.own.named()
+    }
+
+    /// Rules that change faster than nft lists them can't be seen, and giving us more rights would not help.
+    pub fn tell_who_blinds(&self, findings: &mut [Finding]) {
+        let Some(actor) = self.any().filter(|_| self.commits >= MANY) else { return };
+        let blind = |finding: &&mut Finding| {
+            finding.code == Code::ControlUnproven
+                && finding.subject == "control firewall"
+                && finding.found.contains(nft::NO_ANSWER)
+        };
+        for finding in findings.iter_mut().filter(blind) {
+            finding.next = format!(
+                "Stop {}: it changes the rules faster than nft can list them; until then assume no firewall.",
+                actor.process
+            );
+            finding.by = Some(actor.clone());
+        }
     }
 
     /// Who brought about a finding of this kind, if a commit to nftables can.
@@ -84,6 +110,14 @@ impl Suspect {
         }
     }
 
+    fn join(&mut self, other: &Self) {
+        match other {
+            Self::Nobody => {}
+            Self::One(actor) => self.add(actor),
+            Self::Several => *self = Self::Several,
+        }
+    }
+
     fn named(&self) -> Option<Actor> {
         match self {
             Suspect::One(actor) => Some(actor.clone()),
@@ -98,6 +132,33 @@ mod tests {
 
     fn actor(process: &str, pid: u32) -> Actor {
         Actor { pid, process: process.into(), unit: None, user: None }
+    }
+
+    #[test]
+    fn who_changes_the_rules_all_the_time_keeps_them_from_being_seen() {
+        let finding = |subject: &str, found: &str| {
+            let code = Code::ControlUnproven;
+            Finding::new(code, code.severity(), subject, "our table in force", found, "Give us more rights.")
+        };
+        let slow = nft::NftError::TimedOut {
+            operation: "nft -j list ruleset".into(),
+            limit: std::time::Duration::from_secs(30),
+        };
+        let found = format!("could not be seen: {slow}");
+        let told = |suspects: &Suspects, subject: &str, found: &str| {
+            let mut findings = [finding(subject, found)];
+            suspects.tell_who_blinds(&mut findings);
+            let [finding] = findings;
+            (finding.by, finding.next.starts_with("Stop enemy: "))
+        };
+        let mut suspects = Suspects::default();
+        assert_eq!(told(&suspects, "control firewall", &found), (None, false));
+        suspects.add(&actor("enemy", 4), true, false);
+        assert_eq!(told(&suspects, "control firewall", &found), (None, false), "an nft that hangs by itself");
+        (5..25).for_each(|pid| suspects.add(&actor("enemy", pid), true, pid % 2 == 0));
+        assert_eq!(told(&suspects, "control firewall", &found), (Some(actor("enemy", 24)), true));
+        assert_eq!(told(&suspects, "control keepalive", &found), (None, false));
+        assert_eq!(told(&suspects, "control firewall", "could not be seen: nft not found"), (None, false));
     }
 
     #[test]
@@ -117,13 +178,15 @@ mod tests {
             Some(Actor { pid: 4, ..living.clone() }),
             "it has ended"
         );
+        assert_eq!((suspects.any(), Suspects::default().any()), (suspects.of(Code::DnatExposed), None));
         let mut others = suspects.clone();
         others.add(&Actor { unit: Some("docker.service".into()), ..living }, false, true);
         assert_eq!(others.of(Code::FirewallBlocked), None);
         let mut later = Suspects::default();
         later.add(&actor("firewalld", 3), true, true);
+        assert_eq!(later.any(), Some(actor("firewalld", 3)));
         suspects.merge(&later);
-        assert_eq!(suspects.of(Code::DnatExposed), None);
+        assert_eq!((suspects.of(Code::DnatExposed), suspects.any()), (None, None));
         assert_eq!(suspects.own(), Some(actor("firewalld", 3)));
         // Whose announcement was lost may be the one.
         let mut lossy = Suspects::default();

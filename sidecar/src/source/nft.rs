@@ -27,6 +27,9 @@ const STDERR_MAX: usize = 4096;
 /// Where distributions put it when PATH does not say.
 const FALLBACK: [&str; 3] = ["/usr/sbin", "/sbin", "/run/current-system/sw/bin"];
 
+/// How it is told that nft took too long, for whoever has no more than the text.
+pub const NO_ANSWER: &str = "no answer within";
+
 #[derive(Debug, thiserror::Error)]
 pub enum NftError {
     #[error("nft not found: install nftables")]
@@ -35,7 +38,7 @@ pub enum NftError {
     Permission { operation: String },
     #[error("{operation}: this kernel has no nf_tables, or may not load it")]
     Unsupported { operation: String },
-    #[error("{operation}: no answer within {} s", limit.as_secs())]
+    #[error("{operation}: {NO_ANSWER} {} s", limit.as_secs())]
     TimedOut { operation: String, limit: Duration },
     #[error("{operation}: no such table, chain or rule: {text}")]
     NotFound { operation: String, text: String },
