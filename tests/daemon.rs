@@ -17,6 +17,8 @@ use serde_json::Value;
 pub const SHORT: Duration = Duration::from_millis(200);
 /// For what comes within seconds; a busy machine of two processors takes many times as long.
 pub const LONG: Duration = Duration::from_secs(60);
+/// For what an event tells of; a machine of one emulated processor is given more.
+const AT_ONCE: Duration = Duration::from_secs(1);
 /// For tests that need a listener where the bind guard would refuse it.
 pub const UNGUARDED: &str = "[enforce]\nbinds = false\n";
 const TABLE: [&str; 6] = ["nft", "-s", "list", "table", "inet", "spokeguard"];
@@ -259,7 +261,7 @@ fn daemon_reports_other_tables_and_leaves_them_alone() {
         "{event}"
     );
     assert!(event["subject"].as_str().unwrap().contains("80"), "{event}");
-    assert!(took < Duration::from_secs(1), "{took:?}");
+    assert!(took < AT_ONCE * lab::times("SPOKEGUARD_PATIENCE"), "{took:?}");
 
     // An innocent commit by somebody else doesn't move the blame.
     let innocent = nft_called(&lab, "innocent");
@@ -282,7 +284,7 @@ fn daemon_reports_other_tables_and_leaves_them_alone() {
         (&"innocent".into(), Some(culprit.into())),
         "{event}"
     );
-    assert!(took < Duration::from_secs(1), "{took:?}");
+    assert!(took < AT_ONCE * lab::times("SPOKEGUARD_PATIENCE"), "{took:?}");
     assert_eq!(lab.internet.connect(public(8432), SHORT), Answer::Silent, "and strangers don't get in by it");
 
     let theirs = |what: &str| {
@@ -468,7 +470,7 @@ fn daemon_tells_of_a_new_listener_at_once() {
             "{event}"
         );
         assert_eq!(event["code"], "listener-wide", "the firewall holds: {event}");
-        assert!(took < Duration::from_secs(1), "{took:?}");
+        assert!(took < AT_ONCE * lab::times("SPOKEGUARD_PATIENCE"), "{took:?}");
         let events = Events::mark(&daemon);
         drop(redis);
         events.wait(LONG, "its end is told", |e| e["kind"] == "drift-cleared" && e["subject"] == subject);
@@ -788,7 +790,10 @@ fn daemon_without_nft_says_so_and_puts_the_rules_in_force_when_it_comes_back() {
     assert_eq!(lab.spoke.spokeguard(&daemon.arguments(&["confirm"])).unwrap().code, Some(0));
     daemon.kill_9().unwrap();
     nft(&lab.spoke, &["flush ruleset"]);
-    lab.spoke.sh("rm -r /sys/fs/bpf/spokeguard/guard1").unwrap();
+    // Before Linux 6.6 it is tc that holds the program.
+    lab.spoke
+        .sh("rm -r /sys/fs/bpf/spokeguard/guard1; tc filter del dev eth0 ingress pref 8 2>/dev/null || :")
+        .unwrap();
     wait_until(LONG, "both layers are gone", || {
         (lab.internet.connect(public(5432), SHORT) == Answer::Open).then_some(())
     })
