@@ -814,6 +814,17 @@ fn apply_changes_what_differs_and_only_our_table() {
     guard.says(0, &["confirm"]);
     assert_eq!(tcp(&lab.internet, SPOKE_PUBLIC, 22), Answer::Silent);
 
+    // A daemon that tries whether it repairs its table at this moment changes nothing; what hides behind that name does.
+    lab.spoke.nft("add chain inet spokeguard canary-00000001").unwrap();
+    let changed =
+        || guard.run(&["check", "--no-probe", "--format", "json"]).stdout.contains("firewall-changed");
+    assert!(guard.says(0, &["plan"]).contains("apply would change nothing"));
+    assert!(!changed());
+    lab.spoke.nft("add rule inet spokeguard canary-00000001 tcp dport 22 accept").unwrap();
+    assert!(guard.says(1, &["plan"]).contains("canary-00000001"));
+    assert!(changed());
+    guard.says(0, &["apply"]);
+
     let _db = lab.spoke.listen("postgres", &["tcp/[::]:9999"]).unwrap();
     let dry = guard.says(0, &["release", "--dry-run"]);
     assert!(dry.contains("tcp/[::]:9999") && dry.contains("postgres"), "{dry}");

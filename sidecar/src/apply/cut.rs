@@ -14,7 +14,7 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use serde::Serialize;
 
-use crate::desired::{Desired, TABLE};
+use crate::desired::{Desired, TABLE, is_own_table};
 use crate::observed::Link;
 use crate::ruleset::{Chain, Evaluator, Hook, Host, Packet, Ruleset, Table, TableFamily, Verdict};
 use crate::source::flows::{self, Flow};
@@ -164,12 +164,11 @@ fn is_spared(desired: Option<&Desired>, flow: &Flow) -> bool {
 /// What of the rules decides whether our table refuses a packet: our table, and what
 /// rewrites packets before it.
 fn essential(rules: &Ruleset) -> Ruleset {
-    let is_ours = |table: &Table| table.family == TableFamily::Inet && table.name == TABLE;
     let rewrites = |chain: &Chain| chain.base.as_ref().is_some_and(|base| base.hook == Hook::Prerouting);
-    let needed = rules.tables.iter().filter(|table| is_ours(table) || table.chains.iter().any(rewrites));
+    let needed = rules.tables.iter().filter(|table| is_own_table(table) || table.chains.iter().any(rewrites));
     let cleared = |table: &Table| {
         let mut table = table.clone();
-        if !is_ours(&table) {
+        if !is_own_table(&table) {
             table.chains.retain(|chain| chain.base.is_none() || rewrites(chain));
         }
         table

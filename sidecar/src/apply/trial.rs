@@ -30,7 +30,7 @@ use rustix::fs::{FlockOperation, flock};
 
 use super::{ApplyError, Found, put_in_place, sealed};
 use crate::cli::Places;
-use crate::desired::{Desired, TABLE, is_left_by_canary};
+use crate::desired::{Desired, TABLE, less_canaries};
 use crate::policy::{self, Policy};
 use crate::ruleset::{Change, NamedSet, Statement, Table, compare, render};
 use crate::source::evidence::{self, Sought};
@@ -426,9 +426,7 @@ impl Ledger {
         let Some(trial) = self.read(&glance) else { return Ok(None) };
         let policy = policy::parse(&trial.text, "the policy on trial", today)?.policy;
         let mut found = nft::list_table()?;
-        if let Some(table) = &mut found {
-            table.chains.retain(|chain| !is_left_by_canary(chain));
-        }
+        found.as_mut().into_iter().for_each(less_canaries);
         // The day may have changed since, and with it what an exception comes to.
         let days = [Some(today), today.yesterday().ok()];
         let mut missing = None;

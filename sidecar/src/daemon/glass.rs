@@ -7,12 +7,12 @@ use tokio::time::Instant;
 
 use super::eventlog::EventKind;
 use crate::apply::cut::{self, Cut};
-use crate::desired::{Desired, TABLE};
+use crate::desired::{Desired, is_own_table};
 use crate::diff::{Code, Finding};
 use crate::observed::Snapshot;
 use crate::policy::Mode;
+use crate::ruleset::Ruleset;
 use crate::ruleset::glass::{self, Opening};
-use crate::ruleset::{Ruleset, TableFamily};
 use crate::terms::Stamp;
 
 /// The kernel counts in whole milliseconds and the listing in seconds.
@@ -70,9 +70,7 @@ impl Watch {
         let Some(counted) = &mut self.counted else { return };
         let passed = now.saturating_duration_since(*counted).as_secs();
         *counted += Duration::from_secs(passed);
-        if let Some(table) =
-            rules.tables.iter_mut().find(|t| t.family == TableFamily::Inet && t.name == TABLE)
-        {
+        if let Some(table) = rules.tables.iter_mut().find(|table| is_own_table(table)) {
             glass::count_down(table, passed.try_into().unwrap_or(u32::MAX));
         }
     }

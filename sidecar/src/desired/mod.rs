@@ -12,7 +12,7 @@ use std::net::IpAddr;
 
 use crate::policy::Exception;
 use crate::policy::Policy;
-use crate::ruleset::{Chain, Table, glass};
+use crate::ruleset::{Chain, Table, TableFamily, glass};
 use crate::terms::{Port, Proto, Scope, Stamp};
 
 pub use admin::{NoAdminPath, admin_path};
@@ -25,10 +25,17 @@ pub const PRIORITY: i32 = -10;
 /// How the chains begin that a canary puts into our table, to see that they are taken out again.
 pub const CANARY_CHAIN: &str = "canary-";
 
-/// Whether this is what a canary left that was stopped in the middle: a chain that nothing enters and that
-/// holds nothing.
-pub fn is_left_by_canary(chain: &Chain) -> bool {
-    chain.name.starts_with(CANARY_CHAIN) && chain.base.is_none() && chain.rules.is_empty()
+pub fn is_own_table(table: &Table) -> bool {
+    table.family == TableFamily::Inet && table.name == TABLE
+}
+
+/// Takes out of what was listed of our table what a daemon's canary does there at the moment, or left when it was
+/// stopped in the middle: chains that nothing enters and that hold nothing. Only the daemon itself is to see those.
+pub fn less_canaries(table: &mut Table) {
+    let is_canary = |chain: &Chain| {
+        chain.name.starts_with(CANARY_CHAIN) && chain.base.is_none() && chain.rules.is_empty()
+    };
+    table.chains.retain(|chain| !is_canary(chain));
 }
 /// `meta priority` of the probes of our own audits, as nft writes it, and of no packet that
 /// a device received: only who has it is not counted among what is dropped.

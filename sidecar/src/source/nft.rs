@@ -14,7 +14,7 @@ use anyhow::Context as _;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{legacy, nft_events, nft_lists, nft_unlisted};
-use crate::desired::TABLE;
+use crate::desired::{TABLE, is_own_table};
 use crate::ruleset::unlisted::Unlisted;
 use crate::ruleset::{Ruleset, Table, TableFamily, decode};
 use crate::sys::memory;
@@ -174,7 +174,7 @@ fn list_own(args: &[&str], limit: Duration) -> anyhow::Result<Option<Table>> {
 }
 
 fn own(ruleset: Ruleset) -> Option<Table> {
-    ruleset.tables.into_iter().find(|t| t.family == TableFamily::Inet && t.name == TABLE)
+    ruleset.tables.into_iter().find(is_own_table)
 }
 
 /// Our own table as nft prints it, which `nft -f` takes back: amounts of counters included, and what ends by
