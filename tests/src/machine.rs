@@ -146,15 +146,28 @@ impl<'a> Machine<'a> {
             _ => self.start_container(),
         }
         self.until(LONG, "systemd is up", |machine| {
-            let state = machine.run_within(LONG, &["systemctl", "is-system-running", "--wait"]).stdout;
-            ["running", "degraded"].contains(&state.trim())
+            let state = machine.try_within(LONG, &["systemctl", "is-system-running", "--wait"]);
+            state.is_ok_and(|state| ["running", "degraded"].contains(&state.stdout.trim()))
         })
         .unwrap_or_else(|error| {
-            let jobs = self.run(&["systemctl", "list-jobs", "--no-pager"]).all();
             let log =
                 if let Power::Container(running, _) = &self.power { running.log() } else { String::new() };
-            panic!("{error:#}\n{jobs}\n{log}")
+            panic!("{error:#}\n{}\n{log}", self.what_it_waits_for())
         });
+    }
+
+    /// For whoever reads of a boot that did not end; a machine that can't be asked says that.
+    fn what_it_waits_for(&self) -> String {
+        [
+            &["systemctl", "list-jobs", "--no-pager"][..],
+            &["journalctl", "--no-pager", "-b", "-n", "120", "-o", "short-monotonic"],
+            &["ps", "-eo", "pid,stat,etimes,time,wchan:24,args"],
+        ]
+        .map(|words| match self.try_within(LONG, words) {
+            Ok(outcome) => format!("{}:\n{}", words[0], outcome.all()),
+            Err(error) => format!("{}: {error:#}\n", words[0]),
+        })
+        .concat()
     }
 
     fn unplug(&self) {
@@ -236,6 +249,10 @@ impl<'a> Machine<'a> {
     }
 
     pub fn run_within(&self, limit: Duration, words: &[&str]) -> Outcome {
+        self.try_within(limit, words).unwrap()
+    }
+
+    fn try_within(&self, limit: Duration, words: &[&str]) -> anyhow::Result<Outcome> {
         let init = match &self.power {
             Power::Off => panic!("{words:?} on a machine without power"),
             Power::Container(_, init) => init.to_string(),
@@ -244,7 +261,7 @@ impl<'a> Machine<'a> {
         let enter = ["nsenter", "--all", "--target", &init, "--"];
         let all: Vec<&str> = enter.into_iter().chain(words.iter().copied()).collect();
         // Not by way of the node: its mounts aren't the container's.
-        self.lab.spoke.run_within(limit, &all).unwrap()
+        self.lab.spoke.run_within(limit, &all)
     }
 
     #[track_caller]
