@@ -237,7 +237,7 @@ fn datagrams(node: &Node, to: [IpAddr; 2], port: u16, stop: &AtomicBool) -> Resu
                     sent += u64::from(socket.send_to(b"count me", (to, port)).is_ok());
                 }
             }
-            std::thread::park_timeout(pause(3));
+            std::thread::sleep(pause(3));
         }
         Ok(sent)
     })
@@ -258,7 +258,7 @@ fn connections(node: &Node, stop: &AtomicBool) -> Result<u64> {
             ensure!(said == "web\n", "it said {said:?}");
             served += 1;
             due = (due + each).max(Instant::now() - 50 * each);
-            std::thread::park_timeout(due.saturating_duration_since(Instant::now()));
+            std::thread::sleep(due.saturating_duration_since(Instant::now()));
         }
         Ok(served)
     })
@@ -286,7 +286,7 @@ fn hold(sshd: &Sshd, hub: &Node, stop: &AtomicBool) -> Result<()> {
         let mut heard = [0u8; 1];
         into.write_all(b"x")?;
         out.read_exact(&mut heard)?;
-        std::thread::park_timeout(pause(5));
+        std::thread::sleep(pause(5));
     }
     drop(into);
     let ended = session.wait()?;

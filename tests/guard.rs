@@ -81,7 +81,7 @@ fn storm(node: &Node, to: SocketAddr, stop: &AtomicBool) -> (u32, u32) {
                 sockets.push(socket);
             }
             // An answer on a veth takes microseconds; the last of them get some more.
-            std::thread::park_timeout(Duration::from_millis(5));
+            std::thread::sleep(Duration::from_millis(5));
             let mut polled: Vec<_> = sockets.iter().map(|s| PollFd::new(s, PollFlags::OUT)).collect();
             poll(&mut polled, Some(&Default::default()))?;
             let ready: Vec<bool> = polled.iter().map(|p| !p.revents().is_empty()).collect();

@@ -110,7 +110,7 @@ impl Stub {
             let (manner, asked, stop) = shared;
             while !stop.load(Ordering::Relaxed) {
                 let Ok((stream, _)) = listener.accept() else {
-                    std::thread::park_timeout(Duration::from_millis(5));
+                    std::thread::sleep(Duration::from_millis(5));
                     continue;
                 };
                 let (manner, asked, stop) = (Arc::clone(&manner), Arc::clone(&asked), Arc::clone(&stop));
@@ -202,7 +202,7 @@ fn converse(
         Manner::Busy => ("429 Too Many Requests\r\nRetry-After: 1", kind_json, r#"{"code":42901}"#),
         Manner::Hang => {
             while !stop.load(Ordering::Relaxed) && stream.write_all(b"").is_ok() {
-                std::thread::park_timeout(Duration::from_millis(20));
+                std::thread::sleep(Duration::from_millis(20));
             }
             return Ok(());
         }

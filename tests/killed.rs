@@ -98,7 +98,7 @@ impl Stranger {
                     }
                     self.asked.fetch_add(1, Ordering::Relaxed);
                 }
-                std::thread::park_timeout(Self::PACE);
+                std::thread::sleep(Self::PACE);
                 let mut polled: Vec<_> = open.iter().map(|(_, s)| PollFd::new(s, PollFlags::OUT)).collect();
                 poll(&mut polled, Some(&Default::default()))?;
                 let ready: Vec<bool> = polled.iter().map(|p| !p.revents().is_empty()).collect();

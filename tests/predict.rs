@@ -228,7 +228,7 @@ fn send(node: &Node, packets: &[(Vec<u8>, IpAddr)]) {
                 sender.send(packet, *to)?;
             }
             // The far end's queue is finite.
-            std::thread::park_timeout(std::time::Duration::from_millis(1));
+            std::thread::sleep(std::time::Duration::from_millis(1));
         }
         Ok(())
     })

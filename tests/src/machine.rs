@@ -455,7 +455,7 @@ fn knock(stop: &AtomicBool) -> anyhow::Result<()> {
             let way = (*from, *address);
             let syn = wire::tcp(way, (ports.next().unwrap_or_default(), OPEN), wire::SYN);
             sender.send_or_lose(&wire::ip(way, wire::TCP, &syn), *address);
-            std::thread::park_timeout(Duration::from_millis(5));
+            std::thread::sleep(Duration::from_millis(5));
         }
     }
     Ok(())

@@ -319,7 +319,7 @@ impl Ledger {
                 "another spokeguard has been changing the rules for {} s",
                 LOCK_PATIENCE.as_secs()
             );
-            std::thread::park_timeout(Duration::from_millis(20));
+            std::thread::sleep(Duration::from_millis(20));
         }
     }
 
@@ -837,7 +837,7 @@ impl Ledger {
     fn outwait(&self, id: &str) {
         let started = clock::Uptime::start();
         while self.token(Phase::Firing, id).exists() && self.is_watched(id) && started.elapsed() < OVERDUE {
-            std::thread::park_timeout(Duration::from_millis(10));
+            std::thread::sleep(Duration::from_millis(10));
         }
     }
 
@@ -905,7 +905,7 @@ impl Ledger {
                 let _ = child.wait();
                 anyhow::bail!("systemd-run has not answered for {} s", TIMER_PATIENCE.as_secs());
             }
-            std::thread::park_timeout(Duration::from_millis(5));
+            std::thread::sleep(Duration::from_millis(5));
         };
         let mut said = Vec::new();
         if let (false, Some(stderr)) = (status.success(), child.stderr.take()) {
@@ -1196,7 +1196,7 @@ mod tests {
             let deadline = std::time::Instant::now() + Duration::from_secs(20);
             while !self.log().contains(text) {
                 assert!(std::time::Instant::now() < deadline, "no {text:?} in {:?}", self.log());
-                std::thread::park_timeout(Duration::from_millis(10));
+                std::thread::sleep(Duration::from_millis(10));
             }
         }
     }

@@ -224,7 +224,7 @@ fn wait(
                     // Does the watchdog's work where that is gone.
                     ledger.settle(&lock, desired.today)?;
                 }
-                std::thread::park_timeout(Duration::from_millis(100));
+                std::thread::sleep(Duration::from_millis(100));
             }
         }
     }
@@ -273,7 +273,7 @@ fn confirm_trial(ledger: &Ledger, today: jiff::civil::Date) -> anyhow::Result<bo
         }
         // Who repairs needs the lock.
         drop(lock);
-        std::thread::park_timeout(Duration::from_millis(50));
+        std::thread::sleep(Duration::from_millis(50));
     };
     let first = missing.first().map_or_else(String::new, ToString::to_string);
     let more = missing.len().saturating_sub(1);

@@ -150,7 +150,7 @@ impl Lock {
                     if !pid.is_empty() {
                         break;
                     }
-                    std::thread::park_timeout(Duration::from_millis(10));
+                    std::thread::sleep(Duration::from_millis(10));
                 }
                 bail!(
                     "another spokeguard daemon (pid {}) holds {}: stop it first, or give this one a \
@@ -172,7 +172,7 @@ fn held(file: &File) -> rustix::io::Result<()> {
     let mut result = flock(file, FlockOperation::NonBlockingLockExclusive);
     for _ in 0..20 {
         let Err(rustix::io::Errno::WOULDBLOCK) = result else { break };
-        std::thread::park_timeout(Duration::from_millis(10));
+        std::thread::sleep(Duration::from_millis(10));
         result = flock(file, FlockOperation::NonBlockingLockExclusive);
     }
     result

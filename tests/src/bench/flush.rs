@@ -112,7 +112,7 @@ fn syns(node: &Node, stop: &AtomicBool) -> Result<u32> {
             sender.send(&wire::ip(way, TCP, &wire::tcp(way, (from, PORT), SYN)), way.1)?;
             sent += 1;
             let due = begun + Duration::from_secs(1) * sent / RATE;
-            std::thread::park_timeout(due.saturating_duration_since(Instant::now()));
+            std::thread::sleep(due.saturating_duration_since(Instant::now()));
         }
         Ok(sent)
     })
