@@ -377,12 +377,13 @@ fn daemon_does_not_fight_for_ever() {
             let undone = findings(&status, code)
                 .into_iter()
                 .find(|f| f["found"].as_str().is_some_and(|t| t.contains("keeps undoing our repair")));
-            // On a processor on which nft lists for longer than the enemy needs for a change.
+            // On an emulated processor nft may list for longer than the enemy needs to add a rule.
+            let slow = lab::times("SPOKEGUARD_PATIENCE") > 1 && code == "firewall-changed";
             let unseen = findings(&status, "control-unproven").into_iter().find(|f| {
                 f["subject"] == "control firewall"
                     && f["next"].as_str().unwrap().contains("faster than nft can list")
             });
-            undone.or(unseen)
+            undone.or(unseen.filter(|_| slow))
         })
         .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.running.log()));
         // Whoever asks does not wait for the end of the fight.

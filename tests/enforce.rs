@@ -820,6 +820,10 @@ fn apply_changes_what_differs_and_only_our_table() {
         || guard.run(&["check", "--no-probe", "--format", "json"]).stdout.contains("firewall-changed");
     assert!(guard.says(0, &["plan"]).contains("apply would change nothing"));
     assert!(!changed());
+    assert!(guard.says(0, &["apply"]).contains("nothing changed"), "as plan said");
+    let table = lab.spoke.ok(&["nft", "list", "table", "inet", "spokeguard"]).unwrap();
+    assert!(!table.contains("canary-"), "it is taken away all the same");
+    lab.spoke.nft("add chain inet spokeguard canary-00000001").unwrap();
     lab.spoke.nft("add rule inet spokeguard canary-00000001 tcp dport 22 accept").unwrap();
     assert!(guard.says(1, &["plan"]).contains("canary-00000001"));
     assert!(changed());

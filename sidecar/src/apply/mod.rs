@@ -10,6 +10,7 @@ pub mod sealed;
 pub mod trial;
 
 use std::net::UdpSocket;
+use std::time::Duration;
 
 use crate::desired::{Desired, TABLE};
 use crate::ruleset::{Change, Table, compare, encode};
@@ -73,11 +74,16 @@ pub(crate) struct Found {
 
 impl Found {
     pub(crate) fn look() -> anyhow::Result<Self> {
+        Self::look_within(nft::DEADLINE)
+    }
+
+    /// The same for whoever can't wait.
+    pub(crate) fn look_within(limit: Duration) -> anyhow::Result<Self> {
         let commits = NftCommits::open()
             .inspect_err(|error| log::debug!("others may change the rules unnoticed: {error}"))
             .ok();
         let generation = generation();
-        Ok(Self { table: nft::list_table()?, generation, commits })
+        Ok(Self { table: nft::list_table_within(limit)?, generation, commits })
     }
 }
 

@@ -30,7 +30,7 @@ use rustix::fs::{FlockOperation, flock};
 
 use super::{ApplyError, Found, put_in_place, sealed};
 use crate::cli::Places;
-use crate::desired::{Desired, TABLE, less_canaries};
+use crate::desired::{Desired, TABLE, take_out_canaries};
 use crate::policy::{self, Policy};
 use crate::ruleset::{Change, NamedSet, Statement, Table, compare, render};
 use crate::source::evidence::{self, Sought};
@@ -370,7 +370,10 @@ impl Ledger {
             self.outwait(&id);
         }
         let found = Found::look().map_err(before)?;
-        let changes = compare::changes(table, found.table.as_ref());
+        // As `plan` tells of them; what a canary left goes all the same.
+        let mut told = found.table.clone();
+        told.as_mut().into_iter().for_each(take_out_canaries);
+        let changes = compare::changes(table, told.as_ref());
         let normal = policy::show(&desired.policy);
         let fingerprint = policy::sum(&normal);
         let glance = self.glance().map_err(before)?;
@@ -426,7 +429,7 @@ impl Ledger {
         let Some(trial) = self.read(&glance) else { return Ok(None) };
         let policy = policy::parse(&trial.text, "the policy on trial", today)?.policy;
         let mut found = nft::list_table()?;
-        found.as_mut().into_iter().for_each(less_canaries);
+        found.as_mut().into_iter().for_each(take_out_canaries);
         // The day may have changed since, and with it what an exception comes to.
         let days = [Some(today), today.yesterday().ok()];
         let mut missing = None;

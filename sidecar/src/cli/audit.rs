@@ -114,7 +114,7 @@ fn local(global: &Global, options: &Options) -> anyhow::Result<Audit> {
     probe::await_free(&global.places()?.run, PATIENCE);
     let now = clock::now();
     let desired = read(now)?;
-    let rules = Reading::from_result(nft::list_ruleset());
+    let rules = nft::read();
     // What break-glass holds open is an exception of this moment.
     let desired = desired.map(|desired| desired.with_openings(&openings_in(&rules), now));
     let sockets = Reading::from_result(listeners::read(&mut owners::Owners::new()));

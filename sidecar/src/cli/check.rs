@@ -6,7 +6,7 @@ use super::{Format, Global, Places};
 use crate::apply::trial::Ledger;
 use crate::audit::View;
 use crate::daemon::confirm;
-use crate::desired::{Desired, is_own_table, less_canaries};
+use crate::desired::{Desired, is_own_table, take_out_canaries};
 use crate::diff::{self, Assessment};
 use crate::observed::{Facet, Probed, Reading, Snapshot};
 use crate::report::Report;
@@ -32,7 +32,7 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
     let now = clock::now();
     let (_, desired) = super::policy::load(global, now)?;
     let mut eyes = Eyes::new(&places.pin);
-    let snapshot = less_trials(eyes.look(&desired, now));
+    let snapshot = without_canaries(eyes.look(&desired, now));
     let (snapshot, mut assessment) = if options.no_probe {
         let assessment = diff::assess(&desired, &snapshot, now);
         (snapshot, assessment)
@@ -61,10 +61,10 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
 const NOT_PROBED: &str =
     "\nNot probed from outside (--no-probe): what is said of strangers is what the rules say.\n";
 
-/// That a daemon tries whether it repairs its table is no drift.
-fn less_trials(mut snapshot: Snapshot) -> Snapshot {
+/// That a daemon tries, at this moment, whether it repairs its table is no drift.
+fn without_canaries(mut snapshot: Snapshot) -> Snapshot {
     if let Reading::Seen(rules) = &mut snapshot.nftables {
-        rules.tables.iter_mut().filter(|table| is_own_table(table)).for_each(less_canaries);
+        rules.tables.iter_mut().filter(|table| is_own_table(table)).for_each(take_out_canaries);
     }
     snapshot
 }
@@ -92,7 +92,7 @@ fn probed(
         return (snapshot, assessment);
     }
     let facets = [Facet::Nftables, Facet::Listeners, Facet::Links];
-    let mut snapshot = less_trials(eyes.look_again(desired, snapshot, &facets, now));
+    let mut snapshot = without_canaries(eyes.look_again(desired, snapshot, &facets, now));
     let asked = outside::run(&errand(&snapshot, &Extent::Doubts(assessment.disputed.clone())));
     if let Some(Reading::Seen(probed)) = &mut snapshot.audit {
         // Not to be asked again is no reason to keep what was found to oneself.

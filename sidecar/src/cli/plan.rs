@@ -1,7 +1,7 @@
 //! `plan`: what `apply` would change, as a person would want to read it.
 
 use super::Global;
-use crate::desired::{Desired, less_canaries};
+use crate::desired::{Desired, take_out_canaries};
 use crate::ruleset::{Table, compare, render};
 use crate::source::nft;
 use crate::sys::clock;
@@ -15,7 +15,7 @@ pub fn run(global: &Global) -> anyhow::Result<u8> {
         return Ok(0);
     };
     let mut found = nft::list_table()?;
-    found.as_mut().into_iter().for_each(less_canaries);
+    found.as_mut().into_iter().for_each(take_out_canaries);
     let changes = compare::changes(table, found.as_ref());
     let list: Vec<String> = changes.iter().map(ToString::to_string).collect();
     let text = match &found {

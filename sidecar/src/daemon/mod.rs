@@ -624,15 +624,17 @@ impl Daemon {
             }
             return None;
         }
+        let mut looked = None;
         let (code, found) = if !exists {
             (Code::FirewallMissing, "the table was gone".to_owned())
         } else {
-            let listed = nft::list_table_within(AT_ONCE).map(|found| compare::changes(table, found.as_ref()));
+            let listed = apply::Found::look_within(AT_ONCE);
             self.rest_until =
                 self.rest_until.max(self.pace.pay(self.uptime.elapsed() - begun, Instant::now()));
             // No change: our own commit, or one that left the table as it should be. An
             // error: the cycle reads it again and says what is wrong.
-            (Code::FirewallChanged, listed.ok()?.first()?.to_string())
+            let listed = looked.insert(listed.ok()?);
+            (Code::FirewallChanged, compare::changes(table, listed.table.as_ref()).first()?.to_string())
         };
         if !lock(&self.budget).take(ActionKind::ApplyTable, begun) {
             return None;
@@ -648,7 +650,10 @@ impl Daemon {
         let result = match (&self.transaction, exists) {
             _ if replayed => Ok(Applied::Unchanged),
             (Some(transaction), false) => apply::restore_table(transaction).map(|()| Applied::Unchanged),
-            _ => apply::apply_table(&self.desired),
+            _ => match looked {
+                Some(found) => apply::put_in_place(&self.desired, found),
+                None => apply::apply_table(&self.desired),
+            },
         };
         let took = self.uptime.elapsed() - begun;
         apply::knock(&self.desired);
@@ -806,8 +811,7 @@ impl Daemon {
         let mut suspects = std::mem::take(&mut self.looked_for);
         suspects.merge(&self.suspects);
         if snapshot.nftables.seen().is_none() {
-            // What they did is still to be seen.
-            self.suspects = suspects.clone();
+            self.suspects = suspects.unseen();
         }
         // A repair now and then is no peace: between two of them it was withheld.
         self.withheld.extend(plan.withheld.drain(..));
@@ -836,7 +840,7 @@ impl Daemon {
             }
         }
         self.binds.name(&mut assessment.findings);
-        suspects.tell_who_blinds(&mut assessment.findings);
+        suspects.tell_who_blinds(snapshot.nftables.gap(), &mut assessment.findings);
         for finding in assessment.findings.iter_mut().filter(|finding| finding.by.is_none()) {
             // What stood before in the same words was not caused by whoever came since.
             let suspect = suspects.of(finding.code);

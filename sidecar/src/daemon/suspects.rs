@@ -2,8 +2,8 @@
 //! before. Where several different programs did, none of them is named, since naming the
 //! wrong one is worse.
 
-use crate::diff::{Code, Finding};
-use crate::source::nft;
+use crate::diff::{Code, FIREWALL_CONTROL, Finding};
+use crate::observed::Gap;
 use crate::terms::Actor;
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -12,10 +12,11 @@ pub struct Suspects {
     own: Suspect,
     /// Who changed any other.
     foreign: Suspect,
+    /// Since the look before, seen or not.
     commits: u32,
 }
 
-/// So many commits during a look are no coincidence with an nft that takes too long.
+/// So many commits since the look before are no coincidence with an nft that takes too long.
 const MANY: u32 = 20;
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -61,18 +62,23 @@ impl Suspects {
         self.own.named()
     }
 
-    /// Rules that change faster than nft lists them can't be seen, and giving us more rights would not help.
-    pub fn tell_who_blinds(&self, findings: &mut [Finding]) {
-        let Some(actor) = self.any().filter(|_| self.commits >= MANY) else { return };
+    /// Of a look that did not see the rules: what they did is still to be seen, and how often counts anew.
+    pub fn unseen(&self) -> Self {
+        Self { commits: 0, ..self.clone() }
+    }
+
+    /// Rules that change faster than nft lists them can't be seen: by whom, where that is known.
+    pub fn tell_who_blinds(&self, nftables: Option<&Gap>, findings: &mut [Finding]) {
+        let late = nftables.is_some_and(|gap| gap.late);
+        let Some(actor) = self.any().filter(|_| late && self.commits >= MANY) else { return };
         let blind = |finding: &&mut Finding| {
-            finding.code == Code::ControlUnproven
-                && finding.subject == "control firewall"
-                && finding.found.contains(nft::NO_ANSWER)
+            finding.code == Code::ControlUnproven && finding.subject == FIREWALL_CONTROL
         };
         for finding in findings.iter_mut().filter(blind) {
+            // The process may be an nft that has ended already.
             finding.next = format!(
-                "Stop {}: it changes the rules faster than nft can list them; until then assume no firewall.",
-                actor.process
+                "Stop {actor}, or what starts it again and again: the rules change faster than nft can list them; \
+                 until then assume no firewall."
             );
             finding.by = Some(actor.clone());
         }
@@ -129,6 +135,8 @@ impl Suspect {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::diff::{self, stage::Stage};
+    use crate::observed::Reading;
 
     fn actor(process: &str, pid: u32) -> Actor {
         Actor { pid, process: process.into(), unit: None, user: None }
@@ -136,29 +144,37 @@ mod tests {
 
     #[test]
     fn who_changes_the_rules_all_the_time_keeps_them_from_being_seen() {
-        let finding = |subject: &str, found: &str| {
-            let code = Code::ControlUnproven;
-            Finding::new(code, code.severity(), subject, "our table in force", found, "Give us more rights.")
-        };
-        let slow = nft::NftError::TimedOut {
-            operation: "nft -j list ruleset".into(),
-            limit: std::time::Duration::from_secs(30),
-        };
-        let found = format!("could not be seen: {slow}");
-        let told = |suspects: &Suspects, subject: &str, found: &str| {
-            let mut findings = [finding(subject, found)];
-            suspects.tell_who_blinds(&mut findings);
-            let [finding] = findings;
-            (finding.by, finding.next.starts_with("Stop enemy: "))
+        let blind = |late: bool| Gap { late, ..Gap::new("nft: no answer within 30 s") };
+        let told = |suspects: &Suspects, gap: &Gap| {
+            let (desired, mut snapshot) = Stage::spoke().set();
+            snapshot.nftables = Reading::Blind(gap.clone());
+            let mut assessment = diff::assess(&desired, &snapshot, snapshot.at);
+            suspects.tell_who_blinds(snapshot.nftables.gap(), &mut assessment.findings);
+            let named: Vec<_> =
+                assessment.findings.into_iter().filter(|finding| finding.by.is_some()).collect();
+            assert!(named.iter().all(|one| one.subject == "control firewall"), "{named:?}");
+            named.into_iter().next().map(|one| (one.by.unwrap().pid, one.next))
         };
         let mut suspects = Suspects::default();
-        assert_eq!(told(&suspects, "control firewall", &found), (None, false));
-        suspects.add(&actor("enemy", 4), true, false);
-        assert_eq!(told(&suspects, "control firewall", &found), (None, false), "an nft that hangs by itself");
-        (5..25).for_each(|pid| suspects.add(&actor("enemy", pid), true, pid % 2 == 0));
-        assert_eq!(told(&suspects, "control firewall", &found), (Some(actor("enemy", 24)), true));
-        assert_eq!(told(&suspects, "control keepalive", &found), (None, false));
-        assert_eq!(told(&suspects, "control firewall", "could not be seen: nft not found"), (None, false));
+        assert_eq!(told(&suspects, &blind(true)), None);
+        (1..=19).for_each(|pid| suspects.add(&actor("enemy", pid), true, false));
+        assert_eq!(told(&suspects, &blind(true)), None, "an nft that hangs by itself");
+        suspects.add(&actor("enemy", 20), true, false);
+        let (pid, next) = told(&suspects, &blind(true)).unwrap();
+        assert!(pid == 20 && next.starts_with("Stop enemy (pid 20), or what starts it"), "{next}");
+        assert_eq!(told(&suspects, &blind(false)), None, "nft is not there");
+        // While nft hangs for an hour, two at each look.
+        let mut suspects = suspects.unseen();
+        for pid in 21..41 {
+            assert_eq!(
+                (suspects.any().map(|by| by.pid), told(&suspects, &blind(true))),
+                (Some(pid - 1), None)
+            );
+            let mut later = Suspects::default();
+            (0..2).for_each(|_| later.add(&actor("enemy", pid), true, false));
+            suspects.merge(&later);
+            suspects = suspects.unseen();
+        }
     }
 
     #[test]

@@ -30,8 +30,9 @@ pub fn is_own_table(table: &Table) -> bool {
 }
 
 /// Takes out of what was listed of our table what a daemon's canary does there at the moment, or left when it was
-/// stopped in the middle: chains that nothing enters and that hold nothing. Only the daemon itself is to see those.
-pub fn less_canaries(table: &mut Table) {
+/// stopped in the middle: chains that nothing enters and that hold nothing. To whoever asks what differs that is
+/// nothing; the daemon takes them away.
+pub fn take_out_canaries(table: &mut Table) {
     let is_canary = |chain: &Chain| {
         chain.name.starts_with(CANARY_CHAIN) && chain.base.is_none() && chain.rules.is_empty()
     };

@@ -457,13 +457,14 @@ impl Code {
                 meaning: "A control that the policy asks for could not be seen working. Each is tried at start\n\
                           and hourly: by packets that must be refused or counted, a bind that must fail, a\n\
                           harmless change of our table. It was in vain, or it could not be tried: we lack\n\
-                          a right, a program or a kernel feature.",
+                          a right, a program or a kernel feature, or the rules change faster than nft\n\
+                          can list them.",
                 why: "A control that silently does nothing is worse than none, because people rely on it.\n\
                       The verdict is \"unknown\" while one can't be tried (\"drift\" for the bind guard,\n\
                       behind which the firewall holds), and \"drift\" where it was tried in vain.",
                 remedy: "`found` says what was missing, or what got through. Give the unit the capability,\n\
-                         install the program, take away what leads around the control, or switch it off\n\
-                         in [enforce] so that the policy does not promise it.",
+                         install the program, stop what changes the rules all the time, take away what\n\
+                         leads around the control, or switch it off in [enforce] so that the policy does not promise it.",
                 example: "  control firewall\n  wanted  our table in force\n  \
                           found   could not be seen: needs CAP_NET_ADMIN: run as root",
             },

@@ -141,6 +141,9 @@ impl Assessment {
     }
 }
 
+/// What a finding about our table as a control is about.
+pub const FIREWALL_CONTROL: &str = "control firewall";
+
 /// A control that the policy asks for, and that we can't see working.
 fn unproven(desired: &Desired, snapshot: &Snapshot, out: &mut Assessment) {
     let policy = &desired.policy;
@@ -148,14 +151,18 @@ fn unproven(desired: &Desired, snapshot: &Snapshot, out: &mut Assessment) {
         && policy.mesh.kind == MeshKind::Wireguard
         && policy.mesh.keepalive.is_some();
     let controls = [
-        (Facet::Binds, "binds", policy.enforce.binds, "the bind guard in force"),
-        (Facet::Nftables, "firewall", policy.enforce.firewall, "our table in force"),
-        (Facet::Counters, "counters", true, "packets counted by policy service"),
-        (Facet::Wireguard, "keepalive", keepalive, "the keepalive of the tunnel seen and kept"),
+        (Facet::Binds, "control binds", policy.enforce.binds, "the bind guard in force"),
+        (Facet::Nftables, FIREWALL_CONTROL, policy.enforce.firewall, "our table in force"),
+        (Facet::Counters, "control counters", true, "packets counted by policy service"),
+        (Facet::Wireguard, "control keepalive", keepalive, "the keepalive of the tunnel seen and kept"),
     ];
     for (facet, control, asked, wanted) in controls {
         let Some(gap) = snapshot.gap(facet).filter(|_| asked) else { continue };
         let next = match facet {
+            Facet::Nftables if gap.late => {
+                "See what changes the rules all the time (`nft monitor`), or how many there are; \
+                 until then assume no firewall."
+            }
             Facet::Nftables => {
                 "Give spokeguard root or CAP_NET_ADMIN and the nft program; until then assume no firewall."
             }
@@ -172,7 +179,7 @@ fn unproven(desired: &Desired, snapshot: &Snapshot, out: &mut Assessment) {
         out.add(Finding::new(
             Code::ControlUnproven,
             severity,
-            format!("control {control}"),
+            control,
             wanted,
             format!("could not be seen: {}", gap.reason),
             next,

@@ -69,7 +69,7 @@ impl Eyes {
         let sshd = self.sshd(desired, &listeners);
         Snapshot {
             at: now,
-            nftables: Reading::from_result(nft::list_ruleset()),
+            nftables: nft::read(),
             links: Reading::from_result(links::read()),
             wireguard: self.wireguard(desired),
             tailscale: tailscale(desired),
@@ -95,7 +95,7 @@ impl Eyes {
         snapshot.at = now;
         for facet in facets {
             match facet {
-                Facet::Nftables => snapshot.nftables = Reading::from_result(nft::list_ruleset()),
+                Facet::Nftables => snapshot.nftables = nft::read(),
                 Facet::Listeners => {
                     snapshot.listeners = Reading::from_result(listeners::read(&mut self.owners))
                 }

@@ -15,20 +15,18 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{legacy, nft_events, nft_lists, nft_unlisted};
 use crate::desired::{TABLE, is_own_table};
+use crate::observed::{Gap, Reading};
 use crate::ruleset::unlisted::Unlisted;
 use crate::ruleset::{Ruleset, Table, TableFamily, decode};
 use crate::sys::memory;
 use crate::terms::printable;
 
 /// A listing of ten thousand rules takes 0.4 s; this is for a machine that swaps.
-const DEADLINE: Duration = Duration::from_secs(30);
+pub const DEADLINE: Duration = Duration::from_secs(30);
 /// As much of its complaints as we keep.
 const STDERR_MAX: usize = 4096;
 /// Where distributions put it when PATH does not say.
 const FALLBACK: [&str; 3] = ["/usr/sbin", "/sbin", "/run/current-system/sw/bin"];
-
-/// How it is told that nft took too long, for whoever has no more than the text.
-pub const NO_ANSWER: &str = "no answer within";
 
 #[derive(Debug, thiserror::Error)]
 pub enum NftError {
@@ -38,7 +36,7 @@ pub enum NftError {
     Permission { operation: String },
     #[error("{operation}: this kernel has no nf_tables, or may not load it")]
     Unsupported { operation: String },
-    #[error("{operation}: {NO_ANSWER} {} s", limit.as_secs())]
+    #[error("{operation}: no answer within {} s", limit.as_secs())]
     TimedOut { operation: String, limit: Duration },
     #[error("{operation}: no such table, chain or rule: {text}")]
     NotFound { operation: String, text: String },
@@ -50,6 +48,15 @@ pub enum NftError {
 
 /// Times that we list again because somebody changed the rules meanwhile.
 const TRIES: u8 = 3;
+
+/// [`list_ruleset`], as a look at a facet.
+pub fn read() -> Reading<Ruleset> {
+    let late = |error: &anyhow::Error| matches!(error.downcast_ref(), Some(NftError::TimedOut { .. }));
+    list_ruleset().map_or_else(
+        |error| Reading::Blind(Gap { late: late(&error), ..Gap::new(format!("{error:#}")) }),
+        Reading::Seen,
+    )
+}
 
 /// Every table of this network namespace, with what nft does not print of them; tables of
 /// iptables-legacy among them. But not those by which audits that are under way read
