@@ -145,7 +145,7 @@ pub mod ends {
 
 /// What became of the probe for one port; the index is the port.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Trace {
     /// Arrived at tc ingress.
     pub seen: u8,
