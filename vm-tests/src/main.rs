@@ -73,6 +73,11 @@ fn run(matches: &ArgMatches) -> Result<bool> {
             .filter(|(_, kernel)| only.is_none_or(|only| only == kernel))
             .collect()
     };
+    let installs = arches.iter().flat_map(|arch| boots(*arch)).any(|(scenario, _)| scenario.package);
+    ensure!(
+        matches.get_one::<String>("packages").is_none() || installs,
+        "no machine of these installs a package: --packages is for `vm package`"
+    );
     // One that was named and is left out would look as if it had passed.
     for name in &names {
         let any = arches.iter().flat_map(|arch| boots(*arch)).any(|(scenario, _)| scenario.name == **name);
@@ -154,6 +159,9 @@ fn make(
     };
     if given.is_some() {
         programs.package = given;
+    }
+    if let Some(package) = programs.package.as_ref().filter(|_| wanted.package) {
+        println!("vm: the package is {}", package.display());
     }
     Ok((programs, image::root(arch)?))
 }
@@ -244,7 +252,7 @@ impl Boot<'_> {
                 memory_mib,
                 disk: disk.as_deref(),
                 waits: scenario.disk == Disk::Systemd,
-                limit: Duration::from_secs(scenario.limit_s),
+                limit: scenario.limit(quick),
                 folder: &folder,
             };
             let ran = machine::run(&machine, show)?;

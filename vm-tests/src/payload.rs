@@ -87,7 +87,12 @@ pub fn built(arch: Arch, folder: &Path) -> Result<Programs> {
 pub fn package(arch: Arch, folder: &Path) -> Result<Option<PathBuf>> {
     let end = format!("_{}.deb", arch.name());
     let entries = fs::read_dir(folder).with_context(|| format!("list {}", folder.display()))?.flatten();
-    Ok(entries.map(|entry| entry.path()).find(|path| path.to_string_lossy().ends_with(&end)))
+    let mut packages =
+        entries.map(|entry| entry.path()).filter(|path| path.to_string_lossy().ends_with(&end));
+    let package = packages.next();
+    let other = packages.next();
+    ensure!(other.is_none(), "more than one package for {} is in {}", arch.name(), folder.display());
+    Ok(package)
 }
 
 fn strip(arch: Arch) -> &'static str {

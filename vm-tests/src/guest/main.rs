@@ -46,7 +46,7 @@ fn run(words: &[String]) -> Result<()> {
     // The boot's number, or how much is wanted.
     let boot = rest.first().cloned().unwrap_or_default();
     let done = match scenario.as_str() {
-        "spoke" => spoke::run(&mut steps),
+        "spoke" => spoke::run(&mut steps, boot == QUICK),
         "no-features" => features::run(&mut steps, boot == QUICK),
         "boot-window" => systemd::boot_window(&mut steps, &boot),
         "ssh-race" => systemd::ssh_race(&mut steps, &boot),

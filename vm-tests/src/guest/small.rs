@@ -16,6 +16,8 @@ const GROUP: &str = "/sys/fs/cgroup/system.slice/spokeguard.service";
 const LIMIT: u64 = 32 << 20;
 /// Of it, what no other use of the memory could take: without the files that the kernel keeps for it.
 const OWN: u64 = 12 << 20;
+/// As its operators were promised, whatever they watch.
+const BPF: f64 = (2 << 20) as f64;
 const LONG_ENOUGH: Duration = Duration::from_secs(180);
 const ROUND: Duration = Duration::from_secs(3);
 /// Packets of a stranger in each, beside the knocks; a processor's queue holds a thousand.
@@ -174,10 +176,12 @@ fn in_figures(machine: &Machine, group: &MemoryGroup) -> Result<String> {
     let used = fs::read_to_string(group.file("cpu.stat")).context("the group's time")?;
     let used_us = used.lines().find_map(|line| line.strip_prefix("usage_usec ")).context("no usage_usec")?;
     let cpu_s = used_us.trim().parse::<f64>().context("usage_usec")? / 1e6;
+    let bpf = value("spokeguard_bpf_memory_bytes")?;
+    ensure!(bpf > 0.0 && bpf <= BPF, "{bpf} bytes of BPF memory");
     Ok(format!(
         "resident {:.0} KiB (highest {high}), BPF {:.0} KiB, {}\n{cpu_s:.1} s of a processor that does 500 million instructions a second; {}",
         value("spokeguard_resident_memory_bytes")? / 1024.0,
-        value("spokeguard_bpf_memory_bytes")? / 1024.0,
+        bpf / 1024.0,
         took(group),
         memory()?
     ))
