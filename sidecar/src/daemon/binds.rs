@@ -80,6 +80,9 @@ impl Keeper {
         let verb = [Some(INTERNAL_LOAD_BINDS.as_ref()), Some(self.pins.as_os_str())];
         let verb = verb.into_iter().chain([cgroup.as_ref().map(|path| path.as_os_str())]);
         run_loader(&verb.flatten().collect::<Vec<_>>(), b"")?;
+        if cgroup.is_none() {
+            log::info!("cgroup2 is mounted nowhere: the bind guard is at its root without a mount point");
+        }
         self.guard = Some(Guard::open(&self.pins)?.context("the loader pinned no bind guard")?);
         Ok(())
     }

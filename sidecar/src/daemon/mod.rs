@@ -31,7 +31,7 @@ use crate::repair::{self, Action, ActionKind, Budget, Ended, Outcome};
 use crate::report::{Report, Transition};
 use crate::ruleset::{TableFamily, compare};
 use crate::source::nft_events::{NftEvent, NftEvents, NftQueries};
-use crate::source::{Eyes, bpf, links, nft, nft_counters, owners, wireguard};
+use crate::source::{Eyes, bpf, links, nft, nft_counters, owners, probe, wireguard};
 use crate::sys::clock::{self, Uptime};
 use crate::sys::memory;
 use crate::terms::{Port, Proto, Scope, Stamp, counted};
@@ -278,6 +278,7 @@ impl Daemon {
         for gap in &self.privileges.gaps {
             log::warn!("privileges: {gap}");
         }
+        probe::Means::of_this_kernel().lacking().iter().for_each(|lacking| log::info!("{lacking}"));
         self.front.start();
         self.note(EventKind::Started, None, None);
         self.wake(Facet::ALL, Duration::ZERO);

@@ -139,6 +139,22 @@ impl Means {
         let since = |minor: u32| here >= 6 << 16 | minor << 8;
         Self { programs: since(4), tcx: since(6) }
     }
+
+    /// What is missing here, and by what an audit sees as much without it: a sentence for each.
+    pub fn lacking(self) -> Vec<String> {
+        let by_table = "audits read what becomes of a probe by a table of their own in nftables";
+        let types = Path::new(btf::PATH).exists();
+        [
+            (!self.programs).then(|| format!("no netfilter programs before Linux 6.4: {by_table}")),
+            (self.programs && !types)
+                .then(|| format!("no BTF, the kernel's types, in {}: {by_table}", btf::PATH)),
+            (!self.tcx)
+                .then(|| "no tcx programs before Linux 6.6: audits see what arrives by packet sockets".into()),
+        ]
+        .into_iter()
+        .flatten()
+        .collect()
+    }
 }
 
 /// One sweep for each address and protocol, in their order.

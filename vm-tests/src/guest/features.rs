@@ -173,6 +173,14 @@ fn without_btf_and_cgroup2(steps: &mut Steps) -> Result<()> {
         ensure!(blind(&report).is_empty() && codes(&report).is_empty(), "{report:#}");
         Ok(String::new())
     })?;
+    steps.step("and the daemon says by what it does without them", || {
+        let types = if is_at_least(6, 4)? { "no BTF" } else { "no netfilter programs before Linux 6.4" };
+        let log = daemon.running.log();
+        for said in [types, "cgroup2 is mounted nowhere"] {
+            ensure!(log.contains(said), "it does not say {said}: {log}");
+        }
+        Ok(types.to_owned())
+    })?;
     steps.step("binds are refused, strangers are, and what is counted is counted", || {
         bind_is_refused(&lab)?;
         ensure!(

@@ -13,10 +13,11 @@ pub struct Offsets {
     pub sk: u32,
 }
 
+pub const PATH: &str = "/sys/kernel/btf/vmlinux";
+
 pub fn read() -> anyhow::Result<Offsets> {
-    let path = "/sys/kernel/btf/vmlinux";
-    let bytes = std::fs::read(path).with_context(|| format!("read the kernel's types from {path}"))?;
-    offsets(&bytes).with_context(|| format!("find struct sk_buff in {path}"))
+    let bytes = std::fs::read(PATH).with_context(|| format!("read the kernel's types from {PATH}"))?;
+    offsets(&bytes).with_context(|| format!("find struct sk_buff in {PATH}"))
 }
 
 /// From linux/btf.h.
