@@ -22,7 +22,20 @@ fn units_hold_the_line_from_the_first_packet_of_a_boot() {
     let told = machine.ok(&["/opt/spokeguard", "install"]);
     assert!(!told.contains("ATTENTION"), "{told}");
     assert!(told.contains("not started, for want of a policy"), "{told}");
+    assert!(told.contains("wrote /etc/systemd/system/sshd.service.d/spokeguard.conf"), "{told}");
     assert_eq!(machine.answer(22), Answer::Open);
+    // One name of sshd's unit is the other's alias here, and systemd reads one of the two drop-ins.
+    let read = |unit: &str| {
+        let names = "After,DropInPaths,Restart,RestartUSec,FreeBind";
+        machine.ok(&["systemctl", "show", "-p", names, unit])
+    };
+    let service = read("ssh.service");
+    assert_eq!(service.matches("/spokeguard.conf").count(), 1, "{service}");
+    assert!(service.contains("Restart=always\n") && service.contains("RestartUSec=2s\n"), "{service}");
+    assert!(service.contains("spokeguard-boot.service"), "{service}");
+    assert_eq!(read("sshd.service"), service);
+    let socket = read("ssh.socket");
+    assert!(socket.contains("FreeBind=yes\n") && socket.contains("spokeguard-boot.service"), "{socket}");
     // The credential that it names comes later.
     let beats = "[heartbeat]\nkuma_url_file = \"kuma-url\"\nevery = \"1s\"\n";
     machine.write("etc/spokeguard/policy.toml", &(lab.plain_policy() + beats));
@@ -156,4 +169,7 @@ fn sshd_is_there_within_five_seconds_of_its_address_and_nowhere_else() {
         machine.cut_power();
         machine.ssh_follows_its_address(by, late);
     }
+    machine.cut_power();
+    machine.calls_ssh_sshd();
+    machine.ssh_follows_its_address("sshd.service", late);
 }

@@ -45,6 +45,8 @@ const OWN_UNITS: [(&str, &str); 5] = [
 ];
 const CABLES: &str = "cables.service";
 const OWN_WANTED: [&str; 3] = [CABLES, "db.socket", "web.socket"];
+/// sshd's unit as Fedora, Arch and openSUSE call it; on Debian an alias of ssh.service.
+const SSHD: &str = "etc/systemd/system/sshd.service";
 /// udev gives what has no hardware another address soon after it is made; a tunnel has none.
 const LINKS: &str = "[Match]\nOriginalName=eth0 wg0\n[Link]\nMACAddressPolicy=none\n";
 
@@ -103,6 +105,10 @@ impl<'a> Machine<'a> {
             self.want("multi-user.target", &format!("/etc/systemd/system/{name}"));
         }
         self.want("multi-user.target", "/lib/systemd/system/ssh.service");
+        // Who enables it on Debian has made its alias, too.
+        let alias = self.path(SSHD);
+        let _ = std::fs::remove_file(&alias);
+        std::os::unix::fs::symlink("/lib/systemd/system/ssh.service", alias).unwrap();
     }
 
     pub fn path(&self, below: &str) -> PathBuf {

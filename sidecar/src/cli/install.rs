@@ -47,8 +47,12 @@ const TO_OPEN: &str = "To open the host now:
 and before Linux 6.6, for each interface:
   tc filter del dev NAME ingress pref 8";
 
-/// Path below the root, and text.
-const FILES: [(&str, &str); 6] = [
+const SSHD: &str = include_str!("../../../contrib/systemd/ssh.service.d/spokeguard.conf");
+const SSHD_SOCKET: &str = include_str!("../../../contrib/systemd/ssh.socket.d/spokeguard.conf");
+
+/// Path below the root, and text. sshd's units are called ssh by Debian and sshd by Fedora, Arch and openSUSE; where
+/// one name is the other's alias systemd reads one drop-in of the two, as they are called the same.
+const FILES: [(&str, &str); 8] = [
     ("usr/lib/spokeguard/shut.nft", include_str!("../../../contrib/systemd/shut.nft")),
     (
         "etc/systemd/system/spokeguard-shut.service",
@@ -59,19 +63,15 @@ const FILES: [(&str, &str); 6] = [
         include_str!("../../../contrib/systemd/spokeguard-boot.service"),
     ),
     ("etc/systemd/system/spokeguard.service", include_str!("../../../contrib/systemd/spokeguard.service")),
-    (
-        "etc/systemd/system/ssh.service.d/spokeguard.conf",
-        include_str!("../../../contrib/systemd/ssh.service.d/spokeguard.conf"),
-    ),
-    (
-        "etc/systemd/system/ssh.socket.d/spokeguard.conf",
-        include_str!("../../../contrib/systemd/ssh.socket.d/spokeguard.conf"),
-    ),
+    ("etc/systemd/system/ssh.service.d/spokeguard.conf", SSHD),
+    ("etc/systemd/system/ssh.socket.d/spokeguard.conf", SSHD_SOCKET),
+    ("etc/systemd/system/sshd.service.d/spokeguard.conf", SSHD),
+    ("etc/systemd/system/sshd.socket.d/spokeguard.conf", SSHD_SOCKET),
 ];
 
 /// By path below the root: what makes sshd wait for the mesh address it binds.
 pub fn drop_ins() -> Vec<(&'static str, &'static str)> {
-    FILES.into_iter().filter(|(path, _)| path.contains("/ssh.")).collect()
+    FILES.into_iter().filter(|(_, text)| [SSHD, SSHD_SOCKET].contains(text)).collect()
 }
 
 /// Puts the program and its units in place and, on a running host with a policy, starts
@@ -420,10 +420,11 @@ mod tests {
         fs::write(&other, "[Service]\n").unwrap();
         assert_eq!(root.take().unwrap().len(), FILES.len());
         assert_eq!(relative(folder.path()), ["etc/systemd/system/ssh.service.d/other.conf"]);
-        assert!(
-            !root.path("usr/lib/spokeguard").exists()
-                && !root.path("etc/systemd/system/ssh.socket.d").exists()
-        );
+        for folder in
+            ["usr/lib/spokeguard", "etc/systemd/system/ssh.socket.d", "etc/systemd/system/sshd.service.d"]
+        {
+            assert!(!root.path(folder).exists(), "{folder}");
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::io::Read as _;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use super::{CABLES, LONG, Machine, OPEN, SHORT};
+use super::{CABLES, LONG, Machine, OPEN, SHORT, SSHD};
 use crate::{Answer, Lab, SPOKE_MESH, SPOKE_PUBLIC, SPOKE_PUBLIC_V6, tunnel};
 
 /// Who has sshd listen, and on an address that comes late.
@@ -98,6 +98,23 @@ impl Machine<'_> {
             "[Unit]\nAfter=network-pre.target\nBefore=network.target\nDefaultDependencies=no\n\
              [Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=ip link set eth0 up\n",
         );
+    }
+
+    /// From the next reload of its units, or its next boot, on sshd's are called as by Fedora, Arch and openSUSE, and no
+    /// other name leads to them.
+    pub fn calls_ssh_sshd(&self) {
+        std::fs::remove_file(self.path(SSHD)).unwrap();
+        for kind in ["service", "socket"] {
+            let theirs = self.path(&format!("lib/systemd/system/ssh.{kind}"));
+            let text = std::fs::read_to_string(&theirs).unwrap();
+            let own: Vec<&str> = text.lines().filter(|line| !line.starts_with("Alias=")).collect();
+            self.write(&format!("etc/systemd/system/sshd.{kind}"), &(own.join("\n") + "\n"));
+            std::fs::remove_file(theirs).unwrap();
+        }
+        for wants in ["multi-user.target.wants/ssh.service", "sockets.target.wants/ssh.socket"] {
+            let _ = std::fs::remove_file(self.path(&format!("etc/systemd/system/{wants}")));
+        }
+        self.want("multi-user.target", "/etc/systemd/system/sshd.service");
     }
 
     /// That host's boot with the mesh `late`; then its device is deleted and made anew, twice. sshd is there

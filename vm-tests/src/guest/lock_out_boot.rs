@@ -229,7 +229,20 @@ fn is_as_before(steps: &mut Steps, machine: &mut Machine) -> Result<()> {
             ("rules", &["nft", "list", "ruleset"][..]),
             ("pins", &["find", "/sys/fs/bpf", "-mindepth", "1"]),
             ("units", &["systemctl", "list-unit-files", "--no-legend", "spokeguard*"]),
-            ("drop-ins", &["systemctl", "show", "-p", "DropInPaths", "--value", "ssh.service", "ssh.socket"]),
+            (
+                "drop-ins",
+                &[
+                    "systemctl",
+                    "show",
+                    "-p",
+                    "DropInPaths",
+                    "--value",
+                    "ssh.service",
+                    "ssh.socket",
+                    "sshd.service",
+                    "sshd.socket",
+                ],
+            ),
             ("failures", &["systemctl", "list-units", "--failed", "--plain", "--no-legend"]),
         ] {
             let there = machine.run(words);
