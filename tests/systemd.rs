@@ -36,6 +36,7 @@ fn units_hold_the_line_from_the_first_packet_of_a_boot() {
     assert_eq!(read("sshd.service"), service);
     let socket = read("ssh.socket");
     assert!(socket.contains("FreeBind=yes\n") && socket.contains("spokeguard-boot.service"), "{socket}");
+    machine.units_are_plain(&["ssh.service", "sshd.service", "ssh.socket"]);
     // The credential that it names comes later.
     let beats = "[heartbeat]\nkuma_url_file = \"kuma-url\"\nevery = \"1s\"\n";
     machine.write("etc/spokeguard/policy.toml", &(lab.plain_policy() + beats));

@@ -298,6 +298,15 @@ impl<'a> Machine<'a> {
         assert_eq!(exposure.code, Some(0), "{}", exposure.stdout);
     }
 
+    /// As systemd reads our units and those: for a key that it doesn't know it prints a line, and is content.
+    #[track_caller]
+    pub fn units_are_plain(&self, more: &[&str]) {
+        let ours = ["spokeguard.service", "spokeguard-boot.service", "spokeguard-shut.service"];
+        let words = [&["systemd-analyze", "verify", "--man=no"], &ours[..], more].concat();
+        let read = self.run(&words);
+        assert!(read.code == Some(0) && read.is_silent(), "{}", read.all());
+    }
+
     /// Everything that has our name in it, wherever a program may be put, but for what dpkg logs.
     pub fn left(&self) -> String {
         // What else the host's root has may be large, and nothing is ever installed there.
