@@ -86,6 +86,8 @@ let
     wants = [ "network-pre.target" ];
     before = [
       "network-pre.target"
+      # Comes before that target, too, and asks for an address by DHCP.
+      "cloud-init-local.service"
       "shutdown.target"
     ];
     conflicts = [ "shutdown.target" ];

@@ -110,6 +110,7 @@ fn units_hold_the_line_from_the_first_packet_of_a_boot() {
     // A boot without any of our code.
     machine.cut_power();
     machine.flushes_late();
+    machine.has_cloud_init();
     std::fs::remove_file(machine.path("usr/local/sbin/spokeguard")).unwrap();
     machine.boots_shut();
 
@@ -129,6 +130,7 @@ fn units_hold_the_line_from_the_first_packet_of_a_boot() {
         machine.wait("the hub gets in", Machine::hub_gets_in);
         assert_eq!(machine.answer(OPEN), Answer::Silent);
     });
+    machine.sealed_before_cloud_init("spokeguard-shut.service");
     assert_eq!(heard.open, [0, 0], "what can't be loaded shuts 80 as well");
     assert_eq!(machine.ok(&["systemctl", "is-active", "spokeguard-shut"]), "active\n");
 

@@ -4,7 +4,7 @@ use std::io::Read as _;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use super::{CABLES, LONG, Machine, OPEN, SHORT, SSHD};
+use super::{CABLES, LONG, Machine, OPEN, Power, SHORT, SSHD};
 use crate::{Answer, Lab, SPOKE_MESH, SPOKE_PUBLIC, SPOKE_PUBLIC_V6, tunnel};
 
 /// Who has sshd listen, and on an address that comes late.
@@ -29,6 +29,9 @@ pub fn mesh_anew(lab: &Lab) {
 pub fn is_tunnel() -> bool {
     tunnel::kernel_has_it()
 }
+
+/// In a cloud: asks for an address of its own before everybody else, to read there what the machine is to be.
+const CLOUD_INIT: &str = "cloud-init-local.service";
 
 /// Of what flushes all rules at a boot.
 pub(super) const LATE: &str = "etc/systemd/system/nftables.service.d/late.conf";
@@ -59,10 +62,10 @@ impl Machine<'_> {
         });
         assert!(heard.open.iter().all(|answers| *answers > 5), "{OPEN} has hardly answered: {heard:?}");
         assert_eq!(self.ok(&["systemctl", "is-active", "spokeguard-boot"]), "active\n");
-        let stamp = |unit: &str, name: &str| self.property(unit, name).parse::<u64>().unwrap();
-        let sealed_us = stamp("spokeguard-boot.service", "ActiveEnterTimestampMonotonic");
-        let cables_us = stamp(CABLES, "InactiveExitTimestampMonotonic");
-        assert!(sealed_us <= cables_us, "sealed at {sealed_us} us, cables in at {cables_us} us");
+        self.is_before("spokeguard-boot.service", CABLES);
+        if self.path(&format!("etc/systemd/system/{CLOUD_INIT}")).exists() {
+            self.sealed_before_cloud_init("spokeguard-boot.service");
+        }
         if self.path(LATE).exists() {
             let flushed = self.property("nftables.service", "ActiveState");
             assert_eq!(flushed, "active", "nobody flushed, so this proves nothing");
@@ -74,6 +77,42 @@ impl Machine<'_> {
         self.write("etc/nftables.conf", "flush ruleset\n");
         self.write_new(LATE, "[Service]\nExecStartPre=sleep 2\n");
         self.want("sysinit.target", "/lib/systemd/system/nftables.service");
+    }
+
+    /// That what `by` loads was in force when cloud-init raised a cable, and that systemd left out neither.
+    #[track_caller]
+    pub fn sealed_before_cloud_init(&self, by: &str) {
+        assert_eq!(self.property(CLOUD_INIT, "ActiveState"), "active", "nobody raised a cable");
+        self.is_before(by, CLOUD_INIT);
+        // systemd finds them before there is a journal, and what it has no kernel's log for it says on the console alone.
+        let said = match &self.power {
+            Power::Container(running, _) => running.log(),
+            _ => self.ok(&["journalctl", "--no-pager", "-b"]),
+        };
+        assert!(said.contains("running in system mode"), "{said}");
+        assert!(!said.contains("ordering cycle"), "{said}");
+    }
+
+    /// That one unit had done its work when the other began.
+    #[track_caller]
+    fn is_before(&self, first: &str, second: &str) {
+        let stamp = |unit: &str, name: &str| self.property(unit, name).parse::<u64>().unwrap();
+        let done_us = stamp(first, "ActiveEnterTimestampMonotonic");
+        let begun_us = stamp(second, "InactiveExitTimestampMonotonic");
+        assert!(0 < done_us && done_us <= begun_us, "{first} at {done_us} us, {second} at {begun_us} us");
+    }
+
+    /// From its next boot on a stand-in of cloud-init's first stage raises a cable, ordered as by Ubuntu 24.04.
+    pub fn has_cloud_init(&self) {
+        self.write(
+            &format!("etc/systemd/system/{CLOUD_INIT}"),
+            "[Unit]\nDefaultDependencies=no\nWants=network-pre.target\n\
+             After=hv_kvp_daemon.service systemd-remount-fs.service\n\
+             Before=NetworkManager.service network-pre.target shutdown.target sysinit.target\n\
+             Conflicts=shutdown.target\nRequiresMountsFor=/var/lib/cloud\n\
+             [Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=ip link set eth0 up\n",
+        );
+        self.want("multi-user.target", &format!("/etc/systemd/system/{CLOUD_INIT}"));
     }
 
     /// A boot with nothing of ours in the way: whoever knocks is answered, or an empty count would prove nothing.
