@@ -12,6 +12,8 @@ use serde_json::{Value, json};
 
 const SPOKES: usize = 20;
 const CONTRIB: [&str; 3] = ["spokeguard", "spokeguard-boot", "spokeguard-shut"];
+/// Where systemd puts the URL of Uptime Kuma, which NixOS passes on without it ever being in the store.
+const KUMA_URL: &str = "/run/credentials/spokeguard.service/kuma-url";
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().unwrap()
@@ -162,7 +164,7 @@ fn twenty_spokes_and_their_hub_come_from_one_list() {
             for peer in peers {
                 let key = peer["publicKey"].as_str().unwrap();
                 assert!(keys.insert(key), "{key} is another's, too");
-                assert_eq!(peer["persistentKeepalive"], Value::Null);
+                assert_eq!(peer["persistentKeepalive"], 25);
                 let spoke = &fleet[peer["name"].as_str().unwrap()];
                 assert_eq!(peer["allowedIPs"], spoke["wireguard"]["wg0"]["ips"]);
             }
@@ -176,9 +178,8 @@ fn twenty_spokes_and_their_hub_come_from_one_list() {
         // The token's URL goes by file, from systemd to the daemon.
         let credentials = json!([format!("kuma-url:/etc/vault/kuma-{name}.url"), "ntfy-url"]);
         assert_eq!(services["spokeguard"]["serviceConfig"]["LoadCredential"], credentials);
-        let place = "/run/credentials/spokeguard.service/kuma-url";
-        assert_eq!(policy["heartbeat"]["kuma_url_file"], place);
-        let domain = format!("{name}.vault.example.org");
+        assert_eq!(policy["heartbeat"]["kuma_url_file"], KUMA_URL);
+        let domain = format!("{name}.vault.example");
         assert_eq!(services["vault"]["environment"]["VAULT_DOMAIN"], domain);
         // Two generations, weekly.
         assert_eq!(host["gc"], json!({ "automatic": true, "dates": ["weekly"] }), "{name}");
@@ -189,6 +190,69 @@ fn twenty_spokes_and_their_hub_come_from_one_list() {
         assert!(collect.ends_with("--delete-generations +2"), "{collect}");
     }
     assert_eq!((addresses.len(), keys.len()), (SPOKES + 1, SPOKES));
+}
+
+/// The inventory of the same fleet, in whose words other hosts get it: its variables make the same hosts as
+/// the list in Nix, and the policies and tunnels of these are what `fleet render` writes.
+#[test]
+fn the_list_of_nodes_and_the_inventory_are_one_fleet() {
+    if lacking(&[Need::Nix, Need::Spokeguard]) {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let render = Command::new(lab::spokeguard().unwrap())
+        .args(["fleet", "render", "--inventory"])
+        .arg(root().join("examples/fleets/vault/fleet.toml"))
+        .arg("--out")
+        .arg(folder.path())
+        .output()
+        .unwrap();
+    assert!(render.status.success(), "{}", String::from_utf8_lossy(&render.stderr));
+    let nodes = folder.path().join("nix/nodes.json");
+    let expression = format!("(import ./tests/evaluate.nix {{ }}).rendered {}", nodes.display());
+    let output = nix(&["--eval", "--strict", "--json", "-E", &expression]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let rendered: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let names = |fleet: &Value| entries(fleet).map(|(name, _)| name.clone()).collect::<Vec<_>>();
+    assert_eq!(names(&rendered), names(fleet()));
+
+    for (name, host) in entries(fleet()) {
+        for (what, ours) in entries(host) {
+            assert_eq!(&rendered[name][what], ours, "{name}: {what} of nodes.json, and of nodes.nix");
+        }
+        let read =
+            |file: &str| fs::read_to_string(folder.path().join("nodes").join(name).join(file)).unwrap();
+        let mut policy = host["policy"].clone();
+        // A push URL is a secret of its own node: the inventory has none, and NixOS says where systemd puts it.
+        let url = policy["heartbeat"].as_object_mut().unwrap().remove("kuma_url_file");
+        assert_eq!(url, (name != "zurich").then(|| json!(KUMA_URL)), "{name}");
+        let ours = spokeguard("show", &toml_of(&policy)).unwrap();
+        assert_eq!(ours, spokeguard("show", &read("policy.toml")).unwrap(), "{name}");
+
+        let tunnels: Value = serde_json::from_str(&read("wireguard.json")).unwrap();
+        let mut wanted = tunnels["interfaces"]["wg0"].clone();
+        let mut tunnel = without_null(&host["wireguard"]["wg0"]);
+        // The mesh's route comes with the peers here, and with the address there.
+        let alone = |ips: &Value| texts(ips).iter().map(|ip| ip.replace("/24", "/32")).collect::<Vec<_>>();
+        wanted["ips"] = json!(alone(&wanted["ips"]));
+        // A spoke's module knows where its hub is, and not how it is called.
+        if name != "zurich" {
+            assert_eq!(tunnel["peers"][0]["name"], "hub");
+            tunnel["peers"][0]["name"] = json!("zurich");
+        }
+        assert_eq!(tunnel, wanted, "{name}");
+    }
+}
+
+fn without_null(value: &Value) -> Value {
+    match value {
+        Value::Object(map) => {
+            let said = map.iter().filter(|(_, value)| !value.is_null());
+            said.map(|(key, value)| (key.clone(), without_null(value))).collect()
+        }
+        Value::Array(list) => list.iter().map(without_null).collect(),
+        other => other.clone(),
+    }
 }
 
 #[test]

@@ -2,18 +2,24 @@
 #
 #   nixosConfigurations = lib.mapAttrs (_: node: lib.nixosSystem { modules = [ node ./hardware.nix ]; })
 #     (import ./fleet.nix { });
+#
+# The list may be that of an inventory, as `spokeguard fleet render` writes it:
+#
+#   fleet = lib.importJSON ./rendered/nix/nodes.json;
+#   import ./fleet.nix { nodes = builtins.attrValues fleet.nodes; hub = fleet.nodes.${fleet.hub}; }
 {
   nodes ? import ./nodes.nix,
+  # Whose address, key and endpoint every spoke gets.
+  hub ? builtins.head (builtins.filter (node: node.role or "spoke" == "hub") nodes),
+  mesh ? [ "10.84.0.0/24" ],
+  # What names in DNS are below.
+  domain ? "vault.example",
   spokeguard ? ../module.nix,
 }:
 let
-  hub = {
-    hostname = "zurich";
-    wg_ip = "10.84.0.1";
-    public_key = "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=";
-    endpoint = "203.0.113.47:51820";
-  };
-  mesh = [ "10.84.0.0/24" ];
+  spokes = builtins.filter (node: node.hostname != hub.hostname) nodes;
+  # An inventory may have several.
+  addresses = node: node.mesh_address or [ node.wg_ip ];
   byName =
     value: list:
     builtins.listToAttrs (
@@ -24,11 +30,11 @@ let
     );
 
   spoke =
-    {
+    node@{
       hostname,
       region,
-      wg_ip,
-      subdomain ? "${hostname}.vault.example.org",
+      subdomain ? hostname,
+      domains ? [ "${subdomain}.${domain}" ],
       kuma_url_file ? "/etc/vault/kuma-${hostname}.url",
       ...
     }:
@@ -40,12 +46,12 @@ let
         enable = true;
         profile = "spoke";
         kumaUrlFile = kuma_url_file;
-        wireguard.privateKeyFile = "/etc/wireguard/private.key";
+        wireguard.privateKeyFile = "/etc/wireguard/wg0.key";
         settings = {
-          mesh.address = [ wg_ip ];
+          mesh.address = addresses node;
           mesh.prefix = mesh;
           mesh.hub = {
-            address = hub.wg_ip;
+            address = addresses hub;
             inherit (hub) public_key endpoint;
           };
           public.tcp = [
@@ -64,14 +70,14 @@ let
 
       systemd.services.vault = {
         wantedBy = [ "multi-user.target" ];
-        environment.VAULT_DOMAIN = subdomain;
+        environment.VAULT_DOMAIN = builtins.head domains;
         environment.VAULT_REGION = region;
         serviceConfig.EnvironmentFile = "/etc/vault/production.env";
         serviceConfig.ExecStart = "/var/lib/vault/vault";
       };
     };
 in
-byName spoke nodes
+byName spoke spokes
 // {
   ${hub.hostname} = {
     imports = [ spokeguard ];
@@ -81,14 +87,16 @@ byName spoke nodes
     services.spokeguard = {
       enable = true;
       profile = "hub";
-      wireguard.privateKeyFile = "/etc/wireguard/private.key";
+      wireguard.privateKeyFile = "/etc/wireguard/wg0.key";
       hub.spokes = byName (node: {
-        address = [ node.wg_ip ];
+        address = addresses node;
         publicKey = node.public_key;
-      }) nodes;
+      }) spokes;
       settings = {
-        mesh.address = [ hub.wg_ip ];
+        mesh.address = addresses hub;
         mesh.prefix = mesh;
+        # A hub has none by default; this fleet keeps its tunnels open from both ends.
+        mesh.keepalive = "25s";
         public.tcp = [
           80
           443

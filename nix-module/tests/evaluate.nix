@@ -56,6 +56,18 @@ let
 in
 {
   fleet = builtins.mapAttrs (_: node: host [ node ]) (import ../examples/fleet.nix { });
+  # The same from the variables that `spokeguard fleet render` writes.
+  rendered =
+    path:
+    let
+      inventory = builtins.fromJSON (builtins.readFile path);
+    in
+    builtins.mapAttrs (_: node: host [ node ]) (
+      import ../examples/fleet.nix {
+        nodes = builtins.attrValues inventory.nodes;
+        hub = inventory.nodes.${inventory.hub};
+      }
+    );
 
   # Cases with the errors and warnings that they must have, and what came of them.
   cases = builtins.mapAttrs judge cases.cases;

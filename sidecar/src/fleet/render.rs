@@ -325,6 +325,9 @@ fn variables(inventory: &Inventory, node: &Node) -> Value {
     if inventory.mesh.kind == MeshKind::Wireguard {
         out["wg_ip"] = json!(node.mesh_address.first());
         out["public_key"] = json!(node.public_key);
+        if let Some(endpoint) = node.endpoint {
+            out["endpoint"] = json!(endpoint);
+        }
     }
     if node.labels.get("provider").is_some_and(|provider| provider == "aws") {
         out["aws_region"] = json!(node.region);
