@@ -636,6 +636,22 @@ fn the_flake_gives_what_its_users_expect() {
     }
 }
 
+#[test]
+fn the_package_takes_objects_that_were_built_before() {
+    if lacking(&[Need::Nix]) {
+        return;
+    }
+    let given = evaluate("given", None).unwrap();
+    let wanted = json!({
+        "cargoDeps": "/nix/store/stub-vendor",
+        "env": { "SPOKEGUARD_EBPF_OBJECTS": "/objects" },
+        "nativeBuildInputs": ["/nix/store/stub-installShellFiles"],
+    });
+    assert_eq!(given, wanted);
+    let error = evaluate("neither", None).unwrap_err();
+    assert!(error.contains("give a Rust toolchain with rust-src (toolchain) or the eBPF objects"), "{error}");
+}
+
 const BEGIN: &str = "<!-- options: written by UPDATE_EXPECT=1 cargo xtask test -->\n";
 const END: &str = "<!-- end of options -->\n";
 

@@ -153,6 +153,16 @@ in
       formatter = builtins.attrNames flake.formatter;
     };
 
+  # The package with objects that were built before, and with nothing to build them.
+  given = {
+    inherit (pkgs.callPackage ../package.nix { ebpfObjects = "/objects"; })
+      env
+      nativeBuildInputs
+      cargoDeps
+      ;
+  };
+  neither = (pkgs.callPackage ../package.nix { }).pname;
+
   # Every option with its default and its description, for the table in the README.
   options = import ./options.nix {
     inherit lib;
