@@ -43,6 +43,9 @@
           services.spokeguard.package =
             lib.mkDefault
               self.packages.${pkgs.stdenv.hostPlatform.system}.default;
+          services.spokeguard.checkPackage =
+            lib.mkIf (!pkgs.stdenv.buildPlatform.canExecute pkgs.stdenv.hostPlatform)
+              (lib.mkDefault (self.packages.${pkgs.stdenv.buildPlatform.system}.default or null));
         };
     in
     {

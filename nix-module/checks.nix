@@ -203,7 +203,11 @@ in
       );
 
     warnings = map (text: "services.spokeguard: ${text}") (
-      warn (!firewall.enable) [
+      warn (cfg.checkPolicy && cfg.checkPackage == null) [
+        "the policy is not checked by the build, whose machine has no spokeguard to run:"
+        "set checkPackage to one for that machine, or checkPolicy = false"
+      ]
+      ++ warn (!firewall.enable) [
         "networking.firewall is off: nothing holds this host but spokeguard"
       ]
       ++ warn (firewall.enable && shutPorts != [ ]) [

@@ -67,6 +67,19 @@ in
       default = true;
       description = "Have the build fail on a policy that is not right (an exception past its day, too).";
     };
+    checkPackage = lib.mkOption {
+      type = lib.types.nullOr lib.types.package;
+      # A host may be built by a machine of another kind, which can't run the host's own program.
+      default =
+        if pkgs.stdenv.buildPlatform.canExecute pkgs.stdenv.hostPlatform then
+          cfg.package
+        else
+          cfg.package.forBuild or pkgs.buildPackages.spokeguard or null;
+      defaultText = lib.literalExpression "package or pkgs.buildPackages.spokeguard";
+      description = ''
+        The program that checks the policy, for the machine that builds. Null, where there is none: the
+        policy is not checked, and a warning says so.'';
+    };
 
     kumaUrlFile = secret "the push URL of Uptime Kuma";
     ntfyUrlFile = secret "the URL of an ntfy topic";

@@ -6,6 +6,7 @@
 {
   lib,
   stdenv,
+  buildPackages,
   makeRustPlatform,
   rustPlatform,
   bpf-linker,
@@ -26,6 +27,11 @@ let
         rustc = toolchain;
       };
   locked = platform.importCargoLock { lockFile = ../Cargo.lock; };
+  runs = stdenv.buildPlatform.canExecute stdenv.hostPlatform;
+  # The same program for the machine that builds, where that can't run this one: for what the
+  # program itself writes, and for whoever has a policy checked.
+  forBuild = buildPackages.callPackage ./package.nix { inherit bpf-linker ebpfObjects toolchain; };
+  program = if runs then "$out/bin/spokeguard" else lib.getExe' forBuild "spokeguard";
   # Cargo resolves the library's own dependencies, too, when it builds `core`.
   library = platform.importCargoLock {
     lockFile = "${toolchain}/lib/rustlib/src/rust/library/Cargo.lock";
@@ -79,15 +85,17 @@ platform.buildRustPackage {
         SPOKEGUARD_BPF_RUSTC = "${toolchain}/bin/rustc";
       };
 
-  postInstall = lib.optionalString (stdenv.buildPlatform.canExecute stdenv.hostPlatform) ''
+  postInstall = ''
     mkdir man
-    $out/bin/spokeguard man --dir man
+    ${program} man --dir man
     installManPage man/*
     for shell in bash fish zsh; do
-      $out/bin/spokeguard completions $shell > spokeguard.$shell
+      ${program} completions $shell > spokeguard.$shell
     done
     installShellCompletion spokeguard.{bash,fish,zsh}
   '';
+
+  passthru = lib.optionalAttrs (!runs) { inherit forBuild; };
 
   meta = {
     description = "Holds a host to what its policy exposes, and proves it";

@@ -16,10 +16,9 @@ let
       cfg.policyFile
     else
       (pkgs.formats.toml { }).generate "spokeguard-policy.toml" cfg.policyText;
-  canRun = pkgs.stdenv.buildPlatform.canExecute pkgs.stdenv.hostPlatform;
   policy =
-    if cfg.checkPolicy && canRun then
-      pkgs.runCommand "spokeguard-policy-checked.toml" { nativeBuildInputs = [ cfg.package ]; } ''
+    if cfg.checkPolicy && cfg.checkPackage != null then
+      pkgs.runCommand "spokeguard-policy-checked.toml" { nativeBuildInputs = [ cfg.checkPackage ]; } ''
         spokeguard policy check --policy ${text}
         cp ${text} $out
       ''

@@ -621,11 +621,12 @@ fn the_flake_gives_what_its_users_expect() {
     let text = fs::read_to_string(root().join("flake.nix")).unwrap();
     assert!(text.contains(&format!("stable.\"{version}.0\"")), "rust-version is {version}");
     // Both folders of crates are configured by this name, and no other is found.
-    assert_eq!(package["cargoDeps"], "/nix/store/stub-cargo-vendor-dir");
+    assert_eq!(package["cargoDeps"], "/nix/store/arm64-cargo-vendor-dir");
     // A linker whose LLVM is older than the compiler's can't read what it writes.
-    let linker = "/nix/store/stub-bpf-linker-llvmPackages_22";
-    assert!(texts(&package["nativeBuildInputs"]).contains(&linker), "{package}");
-    assert!(texts(&flake["shell"]).contains(&linker), "{}", flake["shell"]);
+    let inputs = texts(&package["nativeBuildInputs"]);
+    assert!(inputs.contains(&"/nix/store/arm64-bpf-linker-llvmPackages_22"), "{package}");
+    let shell = texts(&flake["shell"]);
+    assert!(shell.contains(&"/nix/store/stub-bpf-linker-llvmPackages_22"), "{shell:?}");
     let compiler = Command::new("rustc").arg("-vV").output().unwrap();
     let compiler = String::from_utf8_lossy(&compiler.stdout);
     if compiler.contains(&format!("release: {version}.")) {
@@ -634,6 +635,40 @@ fn the_flake_gives_what_its_users_expect() {
             "flake.nix takes bpf-linker with LLVM 22: {compiler}"
         );
     }
+}
+
+/// A host's own program does not run on a machine of another kind that builds the host.
+#[test]
+fn a_build_for_another_kind_of_machine_checks_the_policy_or_says_that_it_does_not() {
+    if lacking(&[Need::Nix]) {
+        return;
+    }
+    let cross = evaluate("cross", None).unwrap();
+    let checked = |policy: &Value, by: &str| {
+        assert_eq!(policy["name"], "spokeguard-policy-checked.toml");
+        assert!(policy["script"].as_str().unwrap().starts_with("spokeguard policy check --policy "));
+        assert_eq!(policy["nativeBuildInputs"], json!([by]));
+    };
+    checked(&cases()["plain"]["seen"]["etc"]["spokeguard/policy.toml"], "/nix/store/stub-spokeguard");
+    for name in ["overlay", "flake", "package"] {
+        let host = &cross[name];
+        assert_eq!((&host["errors"], &host["warnings"]), (&json!([]), &json!([])), "{name}");
+        checked(&host["policy"], "/nix/store/stub-spokeguard");
+        assert_eq!(host["run"], "/nix/store/arm64-spokeguard/bin/spokeguard run", "{name}");
+    }
+    // Nothing is left out in silence.
+    let warning = "services.spokeguard: the policy is not checked by the build, whose machine has no spokeguard \
+                   to run: set checkPackage to one for that machine, or checkPolicy = false";
+    for (name, warnings) in [("unchecked", json!([warning])), ("unasked", json!([]))] {
+        let host = &cross[name];
+        assert_eq!((&host["errors"], &host["warnings"]), (&json!([]), &warnings), "{name}");
+        assert_eq!(host["policy"]["name"], "spokeguard-policy.toml", "{name}");
+    }
+    let written = cross["written"].as_str().unwrap();
+    for words in ["man --dir man", "completions $shell"] {
+        assert!(written.contains(&format!("/nix/store/stub-spokeguard/bin/spokeguard {words}")), "{written}");
+    }
+    assert!(!written.contains("$out/bin"), "{written}");
 }
 
 #[test]

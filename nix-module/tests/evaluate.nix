@@ -6,18 +6,20 @@
 let
   pkgs = import ./nixpkgs { inherit lib; };
 
-  evaluate =
-    modules:
+  evaluate = evaluateWith pkgs;
+  evaluateWith =
+    pkgs: modules:
     (lib.evalModules {
       modules = [ ./stubs.nix ] ++ modules;
       specialArgs = { inherit pkgs; };
     }).config;
 
+  host = hostWith pkgs;
   # What the tests ask of a host.
-  host =
-    modules:
+  hostWith =
+    pkgs: modules:
     let
-      config = evaluate modules;
+      config = evaluateWith pkgs modules;
     in
     {
       errors = map (entry: entry.message) (lib.filter (entry: !entry.assertion) config.assertions);
@@ -53,6 +55,15 @@ let
       warnings = map (text: "services.spokeguard: ${text}") (case.warnings or [ ]);
       inherit seen;
     };
+
+  flake = (import ../../flake.nix).outputs {
+    self = flake;
+    nixpkgs = {
+      outPath = ./nixpkgs;
+      inherit lib;
+    };
+    rust-overlay.overlays.default = _: _: { };
+  };
 in
 {
   fleet = builtins.mapAttrs (_: node: host [ node ]) (import ../examples/fleet.nix { });
@@ -117,14 +128,6 @@ in
   # What the flake gives, by the same stand-ins.
   flake =
     let
-      flake = (import ../../flake.nix).outputs {
-        self = flake;
-        nixpkgs = {
-          outPath = ./nixpkgs;
-          inherit lib;
-        };
-        rust-overlay.overlays.default = _: _: { };
-      };
       host = evaluate [
         flake.nixosModules.default
         {
@@ -153,6 +156,43 @@ in
       formatter = builtins.attrNames flake.formatter;
     };
 
+  # A host of arm64 that a machine of x86_64 builds: its errors and warnings, and its policy's file.
+  cross =
+    let
+      crossed = import ./nixpkgs {
+        inherit lib;
+        system = "aarch64-linux";
+        buildSystem = "x86_64-linux";
+      };
+      # spokeguard is no part of nixpkgs: without an overlay only `package` is known.
+      bare = crossed // {
+        buildPackages = removeAttrs crossed.buildPackages [ "spokeguard" ];
+      };
+      package = bare.callPackage ../package.nix { toolchain = crossed.rust-bin.stable."1.95.0".minimal; };
+      built =
+        pkgs: spokeguard: more:
+        let
+          seen = hostWith pkgs [
+            spokeguard
+            cases.spoke
+            { services.spokeguard = more; }
+          ];
+        in
+        {
+          inherit (seen) errors warnings;
+          policy = seen.etc."spokeguard/policy.toml";
+          run = seen.services.spokeguard.serviceConfig.ExecStart;
+        };
+    in
+    {
+      overlay = built crossed ../module.nix { };
+      flake = built bare flake.nixosModules.default { };
+      package = built bare ../module.nix { inherit package; };
+      unchecked = built bare ../module.nix { };
+      unasked = built bare ../module.nix { checkPolicy = false; };
+      # What the program writes for its package.
+      written = package.postInstall;
+    };
   # The package with objects that were built before, and with nothing to build them.
   given = {
     inherit (pkgs.callPackage ../package.nix { ebpfObjects = "/objects"; })

@@ -1,7 +1,9 @@
-# Stands for nixpkgs: a derivation is a name here, and what was said about it.
+# Stands for nixpkgs: a derivation is a name here, and what was said about it. What is for arm64 has
+# another path. `buildSystem`: where another machine builds.
 {
   lib ? import ../minilib.nix,
   system ? "x86_64-linux",
+  buildSystem ? system,
   overlays ? [ ],
 }:
 let
@@ -9,13 +11,13 @@ let
     name: more:
     {
       type = "derivation";
-      outPath = "/nix/store/stub-${name}";
+      outPath = "/nix/store/${if system == "aarch64-linux" then "arm64" else "stub"}-${name}";
       inherit name;
     }
     // more;
   rustPlatform = {
     importCargoLock = { lockFile }: derivation "vendor" { inherit lockFile; };
-    buildRustPackage = package: derivation package.pname package;
+    buildRustPackage = package: derivation package.pname (package // package.passthru);
   };
   linker = derivation "bpf-linker" {
     override = { llvmPackagesForLinker }: derivation "bpf-linker-${llvmPackagesForLinker.name}" { };
@@ -36,8 +38,19 @@ let
       in
       make (builtins.intersectAttrs (builtins.functionArgs make) pkgs // more);
 
-    stdenv.buildPlatform.canExecute = _: true;
+    stdenv.buildPlatform = {
+      system = buildSystem;
+      canExecute = platform: platform.system == buildSystem;
+    };
     stdenv.hostPlatform = { inherit system; };
+    buildPackages =
+      if system == buildSystem then
+        pkgs
+      else
+        import ./. {
+          inherit lib overlays;
+          system = buildSystem;
+        };
     formats.toml = _: {
       type =
         let
@@ -55,8 +68,8 @@ let
       generate = name: value: derivation name { inherit value; };
     };
     runCommand =
-      name: _: script:
-      derivation name { inherit script; };
+      name: more: script:
+      derivation name (more // { inherit script; });
     writeText = name: text: derivation name { inherit text; };
     testers.runNixOSTest = test: test;
     path = ./.;
