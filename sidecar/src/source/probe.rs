@@ -148,8 +148,9 @@ impl Means {
             (!self.programs).then(|| format!("no netfilter programs before Linux 6.4: {by_table}")),
             (self.programs && !types)
                 .then(|| format!("no BTF, the kernel's types, in {}: {by_table}", btf::PATH)),
-            (!self.tcx)
-                .then(|| "no tcx programs before Linux 6.6: audits see what arrives by packet sockets".into()),
+            (!self.tcx).then(|| {
+                "no tcx programs before Linux 6.6: audits see what arrives by packet sockets".into()
+            }),
         ]
         .into_iter()
         .flatten()
