@@ -1,5 +1,6 @@
 //! The NixOS module, evaluated by Nix without NixOS: against the small lib and the stubs in
-//! nix-module/tests, and once more against nixpkgs' own lib where `SPOKEGUARD_NIXPKGS_LIB` says where that is.
+//! nix-module/tests, and once more (`--ignored`) against nixpkgs' own lib where `SPOKEGUARD_NIXPKGS_LIB` says where
+//! that is.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -720,16 +721,16 @@ fn the_table_of_options_is_that_of_the_module() {
     assert!(there == wanted, "the options have changed: UPDATE_EXPECT=1 writes the table anew");
 }
 
+/// nixpkgs is on no machine by promise, not even after `cargo xtask setup`, whose tests run this where its lib is
+/// named and say otherwise that they did not.
 #[test]
+#[ignore = "wants nixpkgs' own lib: SPOKEGUARD_NIXPKGS_LIB=DIR says where that is"]
 fn the_small_lib_gives_what_nixpkgs_gives() {
-    let Some(lib) = std::env::var_os("SPOKEGUARD_NIXPKGS_LIB") else {
-        eprintln!("skipped: SPOKEGUARD_NIXPKGS_LIB does not name nixpkgs' lib");
-        return;
-    };
     if lacking(&[Need::Nix]) {
         return;
     }
-    for attribute in ["fleet", "cases", "vmTest", "options", "shut", "flake"] {
+    let lib = std::env::var_os("SPOKEGUARD_NIXPKGS_LIB").expect("SPOKEGUARD_NIXPKGS_LIB names nixpkgs' lib");
+    for attribute in ["fleet", "cases", "vmTest", "options", "shut", "flake", "cross", "given"] {
         let ours = evaluate(attribute, None).unwrap();
         let theirs = evaluate(attribute, Some(lib.to_str().unwrap())).unwrap();
         assert!(ours == theirs, "{attribute} differs");

@@ -178,6 +178,7 @@ fn passes(all: bool, steps: &mut Steps) -> Result<()> {
     machines.end(steps)?;
     unit?;
     steps.integration("integration tests", "debug")?;
+    nixpkgs_lib(steps, std::env::var_os(NIXPKGS_LIB).is_some())?;
     // Not `--offline`: what only other systems need was never fetched on a new machine.
     let deny = ["deny", "--locked", "check", "licenses", "bans", "sources"];
     steps.cargo("licences, bans, sources", &deny)?;
@@ -211,6 +212,21 @@ fn promised(arguments: &[&str], profile: &str) -> Command {
         command.env("SPOKEGUARD_ALL", "1");
     }
     command
+}
+
+/// Where the environment says nixpkgs' own lib is.
+const NIXPKGS_LIB: &str = "SPOKEGUARD_NIXPKGS_LIB";
+
+/// Whether what stands for nixpkgs' lib in the tests gives what that gives. Setup can't fetch it, so its test is
+/// ignored unless asked for.
+fn nixpkgs_lib(steps: &mut Steps, named: bool) -> Result<()> {
+    let name = "nixpkgs' own lib";
+    if !named {
+        steps.skip(name, &format!("{NIXPKGS_LIB} does not say where it is"));
+        return Ok(());
+    }
+    let test = ["test", "--package", "spokeguard-tests", "--test", "all", "--", "--ignored", "nix::"];
+    steps.run(name, promised(&test, "debug"))
 }
 
 /// The advisory database is a git repository on the internet. Without the internet an older copy does; without
@@ -377,6 +393,14 @@ impl Steps {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_was_left_out_is_named_and_fails_nothing() {
+        let mut steps = Steps::default();
+        nixpkgs_lib(&mut steps, false).unwrap();
+        assert!(!steps.failed && steps.lines.len() == 1, "{:?}", steps.lines);
+        assert!(steps.lines[0].contains("SKIPPED  SPOKEGUARD_NIXPKGS_LIB does not"), "{:?}", steps.lines);
+    }
 
     #[test]
     fn what_runs_beside_another_step_is_judged_like_one() {
