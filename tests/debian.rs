@@ -21,5 +21,5 @@ fn the_package_asks_nothing_breaks_nothing_and_leaves_what_it_says() {
     let mut machine = Machine::new(&lab);
     machine.forget_packages();
     machine.boot();
-    machine.stands_its_package(&package());
+    machine.stands_its_package(&package(), None);
 }

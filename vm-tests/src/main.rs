@@ -36,6 +36,7 @@ fn command() -> Command {
         .arg(Arg::new("filter").long("filter").action(ArgAction::Append).help("For `tests`: only these"))
         .arg(Arg::new("programs").long("programs").value_name("DIR").help("Programs and package of that architecture, built before"))
         .arg(Arg::new("packages").long("packages").value_name("DIR").help("For `package`: Debian packages made before, such as target/dist"))
+        .arg(Arg::new("earlier").long("earlier").value_name("DIR").help("For `package`: those of another version, to upgrade from"))
         .arg(flag("quick", "Only what is part of every `cargo xtask test`"))
         .arg(flag("list", "Say what there is, and end"))
 }
@@ -73,10 +74,12 @@ fn run(matches: &ArgMatches) -> Result<bool> {
             .filter(|(_, kernel)| only.is_none_or(|only| only == kernel))
             .collect()
     };
+    let [packages, earlier] =
+        ["packages", "earlier"].map(|name| matches.get_one::<String>(name).map(Path::new));
     let installs = arches.iter().flat_map(|arch| boots(*arch)).any(|(scenario, _)| scenario.package);
     ensure!(
-        matches.get_one::<String>("packages").is_none() || installs,
-        "no machine of these installs a package: --packages is for `vm package`"
+        packages.or(earlier).is_none() || installs,
+        "no machine of these installs a package: --packages and --earlier are for `vm package`"
     );
     // One that was named and is left out would look as if it had passed.
     for name in &names {
@@ -102,9 +105,8 @@ fn run(matches: &ArgMatches) -> Result<bool> {
             .collect();
         // What an earlier run said must not stand below the error of one that never began.
         boots.iter().try_for_each(Boot::forget)?;
-        let [programs, packages] =
-            ["programs", "packages"].map(|name| matches.get_one::<String>(name).map(Path::new));
-        let made = make(arch, wanted, programs, packages);
+        let programs = matches.get_one::<String>("programs").map(Path::new);
+        let made = make(arch, wanted, programs, Packages { folder: packages, earlier });
         for boot in boots {
             let done = made.as_ref().map_err(|error| anyhow!("{error:#}"));
             if !report(&boot, done.and_then(|(programs, root)| boot.run(root, programs))) {
@@ -135,31 +137,34 @@ fn indented(text: &str) -> String {
     out
 }
 
+/// Folders with Debian packages that were made before.
+struct Packages<'a> {
+    /// What is tested.
+    folder: Option<&'a Path>,
+    /// What that upgrades.
+    earlier: Option<&'a Path>,
+}
+
 /// What all machines of an architecture share.
-fn make(
-    arch: Arch,
-    wanted: Wanted,
-    built: Option<&Path>,
-    packages: Option<&Path>,
-) -> Result<(Programs, PathBuf)> {
+fn make(arch: Arch, wanted: Wanted, built: Option<&Path>, packages: Packages) -> Result<(Programs, PathBuf)> {
     machine::assert_emulator(arch)?;
     let target = vm::target();
     fs::create_dir_all(&target).with_context(|| format!("create {}", target.display()))?;
     packages::assert_space(&target, packages::ROOM_BYTES)?;
-    let given = match packages.filter(|_| wanted.package) {
-        Some(folder) => Some(payload::package(arch, folder)?.with_context(|| {
+    let find = |folder: Option<&Path>| match folder.filter(|_| wanted.package) {
+        Some(folder) => payload::package(arch, folder)?.map(Some).with_context(|| {
             let (folder, arch) = (folder.display(), arch.name());
             format!("no package for {arch} is in {folder}: `cargo xtask dist` makes them in target/dist")
-        })?),
-        None => None,
+        }),
+        None => Ok(None),
     };
+    let (given, earlier) = (find(packages.folder)?, find(packages.earlier)?);
     let mut programs = match built {
         Some(folder) => payload::built(arch, folder)?,
         None => payload::build(arch, Wanted { package: wanted.package && given.is_none(), ..wanted })?,
     };
-    if given.is_some() {
-        programs.package = given;
-    }
+    programs.package = given.or(programs.package);
+    programs.earlier = earlier;
     if let Some(package) = programs.package.as_ref().filter(|_| wanted.package) {
         println!("vm: the package is {}", package.display());
     }

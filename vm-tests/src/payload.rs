@@ -25,6 +25,8 @@ pub struct Programs {
     pub tests: Option<PathBuf>,
     /// The product as Debian's package.
     pub package: Option<PathBuf>,
+    /// The same of another version, to be upgraded from.
+    pub earlier: Option<PathBuf>,
     /// The program that takes away what only a debugger wants.
     pub strip: &'static str,
 }
@@ -70,7 +72,7 @@ pub fn build(arch: Arch, wanted: Wanted) -> Result<Programs> {
     let lab = [HELPER, GUEST].map(|name| in_profile("debug", name)).to_vec();
     let out = crate::target().join("vm/package");
     let package = if wanted.package { Some(lab::debian_package(&product, &out)?) } else { None };
-    Ok(Programs { product, release, lab, tests, package, strip: strip(arch) })
+    Ok(Programs { product, release, lab, tests, package, earlier: None, strip: strip(arch) })
 }
 
 /// Programs that were built before, such as those that go to users, with the package and the integration tests
@@ -80,7 +82,8 @@ pub fn built(arch: Arch, folder: &Path) -> Result<Programs> {
     let lab = [HELPER, GUEST].map(|name| folder.join(name)).to_vec();
     let package = package(arch, folder)?;
     let tests = Some(folder.join(TESTS)).filter(|path| path.is_file());
-    Ok(Programs { release: Some(product.clone()), product, lab, tests, package, strip: strip(arch) })
+    let release = Some(product.clone());
+    Ok(Programs { release, product, lab, tests, package, earlier: None, strip: strip(arch) })
 }
 
 /// The Debian package for an architecture that lies in a folder.
@@ -217,6 +220,9 @@ pub fn tree(programs: &Programs, scenario: &Scenario, scratch: &Path, words: &st
     ensure!(!scenario.package || package.is_some(), "the package was not built");
     if let Some(package) = package {
         tree.copy(&format!("{FOLDER}/spokeguard.deb"), package)?;
+        if let Some(earlier) = &programs.earlier {
+            tree.copy(&format!("{FOLDER}/earlier.deb"), earlier)?;
+        }
     }
     if scenario.disk == Disk::Systemd {
         tree.file(&format!("{FOLDER}/systemd"), 0o644, "");

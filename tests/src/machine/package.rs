@@ -28,8 +28,9 @@ pub fn debian_package(program: &Path, out: &Path) -> Result<PathBuf> {
 
 impl Machine<'_> {
     /// On a host that runs without any of ours: the package asks nothing, breaks nothing, and leaves what it says.
+    /// `earlier`: a package of another version, which it goes back to and is upgraded from.
     #[track_caller]
-    pub fn stands_its_package(&mut self, package: &Path) {
+    pub fn stands_its_package(&mut self, package: &Path, earlier: Option<&Path>) {
         let (deb, later) = ("/opt/spokeguard.deb", "/opt/later.deb");
         let machine = self;
         machine.copy_in(package, deb.trim_start_matches('/'));
@@ -87,6 +88,17 @@ impl Machine<'_> {
         assert_eq!([machine.enabled(SERVICE), machine.enabled(BOOT)], ["enabled", "enabled"]);
         machine.is_hardened();
 
+        if let Some(earlier) = earlier {
+            let back = "/opt/earlier.deb";
+            machine.copy_in(earlier, back.trim_start_matches('/'));
+            let pid = machine.property(SERVICE, "MainPID");
+            machine.nobody_answers_while(|machine| {
+                machine.dpkg("--install", back);
+                machine.wait("the earlier daemon", |machine| {
+                    machine.property(SERVICE, "MainPID") != pid && machine.rules() == "confirmed"
+                });
+            });
+        }
         // An upgrade changes the daemon; rules and counts go on, and so does who is logged in.
         machine.ok(&["sh", "-ec", &upgraded(deb, later)]);
         let ssh = SocketAddr::new(SPOKE_MESH, 22);
@@ -114,7 +126,7 @@ impl Machine<'_> {
             counted >= knocked.knocks as f64
         });
         assert_eq!(counted, knocked.knocks as f64);
-        // Its number; the rules in it may have been put there once more.
+        // Its number; the rules in it are put there once more when the daemon tries whether it repairs them.
         assert_eq!(machine.table().lines().next(), table.lines().next());
         // sshd goes on with what comes by that connection: it offers its algorithms.
         (&hub).write_all(b"SSH-2.0-lab\r\n").unwrap();

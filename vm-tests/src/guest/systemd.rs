@@ -14,6 +14,8 @@ use crate::Steps;
 /// The disk, as seen from here before and after it has become the machine's root.
 pub(crate) const DISK: &str = "/mnt";
 const PACKAGE: &str = "/opt/sg/spokeguard.deb";
+/// Of another version, where one was given.
+const EARLIER: &str = "/opt/sg/earlier.deb";
 const LATE: Duration = Duration::from_secs(60);
 
 pub fn boot_window(steps: &mut Steps, boot: &str) -> Result<()> {
@@ -79,8 +81,10 @@ pub fn package(steps: &mut Steps) -> Result<()> {
         took(&machine)
     })?;
     steps.step("installed, taken over, upgraded, removed and purged", || {
-        machine.stands_its_package(Path::new(PACKAGE));
-        Ok("nothing of ours is left".to_owned())
+        let earlier = Some(Path::new(EARLIER)).filter(|path| path.exists());
+        machine.stands_its_package(Path::new(PACKAGE), earlier);
+        let from = if earlier.is_some() { "from another version" } else { "from the same program" };
+        Ok(format!("upgraded {from}; nothing of ours is left"))
     })
 }
 
