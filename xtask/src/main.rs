@@ -199,10 +199,9 @@ fn passes(all: bool, steps: &mut Steps) -> Result<()> {
 
 /// After setup nothing may be missing: a test that would skip itself fails instead.
 fn promised(arguments: &[&str], profile: &str) -> Command {
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
     let mut command = cargo();
     command.args(arguments).env("SPOKEGUARD_LAB", "required");
-    command.env("SPOKEGUARD_BIN", root().join(target).join(profile).join("spokeguard"));
+    command.env("SPOKEGUARD_BIN", setup::target().join(profile).join("spokeguard"));
     // Which kernels of build machines may lack; `cargo xtask vm cases` has all but the last.
     command.env("SPOKEGUARD_AUDIT_SKIPS", "flowtable macvlan vlan sets-protocol");
     if profile == "release" {
