@@ -73,7 +73,7 @@ impl Machine<'_> {
     }
 
     /// The table as the kernel numbers it: another number, another table.
-    pub(super) fn table(&self) -> String {
+    pub fn table(&self) -> String {
         let listed = self.ok(&["nft", "--handle", "--stateless", "list", "table", "inet", "spokeguard"]);
         // Elements come and go.
         listed.lines().filter(|line| !line.contains("elements")).collect::<Vec<_>>().join("\n")
