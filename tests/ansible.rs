@@ -180,6 +180,23 @@ fn a_fleet_run_by_ansible_gets_policies_that_prove_themselves() {
     if all {
         takes_up_what_changes(&controller, &machine, &secret);
     }
+
+    // Taken away, it leaves what is in force alone, and twice is no more than once.
+    let mut absent = secret;
+    absent["spokeguard_state"] = json!("absent");
+    if all {
+        let put = seen(&machine);
+        let (said, changes) = controller.changes(&["--check"], &absent);
+        assert!(changes >= 2, "{said}");
+        assert_eq!(seen(&machine), put);
+    }
+    let (said, changes) = controller.changes(&["--diff"], &absent);
+    assert!(changes >= 2 && !said.contains("s3cr3t"), "{said}");
+    assert_eq!(machine.left(), before);
+    assert_eq!(machine.answer(22), Answer::Silent);
+    assert!(machine.hub_gets_in());
+    let (said, changes) = controller.changes(&[], &absent);
+    assert_eq!(changes, 0, "{said}");
 }
 
 /// On a host that the role has set up.
@@ -293,6 +310,18 @@ fn ansible_puts_the_tar_s_program_on_hosts_without_dpkg() {
     });
     assert_eq!(machine.rules(), "confirmed");
     assert_ne!(machine.property("spokeguard.service", "MainPID"), pid);
-    machine.ok(&[PROGRAM, "uninstall"]);
+
+    // Taken away, it leaves what is in force, and what a trial would need until the next boot.
+    machine.write_new("etc/spokeguard/mine", "kept");
+    let absent = json!({ "spokeguard_state": "absent" });
+    let (said, changes) = controller.changes(&[], &absent);
+    assert!(changes >= 2, "{said}");
+    let kept = "/etc/spokeguard\n/run/spokeguard\n/run/spokeguard/spokeguard.lock\n";
+    assert_eq!(machine.left(), before + kept);
+    assert!(
+        machine.path("etc/spokeguard/mine").exists() && !machine.path("etc/spokeguard/policy.toml").exists()
+    );
     assert_eq!(machine.answer(22), Answer::Silent, "what is in force stays so");
+    let (said, changes) = controller.changes(&[], &absent);
+    assert_eq!(changes, 0, "{said}");
 }
