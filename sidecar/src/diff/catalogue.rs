@@ -464,7 +464,8 @@ impl Code {
                       behind which the firewall holds), and \"drift\" where it was tried in vain.",
                 remedy: "`found` says what was missing, or what got through. Give the unit the capability,\n\
                          install the program, stop what changes the rules all the time, take away what\n\
-                         leads around the control, or switch it off in [enforce] so that the policy does not promise it.",
+                         leads around the control, or switch it off in [enforce] so that the policy does\n\
+                         not promise it.",
                 example: "  control firewall\n  wanted  our table in force\n  \
                           found   could not be seen: needs CAP_NET_ADMIN: run as root",
             },
