@@ -227,7 +227,6 @@ in
     systemd.sockets.sshd =
       lib.mkIf (config.services.openssh.enable && config.services.openssh.startWhenNeeded)
         {
-          after = [ "spokeguard-boot.service" ];
           socketConfig.FreeBind = true;
         };
   };

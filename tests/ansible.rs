@@ -190,6 +190,17 @@ fn a_fleet_run_by_ansible_gets_policies_that_prove_themselves() {
         assert!(changes >= 2, "{said}");
         assert_eq!(seen(&machine), put);
     }
+    // Said wrongly, it takes nothing away.
+    for (by, why) in
+        [("none", "takes away what this role installed"), ("tar", "spokeguard.service is still there")]
+    {
+        let put = seen(&machine);
+        let mut other = absent.clone();
+        other["spokeguard_install"] = json!(by);
+        let refused = controller.play(&[], &other);
+        assert!(refused.code != Some(0) && refused.stdout.contains(why), "{}", refused.stdout);
+        assert_eq!(seen(&machine), put);
+    }
     let (said, changes) = controller.changes(&["--diff"], &absent);
     assert!(changes >= 2 && !said.contains("s3cr3t"), "{said}");
     assert_eq!(machine.left(), before);

@@ -35,7 +35,10 @@ fn units_hold_the_line_from_the_first_packet_of_a_boot() {
     assert!(service.contains("spokeguard-boot.service"), "{service}");
     assert_eq!(read("sshd.service"), service);
     let socket = read("ssh.socket");
-    assert!(socket.contains("FreeBind=yes\n") && socket.contains("spokeguard-boot.service"), "{socket}");
+    assert!(socket.contains("FreeBind=yes\n"), "{socket}");
+    // Sockets come before whatever has default dependencies: an nftables.service with those, as Fedora's has, comes before
+    // our boot unit, and sshd's socket would be left out.
+    assert!(!socket.contains("spokeguard-boot.service"), "{socket}");
     machine.units_are_plain(&["ssh.service", "sshd.service", "ssh.socket"]);
     // The credential that it names comes later.
     let beats = "[heartbeat]\nkuma_url_file = \"kuma-url\"\nevery = \"1s\"\n";

@@ -7,6 +7,9 @@
 #
 #   fleet = lib.importJSON ./rendered/nix/nodes.json;
 #   import ./fleet.nix { nodes = builtins.attrValues fleet.nodes; hub = fleet.nodes.${fleet.hub}; }
+#
+# Who they are comes from there. What they open, to whom and which files count is written below,
+# and is this fleet's (a vault): edit it for another, above all the hub's ssh.from.
 {
   nodes ? import ./nodes.nix,
   # Whose address, key and endpoint every spoke gets.

@@ -125,13 +125,24 @@ pub fn install(global: &Global, options: &Options) -> anyhow::Result<u8> {
     }
     systemctl(&["daemon-reload"])?;
     systemctl(&["enable", "--quiet", BOOT, SERVICE])?;
-    for unit in late(&FLUSHING) {
-        told.push(format!(
-            "ATTENTION: {unit} was changed to start after the\n\
-             network, but {BOOT} has to come after it and before the\n\
-             network: systemd leaves out one of the two, and the host may be open until the\n\
-             daemon is up. Take the network out of that unit's After= (systemctl edit)."
-        ));
+    let cloud_init = properties("Before", &["cloud-init-local.service"]);
+    for (unit, after) in FLUSHING.into_iter().zip(properties("After", &FLUSHING)) {
+        told.extend(match late(&after, cloud_init.first().map_or("", String::as_str)) {
+            Some(Late::Network) => Some(format!(
+                "ATTENTION: {unit} was changed to start after the\n\
+                 network, but {BOOT} has to come after it and before the\n\
+                 network: systemd leaves out one of the two, and the host may be open until the\n\
+                 daemon is up. Take the network out of that unit's After= (systemctl edit)."
+            )),
+            Some(Late::CloudInit) => Some(format!(
+                "ATTENTION: {unit} starts after sysinit.target, but\n\
+                 {BOOT} has to come after it and before cloud-init, which is\n\
+                 here before that target: systemd leaves out one of them, and the host may be\n\
+                 open until the daemon is up. Give that unit DefaultDependencies=no and\n\
+                 Before=network-pre.target shutdown.target (systemctl edit --full)."
+            )),
+            None => None,
+        });
     }
     match policy {
         Ok(_) => {
@@ -184,15 +195,37 @@ pub fn uninstall(global: &Global, options: &Removal) -> anyhow::Result<u8> {
 /// What flushes all rules when it starts; the boot units come after it.
 const FLUSHING: [&str; 2] = ["nftables.service", "netfilter-persistent.service"];
 
-/// Those units that wait for the network, which waits for the boot units.
-fn late(units: &[&'static str]) -> Vec<&'static str> {
-    // A property a line, and an empty line between two units.
-    let output = Command::new("systemctl").args(["show", "--property=After"]).args(units).output();
+/// What systemd says of units: the value of a property of each.
+fn properties(name: &str, units: &[&str]) -> Vec<String> {
+    let output = Command::new("systemctl").arg("show").arg(format!("--property={name}")).args(units).output();
     let shown = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+    // A property a line, and an empty line between two units.
+    let values = shown.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+    values.map(str::to_owned).collect()
+}
+
+/// What a unit that flushes the rules waits for, and the boot units have to come before.
+#[derive(Debug, PartialEq, Eq)]
+enum Late {
+    Network,
+    /// By way of sysinit.target, which on some hosts waits for cloud-init's first stage.
+    CloudInit,
+}
+
+/// `after`: of such a unit; `cloud_init`: what cloud-init's first stage comes before. By names, as systemd gives them.
+fn late(after: &str, cloud_init: &str) -> Option<Late> {
     let is_network = |unit: &str| unit.starts_with("network") && unit.ends_with(".target");
-    let after = |line: &str| line.trim_start_matches("After=").split_whitespace().any(is_network);
-    let lines = shown.lines().filter(|line| line.starts_with("After="));
-    units.iter().copied().zip(lines).filter(|(_, line)| after(line)).map(|(unit, _)| unit).collect()
+    // Ubuntu's says the target; since 25.2 it says auditd, which Fedora has before the target.
+    let early =
+        cloud_init.split_whitespace().any(|unit| ["sysinit.target", "auditd.service"].contains(&unit));
+    if after.split_whitespace().any(is_network) {
+        Some(Late::Network)
+    } else if early && after.split_whitespace().any(|unit| ["sysinit.target", "basic.target"].contains(&unit))
+    {
+        Some(Late::CloudInit)
+    } else {
+        None
+    }
 }
 
 struct Root(PathBuf);
@@ -381,6 +414,23 @@ mod tests {
         }
         out.sort();
         out
+    }
+
+    /// Debian's own, one that somebody changed, and Fedora's own, on hosts with and without cloud-init.
+    #[test]
+    fn a_unit_that_makes_a_cycle_with_ours_is_told() {
+        let (ubuntu, rhel) =
+            ("sysinit.target network-pre.target", "network-pre.target NetworkManager.service");
+        for (after, cloud_init, wanted) in [
+            ("system.slice systemd-journald.socket", ubuntu, None),
+            ("system.slice network-online.target", "", Some(Late::Network)),
+            ("sysinit.target basic.target system.slice", "", None),
+            ("sysinit.target basic.target system.slice", rhel, None),
+            ("sysinit.target basic.target system.slice", ubuntu, Some(Late::CloudInit)),
+            ("basic.target", "auditd.service network-pre.target", Some(Late::CloudInit)),
+        ] {
+            assert_eq!(late(after, cloud_init), wanted, "{after}; {cloud_init}");
+        }
     }
 
     #[test]
