@@ -165,6 +165,14 @@ fn make(arch: Arch, wanted: Wanted, built: Option<&Path>, packages: Packages) ->
     };
     programs.package = given.or(programs.package);
     programs.earlier = earlier;
+    if let (Some(package), Some(earlier)) = (&programs.package, &programs.earlier) {
+        let read = |path: &Path| fs::read(path).with_context(|| format!("read {}", path.display()));
+        ensure!(
+            read(package)? != read(earlier)?,
+            "{} is the package that is tested: --earlier wants one of another version",
+            earlier.display()
+        );
+    }
     if let Some(package) = programs.package.as_ref().filter(|_| wanted.package) {
         println!("vm: the package is {}", package.display());
     }

@@ -94,7 +94,12 @@ pub fn package(arch: Arch, folder: &Path) -> Result<Option<PathBuf>> {
         entries.map(|entry| entry.path()).filter(|path| path.to_string_lossy().ends_with(&end));
     let package = packages.next();
     let other = packages.next();
-    ensure!(other.is_none(), "more than one package for {} is in {}", arch.name(), folder.display());
+    ensure!(
+        other.is_none(),
+        "more than one package for {} is in {}: leave the one that is meant",
+        arch.name(),
+        folder.display()
+    );
     Ok(package)
 }
 

@@ -43,7 +43,7 @@ pub struct Scenario {
 
 const SMALL_MIB: u32 = 512;
 /// As [`Scenario::limit_s`], of a quick run: nobody waits for long to hear that it hangs.
-const QUICK_LIMIT_S: u64 = 150;
+const QUICK_LIMIT_S: u64 = 300;
 
 impl Scenario {
     pub fn kernels(&self, arch: Arch, quick: bool) -> &'static [&'static str] {

@@ -381,7 +381,7 @@ impl Steps {
     }
 
     fn summary(&self) {
-        let word = if self.failed { "failed; the steps after it did not run" } else { "passed" };
+        let word = if self.failed { "failed; what is not listed did not run" } else { "passed" };
         println!("\ncargo xtask test: {word}");
         for line in &self.lines {
             println!("    {line}");

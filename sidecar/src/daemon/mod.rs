@@ -148,7 +148,7 @@ struct Daemon {
     rest_until: Instant,
     /// Who committed to nftables since the look before the present one began, and since
     /// that one began.
-    looked_for: Suspects,
+    looked_for: Option<Suspects>,
     suspects: Suspects,
     /// Repairs that were due since the last look and had to be left undone.
     withheld: BTreeSet<ActionKind>,
@@ -237,7 +237,7 @@ impl Daemon {
             due: None,
             pace: Pace::new(Instant::now()),
             rest_until: Instant::now(),
-            looked_for: Suspects::default(),
+            looked_for: None,
             suspects: Suspects::default(),
             withheld: BTreeSet::new(),
             glass: glass::Watch::default(),
@@ -713,7 +713,7 @@ impl Daemon {
         self.due = None;
         let facets: Vec<Facet> = std::mem::take(&mut self.wanted).into_iter().collect();
         if facets.contains(&Facet::Nftables) {
-            self.looked_for = std::mem::take(&mut self.suspects);
+            self.looked_for = Some(std::mem::take(&mut self.suspects).looked_for());
         }
         self.follow();
         let (desired, mut snapshot) = (Arc::clone(&self.desired), self.snapshot.take());
@@ -809,9 +809,11 @@ impl Daemon {
         self.cycles += 1;
         self.cycle_took = took;
         self.rest_until = self.rest_until.max(self.pace.pay(took, Instant::now()));
-        let mut suspects = std::mem::take(&mut self.looked_for);
+        let looked_for = self.looked_for.take();
+        let looked = looked_for.is_some();
+        let mut suspects = looked_for.unwrap_or_default();
         suspects.merge(&self.suspects);
-        if snapshot.nftables.seen().is_none() {
+        if looked && snapshot.nftables.seen().is_none() {
             self.suspects = suspects.unseen();
         }
         // A repair now and then is no peace: between two of them it was withheld.

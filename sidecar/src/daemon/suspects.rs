@@ -14,6 +14,8 @@ pub struct Suspects {
     foreign: Suspect,
     /// Since the look before, seen or not.
     commits: u32,
+    /// There were many at the last look, which saw nothing; until the next, that stands.
+    were_many: bool,
 }
 
 /// So many commits since the look before are no coincidence with an nft that takes too long.
@@ -46,6 +48,7 @@ impl Suspects {
     /// Those of a later time join these.
     pub fn merge(&mut self, later: &Self) {
         self.commits = self.commits.saturating_add(later.commits);
+        self.were_many |= later.were_many;
         self.own.join(&later.own);
         self.foreign.join(&later.foreign);
     }
@@ -64,13 +67,20 @@ impl Suspects {
 
     /// Of a look that did not see the rules: what they did is still to be seen, and how often counts anew.
     pub fn unseen(&self) -> Self {
-        Self { commits: 0, ..self.clone() }
+        Self { commits: 0, were_many: self.commits >= MANY, ..self.clone() }
+    }
+
+    /// For a look that begins: it judges by what has been counted for it.
+    pub fn looked_for(self) -> Self {
+        Self { were_many: false, ..self }
     }
 
     /// Rules that change faster than nft lists them can't be seen: by whom, where that is known.
     pub fn tell_who_blinds(&self, nftables: Option<&Gap>, findings: &mut [Finding]) {
         let late = nftables.is_some_and(|gap| gap.late);
-        let Some(actor) = self.any().filter(|_| late && self.commits >= MANY) else { return };
+        let Some(actor) = self.any().filter(|_| late && (self.were_many || self.commits >= MANY)) else {
+            return;
+        };
         let blind = |finding: &&mut Finding| {
             finding.code == Code::ControlUnproven && finding.subject == FIREWALL_CONTROL
         };
@@ -163,8 +173,13 @@ mod tests {
         let (pid, next) = told(&suspects, &blind(true)).unwrap();
         assert!(pid == 20 && next.starts_with("Stop enemy (pid 20), or what starts it"), "{next}");
         assert_eq!(told(&suspects, &blind(false)), None, "nft is not there");
-        // While nft hangs for an hour, two at each look.
+        // A cycle that does not look at the rules says the same.
         let mut suspects = suspects.unseen();
+        let mut between = Suspects::default();
+        between.merge(&suspects);
+        assert!(told(&between, &blind(true)).is_some());
+        // While nft hangs for an hour, two at each look.
+        suspects = suspects.looked_for();
         for pid in 21..41 {
             assert_eq!(
                 (suspects.any().map(|by| by.pid), told(&suspects, &blind(true))),
@@ -173,7 +188,7 @@ mod tests {
             let mut later = Suspects::default();
             (0..2).for_each(|_| later.add(&actor("enemy", pid), true, false));
             suspects.merge(&later);
-            suspects = suspects.unseen();
+            suspects = suspects.unseen().looked_for();
         }
     }
 
