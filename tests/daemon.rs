@@ -348,6 +348,14 @@ fn a_table_that_sleeps_is_woken_also_where_nft_cannot_list_it() {
     assert_eq!(lab.internet.connect(public(5432), SHORT), Answer::Silent);
 }
 
+/// What it asks from outside at its start is no part of what comes later costs, or of how long it takes.
+fn first_audit(lab: &Lab, daemon: &lab::Daemon) {
+    wait_until(3 * LONG, "the first audit", || {
+        (!status(&lab.spoke, daemon)["daemon"]["audit"].is_null()).then_some(())
+    })
+    .unwrap();
+}
+
 #[test]
 fn daemon_does_not_fight_for_ever() {
     if lacking(&[Need::Lab, Need::Spokeguard]) {
@@ -356,11 +364,7 @@ fn daemon_does_not_fight_for_ever() {
     let lab = Lab::plain();
     let daemon = lab.spoke.daemon(&lab.policy()).unwrap();
     let wanted = lab.spoke.ok(&TABLE).unwrap();
-    // What it asks from outside at start is no part of what a fight costs.
-    wait_until(3 * LONG, "the first audit", || {
-        (!status(&lab.spoke, &daemon)["daemon"]["audit"].is_null()).then_some(())
-    })
-    .unwrap();
+    first_audit(&lab, &daemon);
     let enemy = nft_called(&lab, "enemy");
     for (change, code) in [
         ("delete table inet spokeguard", "firewall-missing"),
@@ -458,6 +462,7 @@ fn daemon_tells_of_a_new_listener_at_once() {
     }
     let lab = Lab::plain();
     let daemon = lab.spoke.daemon(&(lab.policy() + UNGUARDED)).unwrap();
+    first_audit(&lab, &daemon);
     for (what, subject) in [("tcp/0.0.0.0:6379", "tcp/0.0.0.0:6379"), ("tcp/[::]:6380", "tcp/[::]:6380")] {
         let events = Events::mark(&daemon);
         let redis = lab.spoke.listen("redis", &[what]).unwrap();
