@@ -223,7 +223,8 @@ impl Node {
             Ok(match TcpStream::connect_timeout(&to, limit) {
                 Ok(_) => Answer::Open,
                 Err(error) => match error.kind() {
-                    ErrorKind::ConnectionRefused => Answer::Refused,
+                    // A reset: it was taken, and whoever listened went at that moment.
+                    ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset => Answer::Refused,
                     ErrorKind::TimedOut | ErrorKind::WouldBlock => Answer::Silent,
                     ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable => Answer::Unreachable,
                     _ => bail!("connect to {to}: {error}"),

@@ -291,7 +291,7 @@ impl NfTables {
     }
 }
 
-fn is_at_least(major: u32, minor: u32) -> Result<bool> {
+pub fn is_at_least(major: u32, minor: u32) -> Result<bool> {
     let release = crate::release()?;
     let mut numbers = release.split(['.', '-']).map(str::parse::<u32>);
     let (Some(Ok(this)), Some(Ok(part))) = (numbers.next(), numbers.next()) else {
