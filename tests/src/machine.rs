@@ -413,22 +413,35 @@ impl<'a> Machine<'a> {
             done.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         });
         let lasted = begun.elapsed();
-        let count = |name: &str| -> u64 {
-            let text = lab.internet.sh(&format!("nft list counter inet seen {name}")).unwrap();
-            let mut words = text.split_whitespace().skip_while(|word| *word != "packets");
-            words.nth(1).and_then(|word| word.parse().ok()).unwrap()
-        };
         let heard = Heard {
-            knocks: count("knocks"),
-            shut: count("shut"),
-            open: ["open4", "open6"].map(count),
+            knocks: self.counted("knocks"),
+            shut: self.counted("shut"),
+            open: OPENED.map(|name| self.counted(name)),
             lasted,
         };
         eprintln!("{:.0} knocks a second: {heard:?}", heard.per_second());
         heard
     }
+
+    /// While knocks go on: until the open port has answered some of them, by IPv4 and by IPv6.
+    #[track_caller]
+    pub fn is_heard_open(&self) {
+        self.wait(&format!("{OPEN} answers who knocks"), |machine| {
+            OPENED.iter().all(|name| machine.counted(name) > FEW)
+        });
+    }
+
+    /// By the kernel of the stranger who knocks.
+    fn counted(&self, name: &str) -> u64 {
+        let text = self.lab.internet.sh(&format!("nft list counter inet seen {name}")).unwrap();
+        let mut words = text.split_whitespace().skip_while(|word| *word != "packets");
+        words.nth(1).and_then(|word| word.parse().ok()).unwrap()
+    }
 }
 
+const OPENED: [&str; 2] = ["open4", "open6"];
+/// Answers that may have been by chance.
+pub const FEW: u64 = 5;
 /// Knocks a second that are too few: two ports every 5 ms are 400, and on a processor that boots as well some are late.
 const SELDOM: f64 = 100.0;
 

@@ -4,7 +4,7 @@ use std::io::Read as _;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use super::{CABLES, LONG, Machine, OPEN, Power, SHORT, SSHD};
+use super::{CABLES, FEW, LONG, Machine, OPEN, Power, SHORT, SSHD};
 use crate::{Answer, Lab, SPOKE_MESH, SPOKE_PUBLIC, SPOKE_PUBLIC_V6, tunnel};
 
 /// Who has sshd listen, and on an address that comes late.
@@ -59,8 +59,9 @@ impl Machine<'_> {
                 });
             }
             machine.wait("the hub gets in", Machine::hub_gets_in);
+            machine.is_heard_open();
         });
-        assert!(heard.open.iter().all(|answers| *answers > 5), "{OPEN} has hardly answered: {heard:?}");
+        assert!(heard.open.iter().all(|answers| *answers > FEW), "{OPEN} has hardly answered: {heard:?}");
         assert_eq!(self.ok(&["systemctl", "is-active", "spokeguard-boot"]), "active\n");
         self.is_before("spokeguard-boot.service", CABLES);
         if self.path(&format!("etc/systemd/system/{CLOUD_INIT}")).exists() {
