@@ -223,8 +223,9 @@ impl Node {
             Ok(match TcpStream::connect_timeout(&to, limit) {
                 Ok(_) => Answer::Open,
                 Err(error) => match error.kind() {
-                    // A reset: it was taken, and whoever listened went at that moment.
-                    ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset => Answer::Refused,
+                    // The connection was there (a SYN is refused otherwise), and ended before we looked.
+                    ErrorKind::ConnectionReset => Answer::Open,
+                    ErrorKind::ConnectionRefused => Answer::Refused,
                     ErrorKind::TimedOut | ErrorKind::WouldBlock => Answer::Silent,
                     ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable => Answer::Unreachable,
                     _ => bail!("connect to {to}: {error}"),

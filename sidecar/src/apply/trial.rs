@@ -33,6 +33,7 @@ use crate::cli::Places;
 use crate::desired::{Desired, TABLE, take_out_canaries};
 use crate::policy::{self, Policy};
 use crate::ruleset::{Change, NamedSet, Statement, Table, compare, render};
+use crate::source::child;
 use crate::source::evidence::{self, Sought};
 use crate::source::nft;
 use crate::sys::file::replace_private;
@@ -897,19 +898,15 @@ impl Ledger {
             .stderr(Stdio::piped())
             .spawn()
             .with_context(|| format!("start {}", program.display()))?;
-        let started = clock::Uptime::start();
-        let status = loop {
-            if let Some(status) = child.try_wait().context("wait for systemd-run")? {
-                break status;
-            }
-            if started.elapsed() > TIMER_PATIENCE {
-                // Fails only if it has ended already.
-                let _ = child.kill();
-                let _ = child.wait();
-                anyhow::bail!("systemd-run has not answered for {} s", TIMER_PATIENCE.as_secs());
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        };
+        let ended = child::ended_within(&mut child, TIMER_PATIENCE);
+        if !matches!(ended, Ok(Some(_))) {
+            // Fails only if it has ended already.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        let status = ended
+            .context("wait for systemd-run")?
+            .with_context(|| format!("systemd-run has not answered for {} s", TIMER_PATIENCE.as_secs()))?;
         let mut said = Vec::new();
         if let (false, Some(stderr)) = (status.success(), child.stderr.take()) {
             let _ = stderr.take(1024).read_to_end(&mut said);

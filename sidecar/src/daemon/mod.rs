@@ -147,7 +147,7 @@ struct Daemon {
     pace: Pace,
     rest_until: Instant,
     /// Who committed to nftables since the look before the present one began, and since
-    /// that one began.
+    /// that one began; `None`: it does not look at the rules.
     looked_for: Option<Suspects>,
     suspects: Suspects,
     /// Repairs that were due since the last look and had to be left undone.

@@ -3,6 +3,7 @@
 
 pub mod bpf;
 pub mod canary;
+pub mod child;
 pub mod evidence;
 pub mod files;
 pub mod flows;

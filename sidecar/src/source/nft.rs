@@ -352,16 +352,12 @@ impl Running {
             .spawn()
             .map_err(failed)?;
         memory::sacrifice(child.id());
-        let opened = (i32::try_from(child.id()).ok())
-            .and_then(rustix::process::Pid::from_raw)
-            .ok_or(rustix::io::Errno::SRCH)
-            .and_then(|pid| rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()));
-        let exit = match opened {
+        let exit = match super::child::exit_of(&child) {
             Ok(exit) => exit,
-            Err(errno) => {
+            Err(error) => {
                 let _ = child.kill();
                 let _ = child.wait();
-                return Err(failed(errno.into()));
+                return Err(failed(error));
             }
         };
         let (stdout, stderr) = (child.stdout.take(), child.stderr.take());

@@ -243,13 +243,10 @@ fn watch(child: &mut Child, limit: Duration) -> anyhow::Result<Ended> {
         take_from(&mut stderr, &mut seen, &mut errors)?;
     }
     // Both pipes are closed; the end follows at once unless it means harm.
-    loop {
-        if let Some(status) = child.try_wait().context("wait for its end")? {
-            return Ok((status, output, errors));
-        }
-        ensure!(Instant::now() < deadline, "it does not end within {limit:?}");
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    let left = deadline.saturating_duration_since(Instant::now());
+    let ended = super::child::ended_within(child, left).context("wait for its end")?;
+    let status = ended.with_context(|| format!("it does not end within {limit:?}"))?;
+    Ok((status, output, errors))
 }
 
 /// Reads once from a pipe that is ready, and forgets one that has ended.
