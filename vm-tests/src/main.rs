@@ -3,10 +3,12 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
-use clap::{Arg, ArgAction, ArgMatches, Command};
+use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 use vm::disk;
 use vm::image;
 use vm::machine::{self, Machine, Ran};
@@ -14,6 +16,9 @@ use vm::packages::{self, Arch};
 use vm::payload::{self, Programs, Wanted};
 use vm::scenario::{ALL, Disk, QUICK, Scenario};
 use vm::step::{Line, Verdict};
+
+/// More machines at once than anybody has memory for.
+const JOBS: i64 = 64;
 
 fn main() -> ExitCode {
     match run(&command().get_matches()) {
@@ -37,6 +42,7 @@ fn command() -> Command {
         .arg(Arg::new("programs").long("programs").value_name("DIR").help("Programs and package of that architecture, built before"))
         .arg(Arg::new("packages").long("packages").value_name("DIR").help("For `package`: Debian packages made before, such as target/dist"))
         .arg(Arg::new("earlier").long("earlier").value_name("DIR").help("For `package`: those of another version, to upgrade from"))
+        .arg(Arg::new("jobs").long("jobs").value_name("N").value_parser(value_parser!(u8).range(1..=JOBS)).default_value("1").help("So many machines at once, each with a processor and up to 1.5 GiB"))
         .arg(flag("quick", "Only what is part of every `cargo xtask test`"))
         .arg(flag("list", "Say what there is, and end"))
 }
@@ -86,6 +92,7 @@ fn run(matches: &ArgMatches) -> Result<bool> {
         let any = arches.iter().flat_map(|arch| boots(*arch)).any(|(scenario, _)| scenario.name == **name);
         ensure!(any, "no machine of {name} is all of that: --list says which there are");
     }
+    let jobs = usize::from(matches.get_one::<u8>("jobs").copied().unwrap_or(1));
     let (mut count, mut failed) = (0, Vec::new());
     for arch in arches {
         let boots = boots(arch);
@@ -106,13 +113,13 @@ fn run(matches: &ArgMatches) -> Result<bool> {
         // What an earlier run said must not stand below the error of one that never began.
         boots.iter().try_for_each(Boot::forget)?;
         let programs = matches.get_one::<String>("programs").map(Path::new);
-        let made = make(arch, wanted, programs, Packages { folder: packages, earlier });
-        for boot in boots {
+        let room = packages::ROOM_BYTES * jobs.min(boots.len()) as u64;
+        let made = make(arch, wanted, programs, Packages { folder: packages, earlier }, room);
+        failed.extend(at_once(jobs, &boots, |boot, say| {
             let done = made.as_ref().map_err(|error| anyhow!("{error:#}"));
-            if !report(&boot, done.and_then(|(programs, root)| boot.run(root, programs))) {
-                failed.push(boot.title());
-            }
-        }
+            let ran = done.and_then(|(programs, root)| boot.run(root, programs, say));
+            report(boot, ran, say)
+        }));
     }
     ensure!(count > 0, "no machine is all of that: --list says which there are");
     println!("\nvm: {} of {count} machines passed", count - failed.len());
@@ -121,6 +128,39 @@ fn run(matches: &ArgMatches) -> Result<bool> {
     }
     Ok(failed.is_empty())
 }
+
+/// Does `work` for each, so many at a time, and gives the titles of those it is false for. What it says comes as it
+/// is said where there is one at a time, and otherwise at its end and in one piece.
+fn at_once(jobs: usize, boots: &[Boot], work: impl Fn(&Boot, Say) -> bool + Sync) -> Vec<String> {
+    if jobs == 1 {
+        let alone = boots.iter().filter(|boot| !work(boot, &mut |text| println!("{text}")));
+        return alone.map(Boot::title).collect();
+    }
+    let (next, failed) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    let worker = || {
+        while let Some(boot) = boots.get(next.fetch_add(1, Ordering::Relaxed)) {
+            println!("vm: {} begins", boot.title());
+            let mut said = String::new();
+            let passed = work(boot, &mut |text| said += &format!("{text}\n"));
+            print!("{said}");
+            if !passed {
+                failed.lock().unwrap_or_else(PoisonError::into_inner).push(boot.title());
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..jobs.min(boots.len()) {
+            scope.spawn(worker);
+        }
+    });
+    failed.into_inner().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Where a line, or several, of what is to be read goes.
+type Say<'a> = &'a mut dyn FnMut(String);
+
+/// Held while what machines share is made: whoever comes second finds it made.
+static SHARED: Mutex<()> = Mutex::new(());
 
 /// Below its name, in 80 columns.
 fn indented(text: &str) -> String {
@@ -146,11 +186,17 @@ struct Packages<'a> {
 }
 
 /// What all machines of an architecture share.
-fn make(arch: Arch, wanted: Wanted, built: Option<&Path>, packages: Packages) -> Result<(Programs, PathBuf)> {
+fn make(
+    arch: Arch,
+    wanted: Wanted,
+    built: Option<&Path>,
+    packages: Packages,
+    room_bytes: u64,
+) -> Result<(Programs, PathBuf)> {
     machine::assert_emulator(arch)?;
     let target = vm::target();
     fs::create_dir_all(&target).with_context(|| format!("create {}", target.display()))?;
-    packages::assert_space(&target, packages::ROOM_BYTES)?;
+    packages::assert_space(&target, room_bytes)?;
     let find = |folder: Option<&Path>| match folder.filter(|_| wanted.package) {
         Some(folder) => payload::package(arch, folder)?.map(Some).with_context(|| {
             let (folder, arch) = (folder.display(), arch.name());
@@ -180,15 +226,12 @@ fn make(arch: Arch, wanted: Wanted, built: Option<&Path>, packages: Packages) ->
 }
 
 /// Says what came of a machine; whether it passed. One that could not be started has failed.
-fn report(boot: &Boot, ran: Result<Ran>) -> bool {
+fn report(boot: &Boot, ran: Result<Ran>, say: Say) -> bool {
     let title = boot.title();
     let why = match ran {
         Ok(Ran { verdict: Verdict::Ok, cpu, wall }) => {
-            println!(
-                "vm: {title}: ok, {:.1} s, of a processor {:.1} s",
-                wall.as_secs_f64(),
-                cpu.as_secs_f64()
-            );
+            let (wall, cpu) = (wall.as_secs_f64(), cpu.as_secs_f64());
+            say(format!("vm: {title}: ok, {wall:.1} s, of a processor {cpu:.1} s"));
             return true;
         }
         Ok(Ran { verdict: Verdict::Failed(why), cpu, wall }) => {
@@ -196,11 +239,11 @@ fn report(boot: &Boot, ran: Result<Ran>) -> bool {
         }
         Err(error) => format!("{error:#}"),
     };
-    println!("vm: {title}: FAILED: {why}");
+    say(format!("vm: {title}: FAILED: {why}"));
     let folder = boot.folder();
     let console = machine::console(&folder, 40);
     if !console.is_empty() {
-        println!("  the console, {}:\n{console}", folder.join("serial.log").display());
+        say(format!("  the console, {}:\n{console}", folder.join("serial.log").display()));
     }
     false
 }
@@ -230,22 +273,28 @@ impl Boot<'_> {
         Ok(())
     }
 
-    fn run(&self, root: &Path, programs: &Programs) -> Result<Ran> {
+    fn run(&self, root: &Path, programs: &Programs, say: Say) -> Result<Ran> {
         let Boot { scenario, series, arch, quick, filters } = *self;
         let folder = self.folder();
         fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
         packages::assert_space(&folder, packages::ROOM_BYTES)?;
+        let shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
         let kernel = image::kernel(arch, series)?;
         let (scratch, own) = (folder.join("programs"), folder.join("own.cpio"));
         let more = if scenario.tests { Some(image::more(arch)?) } else { None };
         let parts = [Some(root), more.as_deref(), Some(&*kernel.modules), Some(&*own)];
         let parts: Vec<&Path> = parts.into_iter().flatten().collect();
         let memory_mib = scenario.memory_mib(arch);
-        println!("\nvm: {} on {} ({}, {memory_mib} MiB)", scenario.name, kernel.release, arch.name());
-        let disk = match scenario.disk {
-            Disk::None => None,
-            Disk::Empty => Some(disk::empty(&folder)?),
-            Disk::Systemd => Some(disk::copy(&disk::installed(arch)?, &folder)?),
+        let installed = match scenario.disk {
+            Disk::Systemd => Some(disk::installed(arch)?),
+            Disk::None | Disk::Empty => None,
+        };
+        drop(shared);
+        say(format!("\nvm: {} on {} ({}, {memory_mib} MiB)", scenario.name, kernel.release, arch.name()));
+        let disk = match (scenario.disk, installed) {
+            (Disk::Empty, _) => Some(disk::empty(&folder)?),
+            (_, Some(installed)) => Some(disk::copy(&installed, &folder)?),
+            (_, None) => None,
         };
         let mut whole = Ran { verdict: Verdict::Ok, cpu: Duration::ZERO, wall: Duration::ZERO };
         for boot in 1..=scenario.boots {
@@ -268,7 +317,7 @@ impl Boot<'_> {
                 limit: scenario.limit(quick),
                 folder: &folder,
             };
-            let ran = machine::run(&machine, show)?;
+            let ran = machine::run(&machine, |line| shown(line).into_iter().for_each(&mut *say))?;
             whole = Ran { verdict: ran.verdict, cpu: whole.cpu + ran.cpu, wall: whole.wall + ran.wall };
             if whole.verdict != Verdict::Ok {
                 break;
@@ -283,13 +332,63 @@ impl Boot<'_> {
     }
 }
 
-fn show(line: &Line) {
-    let Line::Step { name, ok, seconds, detail } = line else { return };
+/// A step and what it found, as it is read.
+fn shown(line: &Line) -> Option<String> {
+    let Line::Step { name, ok, seconds, detail } = line else { return None };
     let word = if *ok { "ok  " } else { "FAIL" };
-    let mut detail = detail.trim_end().lines();
-    let first = detail.next().map(|line| format!(": {line}")).unwrap_or_default();
-    println!("  {word} {seconds:6.1} s  {name}{first}");
-    for more in detail {
-        println!("                 {more}");
+    let detail = detail.trim_end().replace('\n', &format!("\n{}", " ".repeat(17)));
+    let colon = if detail.is_empty() { "" } else { ": " };
+    Some(format!("  {word} {seconds:6.1} s  {name}{colon}{detail}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    fn boots() -> Vec<Boot<'static>> {
+        let boot =
+            |scenario| Boot { scenario, series: "6.12", arch: Arch::Amd64, quick: false, filters: &[] };
+        ALL.iter().take(4).map(boot).collect()
+    }
+
+    #[test]
+    fn each_machine_has_one_turn_and_those_that_fail_are_named() {
+        let boots = boots();
+        for jobs in [1, 2, 9] {
+            let begun = Mutex::new(Vec::new());
+            let failed = at_once(jobs, &boots, |boot, say| {
+                begun.lock().unwrap().push(boot.title());
+                say("\na step".to_owned());
+                !["boot-window", "package"].contains(&boot.scenario.name)
+            });
+            let sorted = |mut titles: Vec<String>| {
+                titles.sort();
+                titles
+            };
+            assert_eq!(
+                sorted(begun.into_inner().unwrap()),
+                sorted(boots.iter().map(Boot::title).collect()),
+                "{jobs}"
+            );
+            assert_eq!(sorted(failed), ["boot-window 6.12 amd64", "package 6.12 amd64"], "{jobs}");
+        }
+    }
+
+    #[test]
+    fn as_many_as_asked_for_are_there_at_once() {
+        let (boots, there) = (boots(), AtomicUsize::new(0));
+        let most = AtomicUsize::new(0);
+        at_once(2, &boots, |_, _| {
+            most.fetch_max(there.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+            let begun = Instant::now();
+            while most.load(Ordering::SeqCst) < 2 && begun.elapsed() < Duration::from_secs(60) {
+                std::thread::yield_now();
+            }
+            there.fetch_sub(1, Ordering::SeqCst);
+            true
+        });
+        assert_eq!(most.into_inner(), 2);
     }
 }

@@ -191,7 +191,8 @@ fn passes(all: bool, steps: &mut Steps) -> Result<()> {
         let dist = steps.step("what goes to users, built twice", || dist::dist(&dist::ARCHES, true));
         let packages = setup::target().join("dist").display().to_string();
         let given: &[&str] = if dist.is_ok() { &["--packages", &packages] } else { &[] };
-        let booted = steps.cargo("real kernels", &[VM, &["--arch", "all"], given].concat());
+        let jobs = std::thread::available_parallelism().map_or(1, usize::from).min(4).to_string();
+        let booted = steps.cargo("real kernels", &[VM, &["--arch", "all", "--jobs", &jobs], given].concat());
         [tested, fuzzed, dist, booted].into_iter().collect::<Result<()>>()?;
     }
     Ok(())
