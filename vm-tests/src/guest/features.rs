@@ -15,7 +15,7 @@ use crate::{LONG, SOON, Steps, blind, codes, found, patiently, run_to_end};
 pub fn run(steps: &mut Steps, quick: bool) -> Result<()> {
     // First: a module that is in use can't be taken away.
     let hidden = steps.make("a kernel without nf_tables", NfTables::hide)?;
-    without_nf_tables(steps)?;
+    without_nf_tables(steps, "nf_tables")?;
     if quick {
         return Ok(());
     }
@@ -29,10 +29,18 @@ pub fn run(steps: &mut Steps, quick: bool) -> Result<()> {
         crate::release()
     })?;
     without_btf_and_cgroup2(steps)?;
-    without_any_cgroup2(steps)
+    without_any_cgroup2(steps)?;
+    let hidden = steps.make("and without nf_tables as well", || {
+        // The kernel takes a namespace apart some time after its end, and its tables with it.
+        patiently("nobody uses nf_tables any more", || unload("nf_tables").ok())?;
+        NfTables::hide()
+    })?;
+    without_nf_tables(steps, "nf_tables, BTF and cgroup2")?;
+    hidden.put_back()
 }
 
-fn without_nf_tables(steps: &mut Steps) -> Result<()> {
+/// `lacks` is for the eyes.
+fn without_nf_tables(steps: &mut Steps, lacks: &str) -> Result<()> {
     let lab = Lab::new();
     let _web = lab.spoke.web()?;
     let folder = folder(&lab)?;
@@ -49,7 +57,7 @@ fn without_nf_tables(steps: &mut Steps) -> Result<()> {
             own.into_iter().chain(verb.iter().map(|word| word.to_string())).chain(flags.clone()).collect();
         lab.spoke.run_within(LONG, &words)
     };
-    steps.step("check says so, looks at the rest, and exits with 2", || {
+    steps.step(&format!("without {lacks} check says so, looks at the rest, and exits with 2"), || {
         lab.spoke.ok(&["wg", "set", "wg0", "peer", &lab.keys.hub.public, "persistent-keepalive", "0"])?;
         let outcome = spokeguard(&["check", "--format", "json"])?;
         let report = outcome.json()?;
