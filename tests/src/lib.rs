@@ -38,10 +38,11 @@ use std::fs;
 use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::fs::DirBuilderExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Once;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -426,4 +427,28 @@ pub fn helper() -> Result<PathBuf> {
     folders.map(|folder| folder.join("sg-lab-helper")).find(|path| path.is_file()).with_context(|| {
         format!("no sg-lab-helper near {}: cargo build -p spokeguard-tests --bins", me.display())
     })
+}
+
+/// Somebody who goes on until he is told to stop, and what is done meanwhile; both come to something. A panic of the
+/// work stops him, too.
+pub fn meanwhile<T, U: Send>(
+    somebody: impl FnOnce(&AtomicBool) -> U + Send,
+    work: impl FnOnce() -> T,
+) -> (T, U) {
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let other = scope.spawn(|| somebody(&stop));
+        let done = catch_unwind(AssertUnwindSafe(work));
+        stop.store(true, Ordering::Relaxed);
+        let came = other.join().expect("who goes on meanwhile has panicked");
+        (done.unwrap_or_else(|panic| std::panic::resume_unwind(panic)), came)
+    })
+}
+
+/// Packets that found the queue of their processor full, of all processors and since this kernel started: the second
+/// word of each line of softnet_stat.
+pub fn packets_lost() -> u64 {
+    let text = fs::read_to_string("/proc/net/softnet_stat").unwrap();
+    let words = text.lines().filter_map(|line| line.split_whitespace().nth(1));
+    words.map(|word| u64::from_str_radix(word, 16).unwrap()).sum()
 }

@@ -315,7 +315,7 @@ pub const THREADS_MAX: u8 = 2;
 const SHARE: usize = 4 * CHUNK as usize;
 /// How often a port is probed that was not seen to arrive.
 const TRIES: u32 = 3;
-/// A chunk arrives within microseconds, unless the CPU is busy elsewhere.
+/// A probe arrives within microseconds of the one before, unless the CPU is busy elsewhere.
 const ARRIVAL: Duration = Duration::from_millis(20);
 /// Nothing arrived of so many chunks in a row and for so long, or till the end, and nothing will. While a flood fills
 /// the queue of the only CPU, some gets through by then.
@@ -531,13 +531,17 @@ impl Way<'_> {
             .with_context(|| format!("inject probes into {}", self.request.link.name))
     }
 
-    /// Waits until all of a chunk is as wanted; how many are.
+    /// Waits until all of a chunk is as wanted, or for so long no more of it came to be; how many are. A slow CPU takes
+    /// longer for a chunk, and the next one on top of it would fill the queue that other packets come in by.
     fn wait(&self, ports: &[Port], limit: Duration, wanted: impl Fn(&Trace) -> bool) -> usize {
-        let deadline = Instant::now() + limit;
         let trace = |port: &Port| self.traces.get(u32::from(port.get())).unwrap_or_default();
+        let (mut most, mut since) = (0, Instant::now());
         loop {
             let there = ports.iter().filter(|port| wanted(&trace(port))).count();
-            if there == ports.len() || Instant::now() >= deadline {
+            if there > most {
+                (most, since) = (there, Instant::now());
+            }
+            if there == ports.len() || since.elapsed() >= limit {
                 return there;
             }
             std::thread::sleep(Duration::from_micros(50));

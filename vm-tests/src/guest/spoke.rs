@@ -3,12 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 use lab::{
     Answer, HUB_PUBLIC, Lab, Mesh, Node, SECOND_MESH, SPOKE_MESH, SPOKE_PUBLIC, SPOKE_PUBLIC_V6, Second,
-    Shape, Signal, TUNNEL_PORT,
+    Shape, Signal, TUNNEL_PORT, meanwhile,
 };
 use serde_json::Value;
 
@@ -25,6 +26,9 @@ const TOLD_WITHIN_S: u64 = 15;
 const SCRAPED_WITHIN_S: f64 = 3.0;
 /// Every open port and its neighbours, those that must be shut, and some of nobody's.
 const PORTS: &str = "21-23,79-81,442-444,5431-5433,8079-8081,9983-9985,51819-51821,60000-60050";
+
+/// One that the policy opens, one that it does not, and the tunnel's.
+const UDP_PORTS: &str = "443,5353,51820";
 
 /// `quick` ends before it has to wait for handshakes to grow old.
 pub fn run(steps: &mut Steps, quick: bool) -> Result<()> {
@@ -46,6 +50,7 @@ pub fn run(steps: &mut Steps, quick: bool) -> Result<()> {
     let sshd = lab.spoke.sshd(22, &["0.0.0.0", "::"], "KbdInteractiveAuthentication no")?;
     let _database = lab.spoke.listen("postgres", &["tcp/[::]:5432"])?;
     let _web = lab.spoke.web()?;
+    let _datagrams = lab.spoke.listen("resolver", &["udp/[::]:443", "udp/[::]:5353"])?;
     let inside = lab.container.as_ref().context("the lab has a container")?;
     let _app = inside.listen("admin-panel", &["tcp/[::]:8000"])?;
     lab.publish(8080, 8000)?;
@@ -54,6 +59,7 @@ pub fn run(steps: &mut Steps, quick: bool) -> Result<()> {
     // A hub that moves to another port is a stranger's flow to the firewall, unless the policy names this end's port.
     lab.spoke.ok(&["wg", "set", "wg0", "listen-port", &TUNNEL_PORT.to_string()])?;
     let policy = lab.policy().replace("[mesh]\n", &format!("[mesh]\nlisten_port = {TUNNEL_PORT}\n"));
+    let policy = policy.replace("[public]\n", "[public]\nudp = [443]\n");
     let policy = policy + "[[local]]\nname = \"containers\"\ninterfaces = [\"docker0\"]\n";
     let file = folder.join("policy.toml");
     std::fs::write(&file, &policy)?;
@@ -73,6 +79,8 @@ pub fn run(steps: &mut Steps, quick: bool) -> Result<()> {
         lab.spoke.ok(&["wg", "set", "wg0", "peer", &lab.keys.hub.public, "persistent-keepalive", "0"])?;
         let open = lab.internet.nmap_open(SPOKE_PUBLIC, PORTS)?;
         ensure!(open == BTreeSet::from([22, 80, 443, 5432, 8080]), "nmap finds {open:?}");
+        let answered = datagrams_answered(&lab, SPOKE_PUBLIC)?;
+        ensure!(answered == [443, 5353], "datagrams are answered by {answered:?}");
         let (code, report) = look(&["check", "--format", "json", "--no-probe"])?;
         let found = codes(&report);
         for wanted in ["firewall-missing", "listener-exposed", "ssh-bind", "mesh-keepalive", "dnat-exposed"] {
@@ -132,6 +140,19 @@ pub fn run(steps: &mut Steps, quick: bool) -> Result<()> {
         }
         Ok(PORTS.to_owned())
     })?;
+    steps.step("a stranger's datagrams are answered by 443 alone, for nmap and the audit as well", || {
+        for address in [SPOKE_PUBLIC, SPOKE_PUBLIC_V6] {
+            let answered = datagrams_answered(&lab, address)?;
+            ensure!(answered == [443], "{address}: {answered:?}");
+            let (ours, _) = audited(&lab, &daemon, address, "udp", UDP_PORTS)?;
+            let theirs = lab.internet.nmap_udp_states(address, UDP_PORTS)?;
+            let open = |states: &BTreeMap<u16, String>| -> Vec<u16> {
+                states.iter().filter(|(_, state)| *state == "open").map(|(port, _)| *port).collect()
+            };
+            ensure!(open(&ours) == [443] && open(&theirs) == [443], "{address}: {ours:?}, nmap {theirs:?}");
+        }
+        Ok(UDP_PORTS.to_owned())
+    })?;
     steps.step("the audit says of every such port what nmap says", || {
         Ok(format!("{} ports", audited_beside_nmap(&lab, &daemon)?))
     })?;
@@ -171,6 +192,15 @@ pub fn run(steps: &mut Steps, quick: bool) -> Result<()> {
         ensure!(shown.trim() == hub, "the peers are now {shown}");
         endpoint_is(&lab, TUNNEL_PORT)?;
         Ok(format!("after {took:.1?}; same peer, same endpoint"))
+    })?;
+    steps.step("an audit of every port takes no other packet's place", || {
+        let lost = lab::packets_lost();
+        // Somebody else wants the processor as well.
+        let busy = |stop: &AtomicBool| while !stop.load(Ordering::Relaxed) {};
+        let work = || audited(&lab, &daemon, SPOKE_PUBLIC, "tcp", "1-65535");
+        meanwhile(busy, work).0?;
+        ensure!(lab::packets_lost() == lost, "{} packets found a full queue", lab::packets_lost() - lost);
+        Ok("by a busy processor".to_owned())
     })?;
     steps.step("the handshake's age is the kernel's", || {
         let mut seen = Vec::new();
@@ -343,7 +373,7 @@ fn value(page: &str, name: &str) -> Option<f64> {
 pub fn audited_beside_nmap(lab: &Lab, daemon: &lab::Daemon) -> Result<usize> {
     let mut compared = 0;
     for address in [SPOKE_PUBLIC, SPOKE_PUBLIC_V6] {
-        let (ours, others) = audited(lab, daemon, address)?;
+        let (ours, others) = audited(lab, daemon, address, "tcp", PORTS)?;
         let theirs = lab.internet.nmap_states(address, PORTS)?;
         for (port, state) in &theirs {
             let ours = ours.get(port).unwrap_or(&others);
@@ -354,19 +384,36 @@ pub fn audited_beside_nmap(lab: &Lab, daemon: &lab::Daemon) -> Result<usize> {
     Ok(compared)
 }
 
+/// Of [`UDP_PORTS`], those that answer a stranger.
+fn datagrams_answered(lab: &Lab, address: IpAddr) -> Result<Vec<u16>> {
+    let mut answered = Vec::new();
+    for port in [443, 5353, TUNNEL_PORT] {
+        if lab.internet.ask_udp(SocketAddr::new(address, port), SOON)?.is_some() {
+            answered.push(port);
+        }
+    }
+    Ok(answered)
+}
+
 /// State by port, and that of all the others that were asked.
-fn audited(lab: &Lab, daemon: &lab::Daemon, address: IpAddr) -> Result<(BTreeMap<u16, String>, String)> {
-    let text = address.to_string();
-    let words = daemon.arguments(&["audit", "--format", "json", "--tcp", "-p", PORTS, "--address", &text]);
+fn audited(
+    lab: &Lab,
+    daemon: &lab::Daemon,
+    address: IpAddr,
+    proto: &str,
+    ports: &str,
+) -> Result<(BTreeMap<u16, String>, String)> {
+    let (text, proto) = (address.to_string(), format!("--{proto}"));
+    let words = daemon.arguments(&["audit", "--format", "json", &proto, "-p", ports, "--address", &text]);
     let outcome =
         lab.spoke.run_within(LONG, &[&[lab::spokeguard()?.display().to_string()], &*words].concat())?;
     let json = outcome.json()?;
     let targets = json["targets"].as_array().into_iter().flatten();
     let target = targets.into_iter().find(|target| target["address"] == *text);
-    let tcp = &target.with_context(|| format!("{text} was not audited: {json:#}"))?["protocols"][0];
-    let rest = tcp["others"]["state"].as_str().unwrap_or("none").to_owned();
+    let of = &target.with_context(|| format!("{text} was not audited: {json:#}"))?["protocols"][0];
+    let rest = of["others"]["state"].as_str().unwrap_or("none").to_owned();
     let mut states: BTreeMap<u16, String> = BTreeMap::new();
-    for port in tcp["ports"].as_array().into_iter().flatten() {
+    for port in of["ports"].as_array().into_iter().flatten() {
         let number = port["port"].as_u64().and_then(|number| u16::try_from(number).ok()).context("a port")?;
         states.insert(number, port["state"].as_str().unwrap_or("none").to_owned());
     }
