@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use crate::{
     Answer, Lab, OUTSIDER, OUTSIDER_V6, Outcome, Running, SPOKE_MESH, SPOKE_PUBLIC, SPOKE_PUBLIC_V6,
-    wait_until, wire,
+    meanwhile, wait_until, wire,
 };
 
 pub use boots::{SSH_BY, is_tunnel, mesh_anew};
@@ -405,13 +405,8 @@ impl<'a> Machine<'a> {
             let known = format!("ip neigh replace {address} lladdr {mac} nud permanent dev spoke0");
             lab.internet.sh(&known).unwrap();
         }
-        let (stop, begun) = (AtomicBool::new(false), Instant::now());
-        std::thread::scope(|scope| {
-            scope.spawn(|| lab.internet.inside(|| knock(&stop)).unwrap());
-            let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(self)));
-            stop.store(true, Ordering::Relaxed);
-            done.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        });
+        let begun = Instant::now();
+        meanwhile(|stop| lab.internet.inside(|| knock(stop)).unwrap(), || work(self));
         let lasted = begun.elapsed();
         let heard = Heard {
             knocks: self.counted("knocks"),

@@ -1,11 +1,13 @@
 //! Boots: the first packets of one, and a mesh that comes after it.
 
+use std::collections::BTreeSet;
 use std::io::Read as _;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::{CABLES, FEW, LONG, Machine, OPEN, Power, SHORT, SSHD};
-use crate::{Answer, Lab, SPOKE_MESH, SPOKE_PUBLIC, SPOKE_PUBLIC_V6, tunnel};
+use crate::{Answer, Lab, SPOKE_MESH, SPOKE_PUBLIC, SPOKE_PUBLIC_V6, meanwhile, tunnel};
 
 /// Who has sshd listen, and on an address that comes late.
 pub const SSH_BY: [&str; 2] = ["ssh.service", "ssh.socket"];
@@ -169,19 +171,26 @@ impl Machine<'_> {
             self.write("etc/systemd/system/ssh.socket.d/lab.conf", &text);
             self.want("sockets.target", "/lib/systemd/system/ssh.socket");
         }
-        self.nobody_answers_while(|machine| {
-            machine.boot();
-            let booted = Instant::now();
-            machine.until(2 * late, "the mesh is late", |_| booted.elapsed() > late).unwrap();
-            assert!(!machine.sshd_greets(), "{by}: before there is a mesh");
-            mesh_anew(lab);
-            machine.ssh_comes(by, "late");
-            for round in ["made anew", "and again"] {
-                lab.spoke.ok(&["ip", "link", "del", "wg0"]).unwrap();
-                mesh_anew(lab);
-                machine.ssh_comes(by, round);
-            }
-        });
+        // That strangers hear nothing would be so with rules alone.
+        let ((), bound) = meanwhile(
+            |stop| lab.spoke.inside(|| Ok(listening(22, stop)?)).unwrap(),
+            || {
+                self.nobody_answers_while(|machine| {
+                    machine.boot();
+                    let booted = Instant::now();
+                    machine.until(2 * late, "the mesh is late", |_| booted.elapsed() > late).unwrap();
+                    assert!(!machine.sshd_greets(), "{by}: before there is a mesh");
+                    mesh_anew(lab);
+                    machine.ssh_comes(by, "late");
+                    for round in ["made anew", "and again"] {
+                        lab.spoke.ok(&["ip", "link", "del", "wg0"]).unwrap();
+                        mesh_anew(lab);
+                        machine.ssh_comes(by, round);
+                    }
+                });
+            },
+        );
+        assert_eq!(bound, BTreeSet::from([as_the_kernel_writes(SPOKE_MESH)]), "{by}: where sshd listened");
         assert_eq!(self.ok(&["systemctl", "is-active", by]), "active\n");
     }
 
@@ -203,10 +212,34 @@ impl Machine<'_> {
         self.wait(by, Self::sshd_greets);
         eprintln!("{by}, {what}: sshd after {:?}", begun.elapsed());
         assert!(begun.elapsed() < Duration::from_secs(5), "{by}, {what}: {:?}", begun.elapsed());
-        // That strangers hear nothing would be so with rules alone.
         let sockets = self.ok(&["ss", "-Hltn", "sport = :22"]);
         let addresses: Vec<&str> =
             sockets.lines().filter_map(|line| line.split_whitespace().nth(3)).collect();
         assert_eq!(addresses, [format!("{SPOKE_MESH}:22")], "{by}, {what}: {sockets}");
     }
+}
+
+/// Every address that somebody was seen listening on at this port, looked at every 10 ms and as the kernel writes it.
+fn listening(port: u16, stop: &AtomicBool) -> std::io::Result<BTreeSet<String>> {
+    const LISTENS: &str = "0A";
+    let port = format!("{port:04X}");
+    let mut all = BTreeSet::new();
+    while !stop.load(Ordering::Relaxed) {
+        for table in ["tcp", "tcp6"] {
+            let text = std::fs::read_to_string(format!("/proc/thread-self/net/{table}"))?;
+            for line in text.lines() {
+                let words: Vec<&str> = line.split_whitespace().collect();
+                let [_, local, _, LISTENS, ..] = words[..] else { continue };
+                all.extend(local.strip_suffix(&*port).and_then(|at| at.strip_suffix(':')).map(str::to_owned));
+            }
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(all)
+}
+
+/// Four bytes as one number of this processor, which has the last of them first.
+fn as_the_kernel_writes(address: std::net::IpAddr) -> String {
+    let std::net::IpAddr::V4(address) = address else { panic!("{address} is not of IPv4") };
+    format!("{:08X}", u32::from_ne_bytes(address.octets()))
 }

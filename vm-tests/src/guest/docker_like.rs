@@ -3,12 +3,12 @@
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, ensure};
-use lab::{Answer, CONTAINER, Lab, Mesh, SPOKE_MESH, SPOKE_PUBLIC, SPOKE_PUBLIC_V6, Shape};
+use lab::{Answer, CONTAINER, Lab, Mesh, SPOKE_MESH, SPOKE_PUBLIC, SPOKE_PUBLIC_V6, Shape, meanwhile};
 
-use crate::{SOON, Steps, meanwhile, patiently};
+use crate::{SOON, Steps, patiently};
 
 const PORTS: &str = "22,80,443,5432,8080-8082";
 
@@ -58,11 +58,13 @@ pub fn run(steps: &mut Steps) -> Result<()> {
         let log = std::fs::read_to_string(daemon.state_dir.join("events.jsonl")).unwrap_or_default();
         Ok(log.lines().filter(|line| line.contains(&format!("\"kind\":\"{kind}\""))).count())
     };
+    let turn = AtomicUsize::new(0);
     let knock = || -> Result<u32> {
         let ports = [22, 5432, 8080];
+        let address = [SPOKE_PUBLIC, SPOKE_PUBLIC_V6][turn.fetch_add(1, Ordering::Relaxed) % 2];
         for port in ports {
-            let answer = lab.internet.connect(SocketAddr::new(SPOKE_PUBLIC, port), SOON / 4);
-            ensure!(answer == Answer::Silent, "a stranger asks {port}: {answer:?}");
+            let answer = lab.internet.connect(SocketAddr::new(address, port), SOON / 4);
+            ensure!(answer == Answer::Silent, "a stranger asks {address} {port}: {answer:?}");
         }
         Ok(ports.len() as u32)
     };

@@ -9,9 +9,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use lab::{Answer, Daemon, HUB_MESH, Lab, Listening, Mesh, SPOKE_MESH, SPOKE_PUBLIC, Shape, Signal, Sshd};
+use lab::{
+    Answer, Daemon, HUB_MESH, Lab, Listening, Mesh, SPOKE_MESH, SPOKE_PUBLIC, Shape, Signal, Sshd, meanwhile,
+};
 
-use crate::{LONG, SOON, Steps, meanwhile, patiently, run_to_end};
+use crate::{LONG, SOON, Steps, patiently, run_to_end};
 
 /// What outlives the machine.
 const DISK: &str = "/mnt";

@@ -10,11 +10,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use lab::machine::{LONG, OPEN, SHORT, SHUT};
-use lab::{Answer, Lab, Machine, SPOKE_MESH};
+use lab::{Answer, Lab, Machine, SPOKE_MESH, meanwhile};
 use serde_json::Value;
 
 use crate::lock_out::{WINDOW, hub_is_out, on_trial, shut_out};
-use crate::{Steps, meanwhile, systemd};
+use crate::{Steps, systemd};
 
 const UNIT: &str = "spokeguard.service";
 /// What the hub confirms, beside the policy that may come to say something else.

@@ -14,7 +14,6 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::{Command, ExitCode};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -133,19 +132,6 @@ fn patiently_within<T>(limit: Duration, what: &str, mut look: impl FnMut() -> Op
             std::thread::sleep(limit / 240);
         }
         seen
-    })
-}
-
-/// Somebody who goes on until he is told to stop, and what is done meanwhile; both come to something. A panic of the
-/// work stops him, too.
-fn meanwhile<T, U: Send>(somebody: impl FnOnce(&AtomicBool) -> U + Send, work: impl FnOnce() -> T) -> (T, U) {
-    let stop = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let other = scope.spawn(|| somebody(&stop));
-        let done = catch_unwind(AssertUnwindSafe(work));
-        stop.store(true, Ordering::Relaxed);
-        let came = other.join().expect("who goes on meanwhile has panicked");
-        (done.unwrap_or_else(|panic| std::panic::resume_unwind(panic)), came)
     })
 }
 
