@@ -6,6 +6,7 @@ let
   inherit (policy)
     enforce
     mesh
+    metrics
     public
     ssh
     ;
@@ -31,6 +32,13 @@ let
   strayAddresses = lib.subtractLists sshAddresses (
     map (listen: bare (toString listen.addr)) openssh.listenAddresses
   );
+  # One without a port listens on openssh.ports, which has an error of its own.
+  strayListens = lib.filter (
+    listen:
+    builtins.elem (bare (toString listen.addr)) sshAddresses
+    && listen.port != null
+    && listen.port != ssh.port
+  ) openssh.listenAddresses;
   refusesBinds = enforce.binds && enforce.mode == "enforce";
 
   # What the firewall lets everybody reach on an interface that is neither the mesh nor local.
@@ -41,9 +49,10 @@ let
     in
     name != mesh.interface
     && !(lib.any (network: lib.any (covers name) network.interfaces) policy.local);
-  covers =
-    name: pattern:
-    name == pattern || lib.hasSuffix "*" pattern && lib.hasPrefix (lib.removeSuffix "*" pattern) name;
+  covers = coversBy "*";
+  coversBy =
+    wild: name: pattern:
+    name == pattern || lib.hasSuffix wild pattern && lib.hasPrefix (lib.removeSuffix wild pattern) name;
   gates = [ firewall ] ++ lib.attrValues (lib.filterAttrs (name: _: isPublic name) firewall.interfaces);
   openTo = proto: lib.concatMap (opening: opening.${proto}) (net.openings policy);
   allowed = {
@@ -65,10 +74,78 @@ let
     );
   strayTcp = stray "tcp" "allowedTCPPorts" "allowedTCPPortRanges";
   strayUdp = stray "udp" "allowedUDPPorts" "allowedUDPPortRanges";
-  shutPorts =
-    lib.subtractLists (lib.concatMap (gate: gate.allowedTCPPorts) gates) public.tcp
-    ++ lib.subtractLists (lib.concatMap (gate: gate.allowedUDPPorts) gates) public.udp;
+  # Those of the ports that no gate lets in, alone or within a range.
+  shut =
+    proto: gates:
+    lib.filter (
+      port:
+      !(lib.any (
+        gate:
+        builtins.elem port gate."allowed${proto}Ports"
+        || lib.any (range: range.from <= port && port <= range.to) gate."allowed${proto}PortRanges"
+      ) gates)
+    );
+  shutPorts = shut "TCP" gates public.tcp ++ shut "UDP" gates public.udp;
   trustedPublic = lib.filter (name: name != "lo" && isPublic name) firewall.trustedInterfaces;
+
+  # What has to get through or the host is out of reach: our trial takes our own table back, never
+  # the rules of networking.firewall. Here is what those drop of it.
+  coversMesh = coversBy (if nftables.enable then "*" else "+") mesh.interface;
+  meshGates = [
+    firewall
+  ]
+  ++ lib.attrValues (lib.filterAttrs (name: _: coversMesh name) firewall.interfaces);
+  sshOutside = lib.subtractLists mesh.address sshAddresses;
+  # Without mesh.address (Tailscale) they may well be there.
+  sshOnMesh = ssh.bind == "mesh" || mesh.address == [ ] || sshOutside != sshAddresses;
+  dropped = lib.filter (way: way.ports != [ ]) [
+    rec {
+      ports = lib.optionals (!(lib.any coversMesh firewall.trustedInterfaces)) (
+        shut "TCP" meshGates (lib.optional sshOnMesh ssh.port ++ [ metrics.port ])
+      );
+      what = "tcp ${shown ports} on ${mesh.interface}";
+      option = "interfaces.\"${mesh.interface}\".allowedTCPPorts";
+    }
+    rec {
+      # Where sshd is on the mesh as well, that is a way in.
+      ports = lib.optionals (trustedPublic == [ ] && net.isOutside ssh && !sshOnMesh) (
+        shut "TCP" gates [ ssh.port ]
+      );
+      what = "tcp ${shown ports} on ${shown sshAddresses}";
+      option = "allowedTCPPorts";
+    }
+    rec {
+      ports = lib.optionals (trustedPublic == [ ] && mesh.listen_port != null) (
+        shut "UDP" gates [ mesh.listen_port ]
+      );
+      what = "udp ${shown ports} of the tunnel";
+      option = "allowedUDPPorts";
+    }
+  ];
+  toOpen =
+    way:
+    "write networking.firewall.${way.option} = [ ${lib.concatMapStringsSep " " toString way.ports} ]"
+    + lib.optionalString (!cfg.manageFirewall) ", or set manageFirewall = true";
+  # Who else may let it in, by rules that are not read here. NixOS itself always has commands in
+  # extraCommands, which clear its NAT: those that matter name a chain of what comes in, or a file.
+  usesFirewalld = firewall.backend or "" == "firewalld";
+  usesIptables = !usesFirewalld && !nftables.enable;
+  unread =
+    lib.optional usesFirewalld "services.firewalld"
+    ++ lib.optional (
+      !usesFirewalld && nftables.enable && firewall.extraInputRules != ""
+    ) "networking.firewall.extraInputRules"
+    ++ lib.optional (
+      usesIptables
+      && lib.any (word: lib.hasInfix word firewall.extraCommands) [
+        "INPUT"
+        "nixos-fw"
+        "restore"
+        builtins.storeDir
+      ]
+    ) "networking.firewall.extraCommands"
+    # Its rules come first there; nftables' tables are apart, and what one of them drops is gone.
+    ++ lib.optional (usesIptables && !overWireguard) "tailscaled";
 
   declared =
     config.networking.wireguard.interfaces.${mesh.interface}
@@ -138,6 +215,11 @@ in
             "services.openssh.listenAddresses has ${shown strayAddresses}, which settings.ssh.bind does not:"
             "name the address there, or remove it here"
           ])
+          (unless (strayListens != [ ]) [
+            "services.openssh.listenAddresses has"
+            "${lib.concatMapStringsSep ", " (listen: "${listen.addr}:${toString listen.port}") strayListens},"
+            "and settings.ssh.port is ${toString ssh.port}: write the same in both"
+          ])
           (unless (openssh.listenAddresses == [ ] && !ssh.rebind && refusesBinds) [
             "sshd would listen on every address, and its binds are refused:"
             "name its addresses in settings.mesh.address, or set settings.ssh.rebind = true"
@@ -155,8 +237,17 @@ in
             "and settings.public.udp does not: name it there, or remove it here"
           ])
         ]
+        ++ only (firewall.enable && unread == [ ]) (
+          map (
+            way:
+            unless true [
+              "networking.firewall drops ${way.what}, which the policy lets in:"
+              (toOpen way)
+            ]
+          ) dropped
+        )
         ++ [
-          (unless (firewall.enable && cfg.manageFirewall && firewall.backend or "" == "firewalld") [
+          (unless (firewall.enable && cfg.manageFirewall && usesFirewalld) [
             "services.firewalld is the host's firewall, whose zones the module does not set up:"
             "set manageFirewall = false and open there what the policy names, or set it to false"
           ])
@@ -212,6 +303,18 @@ in
       ]
       ++ warn (firewall.enable && shutPorts != [ ]) [
         "the policy has ${shown shutPorts} public, and networking.firewall does not open it"
+      ]
+      ++ lib.concatMap (
+        way:
+        warn (firewall.enable && unread != [ ]) [
+          "networking.firewall does not name ${way.what}, which the policy lets in,"
+          "and the rules of ${shown unread} are not read here: see that they do, or"
+          (toOpen way)
+        ]
+      ) dropped
+      ++ warn (!openssh.enable && mesh.tailscale_ssh != true) [
+        "services.openssh is off, and the policy has sshd on tcp ${toString ssh.port}:"
+        "set services.openssh.enable = true, or nobody gets in but by an sshd of your own"
       ]
       ++ warn (enforce.mode == "audit") [
         "enforce.mode is \"audit\": it counts, and drops nothing"

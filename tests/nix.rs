@@ -283,7 +283,7 @@ fn contradictions_are_errors_and_what_is_unwise_is_said() {
             (checked, _) => panic!("{name}: {checked:?}"),
         }
     }
-    assert!(right >= 12 && wrong >= 19, "{right} right, {wrong} wrong");
+    assert!(right >= 40 && wrong >= 33, "{right} right, {wrong} wrong");
 }
 
 #[test]
@@ -383,7 +383,8 @@ fn the_host_is_set_up_as_the_policy_says() {
     assert_eq!(paths, "-/sys/fs/bpf/spokeguard -/proc/sys/net -/srv/share");
 
     let alone = seen("unmanaged");
-    assert_eq!(alone["openssh"]["enable"], false);
+    assert_eq!(alone["openssh"]["listenAddresses"], json!([{ "addr": "10.84.0.16", "port": null }]));
+    assert_eq!(seen("own-sshd")["openssh"]["enable"], false);
     assert_eq!((&alone["nftables"]["enable"], &alone["firewall"]["interfaces"]), (&json!(false), &json!({})));
 
     // What is said is passed on, also where it says "none".

@@ -12,6 +12,83 @@ let
       peers = lib.mkForce [ ({ publicKey = key; } // more) ];
     };
   };
+  # A firewall of one's own: what is public, and what `more` says.
+  ownFirewall = more: {
+    imports = [ more ];
+    services.spokeguard.manageFirewall = false;
+    networking.firewall.allowedTCPPorts = [
+      80
+      443
+    ];
+  };
+  onMesh = more: ownFirewall { networking.firewall.interfaces.wg0 = more; };
+  range = from: to: { inherit from to; };
+  # sshd of one's own, with one address to listen on.
+  ownSshd = listen: {
+    services.spokeguard.manageOpenssh = false;
+    services.openssh.enable = true;
+    services.openssh.openFirewall = false;
+    services.openssh.settings.PasswordAuthentication = false;
+    services.openssh.listenAddresses = [ listen ];
+  };
+  shutOut =
+    ports: where: option:
+    say [
+      "networking.firewall drops ${ports} ${where}, which the policy lets in: write"
+      "networking.firewall.${option}, or set manageFirewall = true"
+    ];
+  shutOutOfTheMesh =
+    shutOut "tcp 22, 9984" "on wg0"
+      "interfaces.\"wg0\".allowedTCPPorts = [ 22 9984 ]";
+  shutOutOfTailscale =
+    shutOut "tcp 22, 9984" "on tailscale0"
+      "interfaces.\"tailscale0\".allowedTCPPorts = [ 22 9984 ]";
+  notRead =
+    rules:
+    say [
+      "networking.firewall does not name tcp 22, 9984 on wg0, which the policy lets in, and the rules of"
+      "${rules} are not read here: see that they do, or write"
+      "networking.firewall.interfaces.\"wg0\".allowedTCPPorts = [ 22 9984 ], or set manageFirewall = true"
+    ];
+  hubWithOwnFirewall = more: {
+    imports = [
+      (onMesh { allowedTCPPortRanges = [ (range 1 65535) ]; })
+      more
+    ];
+    services.spokeguard.profile = "hub";
+    services.spokeguard.settings.mesh.hub = lib.mkForce null;
+    services.spokeguard.settings.ssh.from = lib.mkOverride 900 "mesh";
+  };
+  sshOutside = bind: {
+    services.spokeguard.settings.ssh = {
+      inherit bind;
+      from = [
+        "10.84.0.1/32"
+        "198.51.100.0/24"
+      ];
+    };
+  };
+  commands = text: {
+    module = ownFirewall { networking.firewall.extraCommands = text; };
+    warnings = [ (notRead "networking.firewall.extraCommands") ];
+  };
+  noFirewall = "networking.firewall is off: nothing holds this host but spokeguard";
+  noSshd = say [
+    "services.openssh is off, and the policy has sshd on tcp 22: set services.openssh.enable = true, or"
+    "nobody gets in but by an sshd of your own"
+  ];
+  tailscale = {
+    services.tailscale.enable = true;
+    services.spokeguard.wireguard.privateKeyFile = null;
+    services.spokeguard.settings = {
+      mesh.kind = "tailscale";
+      mesh.address = [ ];
+      mesh.prefix = null;
+      mesh.hub = lib.mkForce null;
+      ssh.from = "mesh";
+      ssh.rebind = true;
+    };
+  };
 in
 {
   spoke = {
@@ -135,8 +212,10 @@ in
       services.spokeguard.ntfyUrlFile = "/run/secrets/ntfy";
     };
     unmanaged.module = {
-      services.spokeguard.manageOpenssh = false;
-      services.spokeguard.manageFirewall = false;
+      imports = [
+        (ownSshd { addr = "10.84.0.16"; })
+        (ownFirewall { networking.firewall.trustedInterfaces = [ "wg0" ]; })
+      ];
       services.spokeguard.manageWireguard = false;
       networking.wireguard.interfaces.wg0 = {
         ips = [ "10.84.0.16/24" ];
@@ -148,23 +227,70 @@ in
           }
         ];
       };
-      networking.firewall.allowedTCPPorts = [
-        80
-        443
+    };
+    open-on-the-mesh.module = onMesh {
+      allowedTCPPorts = [
+        22
+        9984
       ];
     };
-    tailscale.module = {
-      services.tailscale.enable = true;
-      services.spokeguard.wireguard.privateKeyFile = null;
-      services.spokeguard.settings = {
-        mesh.kind = "tailscale";
-        mesh.address = [ ];
-        mesh.prefix = null;
-        mesh.hub = lib.mkForce null;
-        ssh.from = "mesh";
-        ssh.rebind = true;
-      };
+    open-by-a-range.module = onMesh {
+      allowedTCPPorts = [ 9984 ];
+      allowedTCPPortRanges = [ (range 20 22) ];
     };
+    # Addresses that the module does not know may be the mesh's.
+    tailscale-by-address.module = ownFirewall {
+      imports = [
+        tailscale
+        (sshOutside [ "100.64.0.5" ])
+      ];
+      services.spokeguard.settings.ssh.from = lib.mkForce [ "100.64.0.0/10" ];
+      networking.firewall.trustedInterfaces = [ "tailscale0" ];
+    };
+    tailscale-by-address-shut = {
+      module = ownFirewall {
+        imports = [
+          tailscale
+          (sshOutside [ "100.64.0.5" ])
+        ];
+        services.spokeguard.settings.ssh.from = lib.mkForce [ "100.64.0.0/10" ];
+        networking.nftables.enable = true;
+      };
+      errors = [ shutOutOfTailscale ];
+    };
+    # sshd is for others, too, and its port open to all.
+    open-to-all.module = ownFirewall {
+      imports = [
+        (sshOutside [
+          "10.84.0.16"
+          "203.0.113.5"
+        ])
+      ];
+      networking.firewall.allowedTCPPorts = [ 22 ];
+      networking.firewall.interfaces.wg0.allowedTCPPorts = [ 9984 ];
+    };
+    open-outside.module = ownFirewall {
+      imports = [ (sshOutside [ "203.0.113.5" ]) ];
+      networking.firewall.allowedTCPPorts = [ 22 ];
+      networking.firewall.interfaces.wg0.allowedTCPPorts = [ 9984 ];
+    };
+    # Its address in the mesh is not outside of it, whoever may come.
+    open-to-the-mesh-alone.module = ownFirewall {
+      imports = [ (sshOutside [ "10.84.0.16" ]) ];
+      networking.firewall.trustedInterfaces = [ "wg0" ];
+    };
+    public-by-a-range.module = {
+      services.spokeguard.manageFirewall = false;
+      networking.firewall.allowedTCPPortRanges = [
+        (range 80 80)
+        (range 443 443)
+      ];
+      networking.firewall.trustedInterfaces = [ "wg0" ];
+    };
+    hub-with-its-own-firewall.module = hubWithOwnFirewall {
+      networking.firewall.allowedUDPPorts = [ 51820 ];
+    };
+    tailscale.module = tailscale;
 
     without-nix.module = {
       nix.enable = false;
@@ -292,6 +418,40 @@ in
         ])
       ];
     };
+    ssh-on-another-port = {
+      module = ownSshd {
+        addr = "10.84.0.16";
+        port = 2222;
+      };
+      errors = [
+        (say [
+          "services.openssh.listenAddresses has 10.84.0.16:2222, and settings.ssh.port is 22: write"
+          "the same in both"
+        ])
+      ];
+    };
+    ssh-elsewhere-on-another-port = {
+      module = ownSshd {
+        addr = "0.0.0.0";
+        port = 2222;
+      };
+      errors = [
+        (say [
+          "services.openssh.listenAddresses has 0.0.0.0, which settings.ssh.bind does not: name"
+          "the address there, or remove it here"
+        ])
+      ];
+    };
+    # One mistake, said once.
+    ssh-on-another-port-of-all = {
+      module = {
+        imports = [ (ownSshd { addr = "10.84.0.16"; }) ];
+        services.openssh.ports = [ 2222 ];
+      };
+      errors = [
+        "services.openssh.ports is 2222, and settings.ssh.port is 22: write the same in both"
+      ];
+    };
     ssh-everywhere = {
       module = {
         services.spokeguard.manageOpenssh = false;
@@ -343,6 +503,103 @@ in
           "name it there, or remove it here"
         ])
       ];
+    };
+    shut-by-the-firewall = {
+      module = {
+        services.spokeguard.manageFirewall = false;
+        networking.firewall.allowedTCPPorts = [ 80 ];
+      };
+      errors = [ shutOutOfTheMesh ];
+      warnings = [
+        "the policy has 443 public, and networking.firewall does not open it"
+      ];
+    };
+    shut-metrics = {
+      module = onMesh {
+        allowedTCPPorts = [ 22 ];
+        # Of another protocol, and next to it.
+        allowedUDPPorts = [ 9984 ];
+        allowedTCPPortRanges = [
+          (range 9000 9983)
+          (range 9985 9990)
+        ];
+      };
+      errors = [ (shutOut "tcp 9984" "on wg0" "interfaces.\"wg0\".allowedTCPPorts = [ 9984 ]") ];
+    };
+    open-on-another-interface = {
+      module = ownFirewall {
+        services.spokeguard.settings.local = [
+          {
+            name = "lan";
+            interfaces = [ "lan0" ];
+          }
+        ];
+        networking.firewall.trustedInterfaces = [ "lan0" ];
+        networking.firewall.interfaces.lan0.allowedTCPPorts = [ 22 ];
+        networking.firewall.interfaces.wg0.allowedTCPPorts = [ 9984 ];
+      };
+      errors = [ (shutOut "tcp 22" "on wg0" "interfaces.\"wg0\".allowedTCPPorts = [ 22 ]") ];
+    };
+    # Too much is open then, and nothing of ours shut.
+    open-by-a-pattern = {
+      module = ownFirewall {
+        networking.firewall.interfaces."wg+".allowedTCPPorts = [
+          22
+          9984
+        ];
+      };
+      errors = [
+        (say [
+          "networking.firewall opens tcp 22, 9984 to everyone, and settings.public.tcp does not: name"
+          "it there, or remove it here"
+        ])
+      ];
+    };
+    # iptables takes the star for a part of the name; and NixOS' own commands let nothing in.
+    open-by-a-pattern-of-nobody = {
+      module = ownFirewall { networking.firewall.trustedInterfaces = [ "wg*" ]; };
+      errors = [ shutOutOfTheMesh ];
+      warnings = [
+        "networking.firewall.trustedInterfaces trusts wg*, which is public by the policy"
+      ];
+    };
+    # The module opens it, and somebody else shuts it.
+    shut-by-force = {
+      module = {
+        networking.firewall.interfaces = lib.mkForce { };
+      };
+      errors = [
+        (say [
+          "networking.firewall drops tcp 22, 9984 on wg0, which the policy lets in: write"
+          "networking.firewall.interfaces.\"wg0\".allowedTCPPorts = [ 22 9984 ]"
+        ])
+      ];
+    };
+    shut-tunnel = {
+      module = hubWithOwnFirewall {
+        # Of another protocol.
+        networking.firewall.allowedTCPPorts = [ 51820 ];
+        services.spokeguard.settings.public.tcp = [ 51820 ];
+      };
+      errors = [ (shutOut "udp 51820" "of the tunnel" "allowedUDPPorts = [ 51820 ]") ];
+    };
+    # Metrics alone are for the mesh.
+    shut-outside = {
+      module = {
+        imports = [
+          (onMesh { allowedTCPPorts = [ 9984 ]; })
+          (sshOutside [ "203.0.113.5" ])
+        ];
+      };
+      errors = [ (shutOut "tcp 22" "on 203.0.113.5" "allowedTCPPorts = [ 22 ]") ];
+    };
+    # Its rules are in a table of their own there, and what NixOS' drops is gone.
+    tailscale-without-its-rules = {
+      module = ownFirewall {
+        imports = [ tailscale ];
+        networking.nftables.enable = true;
+      };
+      errors = [ shutOutOfTailscale ];
     };
     firewalld = {
       module = {
@@ -450,18 +707,92 @@ in
       module = {
         networking.firewall.enable = false;
       };
-      warnings = [
-        "networking.firewall is off: nothing holds this host but spokeguard"
-      ];
+      warnings = [ noFirewall ];
     };
-    shut-by-the-firewall = {
+    # What it does not name it does not drop.
+    no-firewall-at-all = {
       module = {
         services.spokeguard.manageFirewall = false;
-        networking.firewall.allowedTCPPorts = [ 80 ];
+        networking.firewall.enable = false;
+      };
+      warnings = [ noFirewall ];
+    };
+    no-firewall-for-its-rules = {
+      module = {
+        services.spokeguard.manageFirewall = false;
+        networking.nftables.enable = true;
+        networking.firewall.enable = false;
+        networking.firewall.extraInputRules = "iifname \"wg0\" accept";
+      };
+      warnings = [ noFirewall ];
+    };
+    trusted-outside = {
+      module = hubWithOwnFirewall {
+        imports = [ (sshOutside [ "203.0.113.5" ]) ];
+        services.spokeguard.settings.ssh.from = lib.mkForce [ "198.51.100.0/24" ];
+        networking.firewall.trustedInterfaces = [ "eth0" ];
       };
       warnings = [
-        "the policy has 443 public, and networking.firewall does not open it"
+        "networking.firewall.trustedInterfaces trusts eth0, which is public by the policy"
       ];
+    };
+    trusted-by-a-pattern = {
+      module = ownFirewall {
+        networking.nftables.enable = true;
+        networking.firewall.trustedInterfaces = [ "wg*" ];
+      };
+      warnings = [
+        "networking.firewall.trustedInterfaces trusts wg*, which is public by the policy"
+      ];
+    };
+    # Who lets the mesh in can't be told.
+    input-rules = {
+      module = ownFirewall {
+        networking.nftables.enable = true;
+        networking.firewall.extraInputRules = "iifname \"wg0\" accept";
+      };
+      warnings = [ (notRead "networking.firewall.extraInputRules") ];
+    };
+    # Nobody reads them without nftables.
+    input-rules-without-nftables = {
+      module = ownFirewall { networking.firewall.extraInputRules = "iifname \"wg0\" accept"; };
+      errors = [ shutOutOfTheMesh ];
+    };
+    input-commands = commands "iptables -A nixos-fw -i wg0 -j nixos-fw-accept";
+    input-commands-before = commands "iptables -I INPUT -i wg0 -j ACCEPT";
+    input-commands-of-a-file = commands "iptables-restore --noflush < /etc/rules";
+    input-commands-of-a-script = commands "${builtins.storeDir}/x-rules.sh";
+    own-firewalld = {
+      module = ownFirewall { services.firewalld.enable = true; };
+      warnings = [ (notRead "services.firewalld") ];
+    };
+    tailscale-and-its-rules = {
+      module = ownFirewall tailscale;
+      warnings = [
+        (say [
+          "networking.firewall does not name tcp 22, 9984 on tailscale0, which the policy lets in, and the"
+          "rules of tailscaled are not read here: see that they do, or write"
+          "networking.firewall.interfaces.\"tailscale0\".allowedTCPPorts = [ 22 9984 ], or set"
+          "manageFirewall = true"
+        ])
+      ];
+    };
+    no-sshd = {
+      module = {
+        services.openssh.enable = false;
+      };
+      warnings = [ noSshd ];
+    };
+    own-sshd = {
+      module = {
+        services.spokeguard.manageOpenssh = false;
+      };
+      warnings = [ noSshd ];
+    };
+    tailscale-ssh.module = {
+      imports = [ tailscale ];
+      services.openssh.enable = false;
+      services.spokeguard.settings.mesh.tailscale_ssh = true;
     };
     looking-on = {
       module = settings {

@@ -96,6 +96,7 @@ in
       interfaces = option (types.attrsOf (sub gate)) { };
       trustedInterfaces = texts;
       extraInputRules = option types.lines "";
+      extraCommands = option types.lines "";
     };
     networking.nftables = {
       enable = flag;
@@ -190,6 +191,16 @@ in
     networking.firewall.allowedTCPPorts = lib.mkIf (
       config.services.openssh.enable && config.services.openssh.openFirewall
     ) config.services.openssh.ports;
+    # NixOS clears its NAT by these, also where there is none.
+    networking.firewall.extraCommands = lib.mkIf (!config.networking.nftables.enable) ''
+      ip46tables() {
+        iptables -w "$@"
+        ip6tables -w "$@"
+      }
+      ip46tables -w -t nat -D PREROUTING -j nixos-nat-pre 2>/dev/null || true
+      ip46tables -w -t nat -D OUTPUT -j nixos-nat-out 2>/dev/null || true
+      ip46tables -w -D FORWARD -j nixos-filter-forward 2>/dev/null || true
+    '';
     networking.nftables.flushRuleset = lib.mkIf config.networking.nftables.enable (
       lib.mkDefault (
         builtins.compareVersions config.system.stateVersion "23.11" < 0
