@@ -37,6 +37,9 @@ const PROGRAM: &str = "/usr/local/sbin/spokeguard";
 const PROGRAM_FOLDERS: [&str; 6] =
     ["/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin", "/bin", "/sbin"];
 
+/// The daemon's unit where Debian's package puts it.
+pub const PACKAGED: &str = "usr/lib/systemd/system/spokeguard.service";
+
 /// Of shut.nft, before the lines that a mesh interface of another name and a tunnel's other port get.
 const TUNNEL: &str = "iifname \"tailscale*\" accept";
 const OUTSIDE: &str = "udp dport { 41641, 51820 } accept";
@@ -82,6 +85,14 @@ pub fn install(global: &Global, options: &Options) -> anyhow::Result<u8> {
         !root.path("etc/NIXOS").exists(),
         "this is NixOS, which makes its units itself: use the NixOS module (services.spokeguard)"
     );
+    if let Some(unit) = root.packaged() {
+        // Not --now for the boot unit: it would load the confirmed rules over those on trial.
+        let remedy = match root.0 == Path::new("/") {
+            true => format!("systemctl enable {BOOT} && systemctl enable --now {SERVICE}"),
+            false => format!("systemctl --root={} enable {BOOT} {SERVICE}", root.0.display()),
+        };
+        bail!("{}: the Debian package has put the units in place already: {remedy}", unit.display());
+    }
     let (nft, without_nft) = match root.find("nft") {
         Some(nft) => (nft, None),
         // An image may get its packages later.
@@ -165,6 +176,9 @@ pub fn install(global: &Global, options: &Options) -> anyhow::Result<u8> {
 /// Takes program and units away. The rules in force stay, and policy and state are kept.
 pub fn uninstall(global: &Global, options: &Removal) -> anyhow::Result<u8> {
     let root = Root::new(options.root.as_deref())?;
+    if let Some(unit) = root.packaged() {
+        bail!("{}: installed by the Debian package: apt remove spokeguard", unit.display());
+    }
     root.all_ours_or_absent()?;
     if root.is_running() && root.path(&format!("{UNITS}/{SERVICE}")).exists() {
         systemctl(&["disable", "--quiet", "--now", SERVICE])?;
@@ -244,6 +258,14 @@ impl Root {
     /// Whether this is the host itself, with systemd running.
     fn is_running(&self) -> bool {
         self.0 == Path::new("/") && Path::new("/run/systemd/system").is_dir()
+    }
+
+    /// The daemon's unit of Debian's package, where that is installed.
+    fn packaged(&self) -> Option<PathBuf> {
+        // Where /lib is a link, it is one to /usr/lib; an image's may lead out of the image.
+        let lib = (!self.path("lib").is_symlink()).then_some(PACKAGED.trim_start_matches("usr/"));
+        let mut units = [PACKAGED].into_iter().chain(lib).map(|below| self.path(below));
+        units.find(|unit| fs::symlink_metadata(unit).is_ok())
     }
 
     /// Asked first, so that nothing is done by halves.
@@ -398,7 +420,10 @@ fn systemctl(arguments: &[&str]) -> anyhow::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser as _;
+
     use super::*;
+    use crate::cli::{Cli, Command};
     use crate::source::bpf::guard;
 
     fn relative(root: &Path) -> Vec<String> {
@@ -414,6 +439,17 @@ mod tests {
         }
         out.sort();
         out
+    }
+
+    #[track_caller]
+    fn refused(words: &[&str]) -> String {
+        let Cli { global, command } = Cli::try_parse_from(words).unwrap();
+        let done = match command {
+            Command::Install(options) => install(&global, &options),
+            Command::Uninstall(options) => uninstall(&global, &options),
+            _ => panic!("{words:?}"),
+        };
+        format!("{:#}", done.unwrap_err())
     }
 
     /// Debian's own, one that somebody changed, and Fedora's own, on hosts with and without cloud-init.
@@ -499,6 +535,39 @@ mod tests {
         for line in TO_OPEN.lines() {
             assert!(package.contains(&format!("echo \"{line}\"\n")), "{line}");
         }
+    }
+
+    #[test]
+    fn what_the_debian_package_installed_is_left_to_it() {
+        for (unit, is_packages) in [
+            ("usr/lib/systemd/system/spokeguard.service", true),
+            ("lib/systemd/system/spokeguard.service", true),
+            ("etc/systemd/system/spokeguard.service", false),
+            ("usr/lib/systemd/system/ssh.service", false),
+        ] {
+            let folder = tempfile::tempdir().unwrap();
+            let root = Root(folder.path().to_owned());
+            fs::create_dir_all(root.path(unit).parent().unwrap()).unwrap();
+            fs::write(root.path(unit), MARK).unwrap();
+            assert_eq!(root.packaged(), is_packages.then(|| root.path(unit)), "{unit}");
+            let below = folder.path().to_str().unwrap();
+            if is_packages {
+                for (verb, remedy) in [
+                    ("install", format!("systemctl --root={below} enable spokeguard-boot.service")),
+                    ("uninstall", "installed by the Debian package: apt remove spokeguard".to_owned()),
+                ] {
+                    let text = refused(&["spokeguard", verb, "--root", below]);
+                    assert!(text.contains(unit) && text.contains(&remedy), "{text}");
+                }
+                assert_eq!(relative(folder.path()), [unit], "nothing else was written or removed");
+            }
+        }
+        // An image's /lib that leads to this host's, which may have the package.
+        let (folder, host) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        fs::create_dir_all(host.path().join("systemd/system")).unwrap();
+        fs::write(host.path().join("systemd/system/spokeguard.service"), MARK).unwrap();
+        std::os::unix::fs::symlink(host.path(), folder.path().join("lib")).unwrap();
+        assert_eq!(Root(folder.path().to_owned()).packaged(), None);
     }
 
     #[test]

@@ -143,6 +143,8 @@ fn readme(inventory: &Inventory, node: &Node, admin: Option<&AdminPath>) -> Stri
         out,
         "\nThen, on the node (not on NixOS, whose module does it):\n  \
          spokeguard policy check && spokeguard install\n\
+         or, with the Debian package, whose units are there already:\n  \
+         spokeguard policy check && systemctl restart spokeguard\n\
          Its rules are on trial until somebody comes in anew through the tunnel, or says\n  \
          spokeguard confirm\n"
     );
@@ -176,7 +178,13 @@ pub fn cloud_init(bundle: &Bundle) -> String {
              - [systemctl, enable, \"wg-quick@{interface}.service\"]\n"
         );
     }
-    out.push_str("  - [sh, -c, \"if command -v spokeguard; then spokeguard policy check && spokeguard install; fi\"]\n");
+    // `install` refuses where the Debian package has put the units in place.
+    let _ = writeln!(
+        out,
+        "  - [sh, -c, \"if [ -e /{} ]; then spokeguard policy check && systemctl restart spokeguard; \
+         elif command -v spokeguard; then spokeguard policy check && spokeguard install; fi\"]",
+        crate::cli::PACKAGED
+    );
     out
 }
 

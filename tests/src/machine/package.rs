@@ -88,6 +88,14 @@ impl Machine<'_> {
         assert_eq!(machine.run(&["test", "-e", "/usr/local/sbin/spokeguard"]).code, Some(1));
         assert_eq!([machine.enabled(SERVICE), machine.enabled(BOOT)], ["enabled", "enabled"]);
         machine.is_hardened();
+        // Whoever put the units there by itself leaves those of the package to it.
+        let put = machine.left();
+        for (verb, remedy) in [("install", "systemctl enable --now"), ("uninstall", "apt remove spokeguard")] {
+            let refused = machine.run(&["spokeguard", verb]);
+            assert!(refused.code == Some(2) && refused.stderr.contains(remedy), "{}", refused.all());
+        }
+        assert_eq!(machine.left(), put);
+        assert_eq!([machine.enabled(SERVICE), machine.enabled(BOOT)], ["enabled", "enabled"]);
 
         if let Some(earlier) = earlier {
             let back = "/opt/earlier.deb";
