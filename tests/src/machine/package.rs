@@ -15,6 +15,16 @@ use crate::{Answer, SPOKE_MESH, packets_lost};
 const SERVICE: &str = "spokeguard.service";
 const BOOT: &str = "spokeguard-boot.service";
 
+const EXPIRED: &str = "
+[[exception]]
+name = \"over\"
+tcp = [2222]
+from = [\"192.0.2.0/24\"]
+reason = \"a test\"
+owner = \"lab\"
+until = \"2020-01-31\"
+";
+
 /// The package of a program of this machine's architecture, made in `out`.
 pub fn debian_package(program: &Path, out: &Path) -> Result<PathBuf> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
@@ -72,7 +82,8 @@ impl Machine<'_> {
         assert_eq!(machine.property(SERVICE, "ActiveState"), "inactive");
 
         // With one, what `spokeguard install` did is taken over while it runs.
-        machine.write("etc/spokeguard/policy.toml", &machine.lab.plain_policy());
+        // An exception past its day is no reason to leave a daemon with its old program.
+        machine.write("etc/spokeguard/policy.toml", &(machine.lab.plain_policy() + EXPIRED));
         machine.dpkg("--purge", "spokeguard");
         machine.ok(&["/opt/spokeguard", "install"]);
         machine.wait("the rules are on trial", |machine| machine.rules() == "on-trial");
@@ -80,7 +91,9 @@ impl Machine<'_> {
         machine.wait("confirmed", |machine| machine.rules() == "confirmed");
         assert_eq!(machine.program(), "/usr/local/sbin/spokeguard");
         machine.nobody_answers_while(|machine| {
-            machine.dpkg("--install", deb);
+            let told = machine.dpkg("--install", deb);
+            assert!(told.contains("removed /etc/systemd/system/spokeguard.service of"), "{told}");
+            assert_eq!(told.matches("spokeguard: removed ").count(), 7, "{told}");
             machine.wait("the package's daemon", |machine| machine.rules() == "confirmed");
         });
         assert_eq!(machine.program(), "/usr/bin/spokeguard");
@@ -126,6 +139,10 @@ impl Machine<'_> {
         assert!(dropped > 0.0);
         let pid = machine.property(SERVICE, "MainPID");
         machine.ok(&["systemctl", "disable", "--quiet", BOOT]);
+        // As `systemctl edit --full` makes it.
+        let edited = machine.path("etc/systemd/system/spokeguard.service");
+        let text = machine.ok(&["cat", "/usr/lib/systemd/system/spokeguard.service"]) + "# mine\n";
+        std::fs::write(&edited, &text).unwrap();
         let knocked = machine.nobody_answers_while(|machine| {
             machine.dpkg("--install", later);
             machine.wait("the new daemon", |machine| {
@@ -154,6 +171,9 @@ impl Machine<'_> {
         (&hub).write_all(b"SSH-2.0-lab\r\n").unwrap();
         assert!((&hub).read(&mut heard).unwrap() > 100, "what sshd says after the upgrade");
         assert_eq!(machine.enabled(BOOT), "disabled", "as its administrator wants it");
+        assert_eq!(std::fs::read_to_string(&edited).unwrap(), text, "its administrator's");
+        std::fs::remove_file(&edited).unwrap();
+        machine.ok(&["systemctl", "daemon-reload"]);
         machine.ok(&["systemctl", "enable", "--quiet", BOOT]);
 
         // Removed, it leaves what is in force and says how to open the host.
