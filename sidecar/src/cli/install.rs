@@ -108,7 +108,8 @@ pub fn install(global: &Global, options: &Options) -> anyhow::Result<u8> {
         None => bail!("nft is missing: install nftables first (apt install nftables)"),
     };
     root.all_ours_or_absent()?;
-    let program = root.program()?;
+    let mut staged = Staged::default();
+    let program = root.program(&mut staged)?;
     // An image's policy is not this host's.
     let mut of_root = global.clone();
     if let Ok(below) = global.policy.strip_prefix("/") {
@@ -116,7 +117,7 @@ pub fn install(global: &Global, options: &Options) -> anyhow::Result<u8> {
     }
     let policy = super::policy::load(&of_root, crate::sys::clock::now());
     let mesh = policy.as_ref().ok().map(|(loaded, _)| &loaded.policy.mesh);
-    let mut told = root.put(&program, &nft, mesh.map(|mesh| (&*mesh.interface, mesh.listen_port)))?;
+    let mut told = root.put(staged, &program, &nft, mesh.map(|mesh| (&*mesh.interface, mesh.listen_port)))?;
     told.extend(without_nft);
     if !root.is_running() {
         let wants = |target: &str, unit: &str| root.link(&format!("{UNITS}/{target}.wants/{unit}"), unit);
@@ -286,6 +287,7 @@ impl Root {
     /// Through the interface `mesh` its operator gets in when the sealed rules can't be loaded; the port is its tunnel's.
     fn put(
         &self,
+        mut staged: Staged,
         program: &Path,
         nft: &Path,
         mesh: Option<(&str, Option<Port>)>,
@@ -305,9 +307,10 @@ impl Root {
                 Some(port) => text.replace(OUTSIDE, &format!("{OUTSIDE}\n\t\tudp dport {port} accept")),
                 None => text,
             };
-            let verb = if self.write(path, &text)? { "wrote" } else { "is as it was:" };
+            let verb = if self.stage(&mut staged, path, &text)? { "wrote" } else { "is as it was:" };
             told.push(format!("{verb} {}", self.path(path).display()));
         }
+        staged.rename()?;
         Ok(told)
     }
 
@@ -329,15 +332,13 @@ impl Root {
         Ok(told)
     }
 
-    /// Writes a file of ours; `false`: it was like that already.
-    fn write(&self, below: &str, text: &str) -> anyhow::Result<bool> {
+    /// Writes a file of ours beside its place; `false`: it was like that already.
+    fn stage(&self, staged: &mut Staged, below: &str, text: &str) -> anyhow::Result<bool> {
         let path = self.path(below);
         if fs::read_to_string(&path).is_ok_and(|there| there == text) {
             return Ok(false);
         }
-        let folder = path.parent().context("a file has a folder")?;
-        fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
-        replace(&path, text.as_bytes(), 0o644)?;
+        staged.write(path, text.as_bytes(), 0o644)?;
         Ok(true)
     }
 
@@ -359,8 +360,8 @@ impl Root {
         places.find(|place| place.strip_prefix("/").is_ok_and(|below| is_there(self.0.join(below))))
     }
 
-    /// Where the program is to be started from; copied there where that's not so yet.
-    fn program(&self) -> anyhow::Result<PathBuf> {
+    /// Where the program is to be started from; written beside that place where it isn't there yet.
+    fn program(&self, staged: &mut Staged) -> anyhow::Result<PathBuf> {
         let running = std::env::current_exe().context("this program's own path")?;
         let kept =
             running.parent().is_some_and(|folder| PROGRAM_FOLDERS.iter().any(|f| folder == Path::new(f)));
@@ -370,32 +371,52 @@ impl Root {
         let target = self.path(PROGRAM.trim_start_matches('/'));
         let bytes = fs::read(&running).with_context(|| running.display().to_string())?;
         if !fs::read(&target).is_ok_and(|there| there == bytes) {
-            let folder = target.parent().context("a program has a folder")?;
-            fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
-            replace(&target, &bytes, 0o755)?;
+            staged.write(target, &bytes, 0o755)?;
         }
         Ok(PathBuf::from(PROGRAM))
     }
 }
 
-/// The old file or the new one, whenever the power fails.
-fn replace(path: &Path, bytes: &[u8], mode: u32) -> anyhow::Result<()> {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".new");
-    let new = PathBuf::from(name);
-    let written = (|| -> std::io::Result<()> {
-        let mut file =
-            fs::OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(&new)?;
-        // Whatever the umask.
-        file.set_permissions(fs::Permissions::from_mode(mode))?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&new, path)
-    })();
-    if written.is_err() {
-        let _ = fs::remove_file(&new);
+/// New files beside their places: none is put there before all are written, so that a full disk or a read-only /etc
+/// leaves everything as it was.
+#[derive(Default)]
+struct Staged(Vec<(PathBuf, PathBuf)>);
+
+impl Staged {
+    fn write(&mut self, path: PathBuf, bytes: &[u8], mode: u32) -> anyhow::Result<()> {
+        let folder = path.parent().context("a file has a folder")?;
+        fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+        let mut new = path.clone().into_os_string();
+        new.push(".new");
+        let new = PathBuf::from(new);
+        self.0.push((new.clone(), path));
+        let write = || -> std::io::Result<()> {
+            let mut file =
+                fs::OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(&new)?;
+            // Whatever the umask.
+            file.set_permissions(fs::Permissions::from_mode(mode))?;
+            file.write_all(bytes)?;
+            file.sync_all()
+        };
+        write().with_context(|| format!("write {}; nothing was changed", new.display()))
     }
-    written.with_context(|| format!("write {}", path.display()))
+
+    /// Each is the old file or the new one, whenever the power fails.
+    fn rename(mut self) -> anyhow::Result<()> {
+        while let Some((new, path)) = self.0.first() {
+            fs::rename(new, path).with_context(|| format!("put {} in place", path.display()))?;
+            self.0.remove(0);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        for (new, _) in &self.0 {
+            let _ = fs::remove_file(new);
+        }
+    }
 }
 
 /// `false`: it was not there.
@@ -475,7 +496,7 @@ mod tests {
         let root = Root(folder.path().to_owned());
         let nft = Path::new("/usr/sbin/nft");
         assert!(
-            root.put(Path::new(PROGRAM), nft, Some(("mesh0", Port::new(40000))))
+            root.put(Staged::default(), Path::new(PROGRAM), nft, Some(("mesh0", Port::new(40000))))
                 .unwrap()
                 .iter()
                 .all(|line| line.starts_with("wrote "))
@@ -493,7 +514,7 @@ mod tests {
             );
         }
         assert!(
-            root.put(Path::new(PROGRAM), nft, Some(("mesh0", Port::new(40000))))
+            root.put(Staged::default(), Path::new(PROGRAM), nft, Some(("mesh0", Port::new(40000))))
                 .unwrap()
                 .iter()
                 .all(|line| line.starts_with("is as it was:"))
@@ -571,13 +592,34 @@ mod tests {
     }
 
     #[test]
+    fn what_cannot_be_written_as_a_whole_is_not_begun() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = Root(folder.path().to_owned());
+        // The last of all files.
+        let (last, _) = FILES[FILES.len() - 1];
+        let obstacle = root.path(&format!("{last}.new"));
+        fs::create_dir_all(&obstacle).unwrap();
+        let put = || {
+            let mut staged = Staged::default();
+            root.program(&mut staged)?;
+            root.put(staged, Path::new(PROGRAM), Path::new("/usr/sbin/nft"), None)
+        };
+        let text = format!("{:#}", put().unwrap_err());
+        assert!(text.contains(last) && text.contains("nothing was changed"), "{text}");
+        assert_eq!(relative(folder.path()), [""; 0], "neither a file nor what was written beside its place");
+        fs::remove_dir(obstacle).unwrap();
+        put().unwrap();
+        assert_eq!(relative(folder.path()).len(), FILES.len() + 1, "{:?}", relative(folder.path()));
+    }
+
+    #[test]
     fn what_others_wrote_is_neither_replaced_nor_removed() {
         let folder = tempfile::tempdir().unwrap();
         let root = Root(folder.path().to_owned());
         let unit = root.path("etc/systemd/system/spokeguard.service");
         fs::create_dir_all(unit.parent().unwrap()).unwrap();
         fs::write(&unit, "[Service]\n").unwrap();
-        for done in [root.put(Path::new(PROGRAM), Path::new("/usr/sbin/nft"), None), root.take()] {
+        for done in [root.put(Staged::default(), Path::new(PROGRAM), Path::new("/usr/sbin/nft"), None), root.take()] {
             let text = format!("{:#}", done.unwrap_err());
             assert!(
                 text.ends_with("spokeguard.service: not written by spokeguard install; move it away first"),
