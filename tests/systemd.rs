@@ -43,6 +43,8 @@ fn units_hold_the_line_from_the_first_packet_of_a_boot() {
     // The credential that it names comes later.
     let beats = "[heartbeat]\nkuma_url_file = \"kuma-url\"\nevery = \"1s\"\n";
     machine.write("etc/spokeguard/policy.toml", &(lab.plain_policy() + beats));
+    let elsewhere = machine.run(&["/opt/spokeguard", "install", "--policy", "/root/policy.toml"]);
+    assert!(elsewhere.code == Some(2) && elsewhere.stderr.contains("copy the policy there"), "{}", elsewhere.all());
     let told = machine.ok(&["/opt/spokeguard", "install"]);
     assert!(told.contains("is as it was: /etc/systemd/system/spokeguard.service"), "{told}");
     assert!(told.contains("started. Its rules are on trial"), "{told}");
@@ -143,6 +145,7 @@ fn units_hold_the_line_from_the_first_packet_of_a_boot() {
         machine.write_new("etc/systemd/system/nftables.service.d/after.conf", after);
         let told = machine.ok(&["/opt/spokeguard", "install"]);
         assert_eq!(told.matches("ATTENTION: ").count(), 1, "{told}");
+        assert!(told.contains("started. Its rules are confirmed"), "{told}");
         assert!(told.contains("ATTENTION: nftables.service was changed"), "{told}");
         machine.wait("the web answers again", |machine| machine.answer(OPEN) == Answer::Open);
         assert!(machine.hub_gets_in());

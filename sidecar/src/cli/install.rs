@@ -11,6 +11,7 @@ use anyhow::{Context as _, bail, ensure};
 use clap::Args;
 
 use super::Global;
+use crate::daemon::socket::{self, Rules, Status};
 use crate::terms::Port;
 
 #[derive(Args)]
@@ -36,6 +37,9 @@ const BOOT: &str = "spokeguard-boot.service";
 const PROGRAM: &str = "/usr/local/sbin/spokeguard";
 const PROGRAM_FOLDERS: [&str; 6] =
     ["/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin", "/bin", "/sbin"];
+
+/// What the units' daemon reads and writes: they give it no options.
+const POLICY: &str = "/etc/spokeguard/policy.toml";
 
 /// The daemon's unit where Debian's package puts it.
 pub const PACKAGED: &str = "usr/lib/systemd/system/spokeguard.service";
@@ -92,6 +96,9 @@ pub fn install(global: &Global, options: &Options) -> anyhow::Result<u8> {
             false => format!("systemctl --root={} enable {BOOT} {SERVICE}", root.0.display()),
         };
         bail!("{}: the Debian package has put the units in place already: {remedy}", unit.display());
+    }
+    if root.0 == Path::new("/") {
+        is_as_the_units_say(global)?;
     }
     let (nft, without_nft) = match root.find("nft") {
         Some(nft) => (nft, None),
@@ -159,11 +166,9 @@ pub fn install(global: &Global, options: &Options) -> anyhow::Result<u8> {
     match policy {
         Ok(_) => {
             systemctl(&["restart", SERVICE])?;
-            told.push(
-                "started. Its rules are on trial: connect anew from the hub through the tunnel, or run\n\
-                 `spokeguard confirm`; else they go away again (`spokeguard status` says when)"
-                    .to_owned(),
-            );
+            let state = properties("ActiveState", &[SERVICE]).concat();
+            ensure!(state == "active", "{SERVICE} did not start, it is {state}: systemctl status {SERVICE}");
+            told.push(started(rules(global)));
         }
         Err(error) => told.push(format!(
             "not started, for want of a policy:\n{error:#}\n\
@@ -172,6 +177,63 @@ pub fn install(global: &Global, options: &Options) -> anyhow::Result<u8> {
     }
     global.print(&(told.join("\n") + "\n"))?;
     Ok(0)
+}
+
+/// The policy is the one that the daemon will read, and so are the folders.
+fn is_as_the_units_say(global: &Global) -> anyhow::Result<()> {
+    let policy = &global.policy;
+    ensure!(
+        std::path::absolute(policy).is_ok_and(|path| path == Path::new(POLICY)),
+        "{}: the units read {POLICY} alone: copy the policy there, and leave out --policy and SPOKEGUARD_POLICY",
+        policy.display()
+    );
+    for (option, given) in [
+        ("--state-dir", &global.state_dir),
+        ("--run-dir", &global.run_dir),
+        ("--pin-dir", &global.pin_dir),
+    ] {
+        ensure!(given.is_none(), "the units know the default of {option} alone: leave it out");
+    }
+    Ok(())
+}
+
+/// What the daemon says of its rules, which it may not have put in force yet.
+fn rules(global: &Global) -> anyhow::Result<Rules> {
+    let run = global.places()?.run;
+    let mut tries = 0;
+    loop {
+        let status = socket::ask(&run, "status").and_then(|text| Ok(serde_json::from_str::<Status>(&text)?));
+        let rules = status.map(|status| status.daemon.rules);
+        tries += 1;
+        match rules {
+            Err(_) | Ok(Rules::NotInForce) if tries < 10 => {
+                std::thread::sleep(std::time::Duration::from_millis(500));
+            }
+            rules => return rules,
+        }
+    }
+}
+
+fn started(rules: anyhow::Result<Rules>) -> String {
+    match rules {
+        Ok(Rules::OnTrial) => {
+            "started. Its rules are on trial: connect anew from the hub through the tunnel, or run\n\
+             `spokeguard confirm`; else they go away again (`spokeguard status` says when)"
+                .to_owned()
+        }
+        Ok(Rules::Confirmed) => "started. Its rules are confirmed".to_owned(),
+        Ok(Rules::RolledBack) => {
+            "started, but this policy was rolled back and is not tried again by itself: correct it,\n\
+             or run `spokeguard apply --wait`"
+                .to_owned()
+        }
+        Ok(Rules::NotInForce) => {
+            "started, but what the policy says is not in force: `spokeguard status` says why".to_owned()
+        }
+        Err(error) => {
+            format!("started, but it doesn't say yet what became of its rules: `spokeguard status`\n{error:#}")
+        }
+    }
 }
 
 /// Takes program and units away. The rules in force stay, and policy and state are kept.
@@ -589,6 +651,37 @@ mod tests {
         fs::write(host.path().join("systemd/system/spokeguard.service"), MARK).unwrap();
         std::os::unix::fs::symlink(host.path(), folder.path().join("lib")).unwrap();
         assert_eq!(Root(folder.path().to_owned()).packaged(), None);
+    }
+
+    #[test]
+    fn what_the_units_will_not_read_is_refused() {
+        let refusal = |more: &[&str]| {
+            let words = [&["spokeguard", "install"], more].concat();
+            let Cli { global, .. } = Cli::try_parse_from(words).unwrap();
+            is_as_the_units_say(&global).err().map(|error| error.to_string()).unwrap_or_default()
+        };
+        let policy = ["--policy", POLICY];
+        assert_eq!(refusal(&policy), "");
+        assert_eq!(
+            refusal(&["--policy", "/root/new.toml"]),
+            "/root/new.toml: the units read /etc/spokeguard/policy.toml alone: copy the policy there, and leave out \
+             --policy and SPOKEGUARD_POLICY"
+        );
+        for option in ["--state-dir", "--run-dir", "--pin-dir"] {
+            let text = refusal(&[&policy[..], &[option, "/srv"]].concat());
+            assert_eq!(text, format!("the units know the default of {option} alone: leave it out"));
+        }
+    }
+
+    #[test]
+    fn only_rules_on_trial_are_called_so() {
+        for rules in [Rules::Confirmed, Rules::OnTrial, Rules::RolledBack, Rules::NotInForce] {
+            let text = started(Ok(rules));
+            assert_eq!(text.contains("on trial"), rules == Rules::OnTrial, "{text}");
+            assert_eq!(text.contains("are confirmed"), rules == Rules::Confirmed, "{text}");
+        }
+        let text = started(Err(anyhow::anyhow!("no daemon answers")));
+        assert!(text.contains("no daemon answers") && !text.contains("on trial"), "{text}");
     }
 
     #[test]
