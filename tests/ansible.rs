@@ -174,6 +174,13 @@ fn a_fleet_run_by_ansible_gets_policies_that_prove_themselves() {
     assert_eq!(changes, 0, "{said}");
     assert!(!said.contains("s3cr3t"), "{said}");
     assert_eq!(seen(&machine), put);
+    // It fails for what a run would not put in place.
+    let mut wrong = secret.clone();
+    wrong["spokeguard_policy"] = policy();
+    wrong["spokeguard_policy"]["public"]["tcp"] = json!([80, 4430000]);
+    let refused = controller.play(&["--check"], &wrong);
+    assert!(refused.code == Some(2) && refused.stdout.contains("4430000"), "{}", refused.stdout);
+    assert_eq!(seen(&machine), put);
     // Nor does a second run.
     let (said, changes) = controller.changes(&[], &secret);
     assert_eq!(changes, 0, "{said}");
