@@ -2,13 +2,14 @@
 
 use std::ffi::OsStr;
 use std::fs;
-use std::io::{ErrorKind, Write as _};
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, bail, ensure};
 use clap::Args;
+use rustix::fs::{Mode, OFlags, ResolveFlags};
 
 use super::Global;
 use crate::daemon::socket::{self, Rules, Status};
@@ -422,6 +423,33 @@ impl Root {
         places.find(|place| place.strip_prefix("/").is_ok_and(|below| is_there(self.0.join(below))))
     }
 
+    /// Refuses a program for another processor than this image's, where that can be told.
+    fn is_for(&self, program: &[u8]) -> anyhow::Result<()> {
+        let Some(ours) = processor(program) else { return Ok(()) };
+        let known = self.find("nft").into_iter().chain(["/bin/sh".into(), "/usr/bin/sh".into()]);
+        let theirs = known.into_iter().find_map(|path| Some((processor(&self.head(&path).ok()?)?, path)));
+        if let Some((theirs, path)) = theirs.filter(|(theirs, _)| *theirs != ours) {
+            bail!(
+                "{} is for {}, as its {} says, and this program for {}: run that processor's there, or at its first boot",
+                self.0.display(),
+                processor_name(theirs),
+                path.display(),
+                processor_name(ours)
+            );
+        }
+        Ok(())
+    }
+
+    /// The beginning of a file, by the image's own links, which lead elsewhere from here.
+    fn head(&self, path: &Path) -> std::io::Result<[u8; 20]> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let root = fs::File::open(&self.0)?;
+        let file = rustix::fs::openat2(root, path, flags, Mode::empty(), ResolveFlags::IN_ROOT)?;
+        let mut head = [0; 20];
+        fs::File::from(file).read_exact(&mut head)?;
+        Ok(head)
+    }
+
     /// Where the program is to be started from; written beside that place where it isn't there yet.
     fn program(&self, staged: &mut Staged) -> anyhow::Result<PathBuf> {
         let running = std::env::current_exe().context("this program's own path")?;
@@ -432,10 +460,34 @@ impl Root {
         }
         let target = self.path(PROGRAM.trim_start_matches('/'));
         let bytes = fs::read(&running).with_context(|| running.display().to_string())?;
+        if self.0 != Path::new("/") {
+            self.is_for(&bytes)?;
+        }
         if !fs::read(&target).is_ok_and(|there| there == bytes) {
             staged.write(target, &bytes, 0o755)?;
         }
         Ok(PathBuf::from(PROGRAM))
+    }
+}
+
+/// Whose machine code it is: `e_machine` of an ELF file.
+fn processor(file: &[u8]) -> Option<u16> {
+    let bytes = file.get(18..20)?.try_into().ok()?;
+    match file.get(..6)? {
+        [0x7f, b'E', b'L', b'F', _, 1] => Some(u16::from_le_bytes(bytes)),
+        [0x7f, b'E', b'L', b'F', _, 2] => Some(u16::from_be_bytes(bytes)),
+        _ => None,
+    }
+}
+
+fn processor_name(machine: u16) -> String {
+    match machine {
+        3 => "i386".to_owned(),
+        40 => "arm".to_owned(),
+        62 => "x86_64".to_owned(),
+        183 => "aarch64".to_owned(),
+        243 => "riscv".to_owned(),
+        other => format!("the processor of ELF's number {other}"),
     }
 }
 
@@ -651,6 +703,37 @@ mod tests {
         fs::write(host.path().join("systemd/system/spokeguard.service"), MARK).unwrap();
         std::os::unix::fs::symlink(host.path(), folder.path().join("lib")).unwrap();
         assert_eq!(Root(folder.path().to_owned()).packaged(), None);
+    }
+
+    #[test]
+    fn an_image_for_another_processor_gets_no_program_of_ours() {
+        let elf = |machine: u16| {
+            let mut head = vec![0; 20];
+            head[..6].copy_from_slice(b"\x7fELF\x02\x01");
+            head[18..].copy_from_slice(&machine.to_le_bytes());
+            head
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let root = Root(folder.path().to_owned());
+        root.is_for(&elf(62)).expect("nothing is known");
+        // By the image's own link: this host has no such file, or one of its own.
+        fs::create_dir_all(root.path("bin")).unwrap();
+        std::os::unix::fs::symlink("/bin/busybox", root.path("bin/sh")).unwrap();
+        fs::write(root.path("bin/busybox"), elf(183)).unwrap();
+        root.is_for(&elf(183)).unwrap();
+        let text = root.is_for(&elf(62)).unwrap_err().to_string();
+        assert!(text.contains(" is for aarch64, as its /bin/sh says, and this program for x86_64: "), "{text}");
+        // A wrapper says nothing; an nft that does comes first.
+        fs::create_dir_all(root.path("usr/sbin")).unwrap();
+        fs::write(root.path("usr/sbin/nft"), "#!/bin/sh\nexec /opt/nft\n").unwrap();
+        assert!(root.is_for(&elf(62)).unwrap_err().to_string().contains("/bin/sh"));
+        fs::write(root.path("usr/sbin/nft"), elf(62)).unwrap();
+        root.is_for(&elf(62)).unwrap();
+        // So is the whole of it refused, before anything is written.
+        fs::write(root.path("usr/sbin/nft"), elf(999)).unwrap();
+        let text = refused(&["spokeguard", "install", "--root", folder.path().to_str().unwrap()]);
+        assert!(text.contains("number 999"), "{text}");
+        assert_eq!(relative(folder.path()), ["bin/busybox", "bin/sh", "usr/sbin/nft"]);
     }
 
     #[test]
