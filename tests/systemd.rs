@@ -44,7 +44,11 @@ fn units_hold_the_line_from_the_first_packet_of_a_boot() {
     let beats = "[heartbeat]\nkuma_url_file = \"kuma-url\"\nevery = \"1s\"\n";
     machine.write("etc/spokeguard/policy.toml", &(lab.plain_policy() + beats));
     let elsewhere = machine.run(&["/opt/spokeguard", "install", "--policy", "/root/policy.toml"]);
-    assert!(elsewhere.code == Some(2) && elsewhere.stderr.contains("copy the policy there"), "{}", elsewhere.all());
+    assert!(
+        elsewhere.code == Some(2) && elsewhere.stderr.contains("copy the policy there"),
+        "{}",
+        elsewhere.all()
+    );
     let told = machine.ok(&["/opt/spokeguard", "install"]);
     assert!(told.contains("is as it was: /etc/systemd/system/spokeguard.service"), "{told}");
     assert!(told.contains("started. Its rules are on trial"), "{told}");

@@ -188,11 +188,9 @@ fn is_as_the_units_say(global: &Global) -> anyhow::Result<()> {
         "{}: the units read {POLICY} alone: copy the policy there, and leave out --policy and SPOKEGUARD_POLICY",
         policy.display()
     );
-    for (option, given) in [
-        ("--state-dir", &global.state_dir),
-        ("--run-dir", &global.run_dir),
-        ("--pin-dir", &global.pin_dir),
-    ] {
+    for (option, given) in
+        [("--state-dir", &global.state_dir), ("--run-dir", &global.run_dir), ("--pin-dir", &global.pin_dir)]
+    {
         ensure!(given.is_none(), "the units know the default of {option} alone: leave it out");
     }
     Ok(())
@@ -232,7 +230,9 @@ fn started(rules: anyhow::Result<Rules>) -> String {
             "started, but what the policy says is not in force: `spokeguard status` says why".to_owned()
         }
         Err(error) => {
-            format!("started, but it doesn't say yet what became of its rules: `spokeguard status`\n{error:#}")
+            format!(
+                "started, but it doesn't say yet what became of its rules: `spokeguard status`\n{error:#}"
+            )
         }
     }
 }
@@ -722,7 +722,10 @@ mod tests {
         fs::write(root.path("bin/busybox"), elf(183)).unwrap();
         root.is_for(&elf(183)).unwrap();
         let text = root.is_for(&elf(62)).unwrap_err().to_string();
-        assert!(text.contains(" is for aarch64, as its /bin/sh says, and this program for x86_64: "), "{text}");
+        assert!(
+            text.contains(" is for aarch64, as its /bin/sh says, and this program for x86_64: "),
+            "{text}"
+        );
         // A wrapper says nothing; an nft that does comes first.
         fs::create_dir_all(root.path("usr/sbin")).unwrap();
         fs::write(root.path("usr/sbin/nft"), "#!/bin/sh\nexec /opt/nft\n").unwrap();
@@ -795,7 +798,9 @@ mod tests {
         let unit = root.path("etc/systemd/system/spokeguard.service");
         fs::create_dir_all(unit.parent().unwrap()).unwrap();
         fs::write(&unit, "[Service]\n").unwrap();
-        for done in [root.put(Staged::default(), Path::new(PROGRAM), Path::new("/usr/sbin/nft"), None), root.take()] {
+        for done in
+            [root.put(Staged::default(), Path::new(PROGRAM), Path::new("/usr/sbin/nft"), None), root.take()]
+        {
             let text = format!("{:#}", done.unwrap_err());
             assert!(
                 text.ends_with("spokeguard.service: not written by spokeguard install; move it away first"),

@@ -103,7 +103,8 @@ impl Machine<'_> {
         machine.is_hardened();
         // Whoever put the units there by itself leaves those of the package to it.
         let put = machine.left();
-        for (verb, remedy) in [("install", "systemctl enable --now"), ("uninstall", "apt remove spokeguard")] {
+        for (verb, remedy) in [("install", "systemctl enable --now"), ("uninstall", "apt remove spokeguard")]
+        {
             let refused = machine.run(&["spokeguard", verb]);
             assert!(refused.code == Some(2) && refused.stderr.contains(remedy), "{}", refused.all());
         }
