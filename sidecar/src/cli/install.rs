@@ -188,10 +188,15 @@ fn is_as_the_units_say(global: &Global) -> anyhow::Result<()> {
         "{}: the units read {POLICY} alone: copy the policy there, and leave out --policy and SPOKEGUARD_POLICY",
         policy.display()
     );
-    for (option, given) in
-        [("--state-dir", &global.state_dir), ("--run-dir", &global.run_dir), ("--pin-dir", &global.pin_dir)]
-    {
-        ensure!(given.is_none(), "the units know the default of {option} alone: leave it out");
+    for (option, given, default) in [
+        ("--state-dir", &global.state_dir, "/var/lib/spokeguard"),
+        ("--run-dir", &global.run_dir, "/run/spokeguard"),
+        ("--pin-dir", &global.pin_dir, "/sys/fs/bpf/spokeguard"),
+    ] {
+        ensure!(
+            given.as_deref().is_none_or(|given| given == Path::new(default)),
+            "the units know {option} {default} alone: leave it out"
+        );
     }
     Ok(())
 }
@@ -753,9 +758,14 @@ mod tests {
             "/root/new.toml: the units read /etc/spokeguard/policy.toml alone: copy the policy there, and leave out \
              --policy and SPOKEGUARD_POLICY"
         );
-        for option in ["--state-dir", "--run-dir", "--pin-dir"] {
+        for (option, default) in [
+            ("--state-dir", "/var/lib/spokeguard"),
+            ("--run-dir", "/run/spokeguard"),
+            ("--pin-dir", "/sys/fs/bpf/spokeguard"),
+        ] {
+            assert_eq!(refusal(&[&policy[..], &[option, default]].concat()), "");
             let text = refusal(&[&policy[..], &[option, "/srv"]].concat());
-            assert_eq!(text, format!("the units know the default of {option} alone: leave it out"));
+            assert_eq!(text, format!("the units know {option} {default} alone: leave it out"));
         }
     }
 
