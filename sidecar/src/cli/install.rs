@@ -13,6 +13,7 @@ use rustix::fs::{Mode, OFlags, ResolveFlags};
 
 use super::Global;
 use crate::daemon::socket::{self, Rules, Status};
+use crate::fleet::bundle::PACKAGED;
 use crate::terms::Port;
 
 #[derive(Args)]
@@ -41,9 +42,6 @@ const PROGRAM_FOLDERS: [&str; 6] =
 
 /// What the units' daemon reads and writes: they give it no options.
 const POLICY: &str = "/etc/spokeguard/policy.toml";
-
-/// The daemon's unit where Debian's package puts it.
-pub const PACKAGED: &str = "usr/lib/systemd/system/spokeguard.service";
 
 /// Of shut.nft, before the lines that a mesh interface of another name and a tunnel's other port get.
 const TUNNEL: &str = "iifname \"tailscale*\" accept";

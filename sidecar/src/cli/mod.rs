@@ -27,7 +27,6 @@ mod screen;
 mod status;
 mod top;
 
-pub use install::PACKAGED;
 pub use policy::load_policy;
 pub use run::{
     INTERNAL_CANARY, INTERNAL_HTTP, INTERNAL_LOAD, INTERNAL_LOAD_BINDS, INTERNAL_PROBE, INTERNAL_SEND,

@@ -12,6 +12,9 @@ use crate::desired::{AdminPath, Desired, NoAdminPath};
 use crate::policy::{self, MeshKind, Mistakes};
 use crate::terms::PublicKey;
 
+/// The daemon's unit where Debian's package puts it.
+pub const PACKAGED: &str = "usr/lib/systemd/system/spokeguard.service";
+
 /// One file of a bundle.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
@@ -183,7 +186,7 @@ pub fn cloud_init(bundle: &Bundle) -> String {
         out,
         "  - [sh, -c, \"if [ -e /{} ]; then spokeguard policy check && systemctl restart spokeguard; \
          elif command -v spokeguard; then spokeguard policy check && spokeguard install; fi\"]",
-        crate::cli::PACKAGED
+        PACKAGED
     );
     out
 }
