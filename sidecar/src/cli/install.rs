@@ -6,6 +6,7 @@ use std::io::{ErrorKind, Read as _, Write as _};
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 use clap::Args;
@@ -14,6 +15,7 @@ use rustix::fs::{Mode, OFlags, ResolveFlags};
 use super::Global;
 use crate::daemon::socket::{self, Rules, Status};
 use crate::fleet::bundle::PACKAGED;
+use crate::sys::clock::Uptime;
 use crate::terms::Port;
 
 #[derive(Args)]
@@ -42,6 +44,10 @@ const PROGRAM_FOLDERS: [&str; 6] =
 
 /// What the units' daemon reads and writes: they give it no options.
 const POLICY: &str = "/etc/spokeguard/policy.toml";
+
+/// What is not in force so long after the daemon's start is told as it is.
+const SETTLED: Duration = Duration::from_secs(5);
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// Of shut.nft, before the lines that a mesh interface of another name and a tunnel's other port get.
 const TUNNEL: &str = "iifname \"tailscale*\" accept";
@@ -202,15 +208,12 @@ fn is_as_the_units_say(global: &Global) -> anyhow::Result<()> {
 /// What the daemon says of its rules, which it may not have put in force yet.
 fn rules(global: &Global) -> anyhow::Result<Rules> {
     let run = global.places()?.run;
-    let mut tries = 0;
+    let begun = Uptime::start();
     loop {
         let status = socket::ask(&run, "status").and_then(|text| Ok(serde_json::from_str::<Status>(&text)?));
-        let rules = status.map(|status| status.daemon.rules);
-        tries += 1;
-        match rules {
-            Err(_) | Ok(Rules::NotInForce) if tries < 10 => {
-                std::thread::sleep(std::time::Duration::from_millis(500));
-            }
+        match status.map(|status| status.daemon.rules) {
+            // Neither a socket that is not there yet nor rules tell us when they come.
+            Err(_) | Ok(Rules::NotInForce) if begun.elapsed() < SETTLED => std::thread::sleep(LOOK_AGAIN),
             rules => return rules,
         }
     }
