@@ -25,6 +25,31 @@ const INSTALLED: &[&str] = &[
     "udev",
     "wireguard-tools",
 ];
+/// What mmdebstrap installs of its own accord, and none of the others needs.
+const BASE: &[&str] = &[
+    "apt",
+    "base-files",
+    "base-passwd",
+    "bash",
+    "bsdutils",
+    "coreutils",
+    "dash",
+    "debianutils",
+    "diffutils",
+    "e2fsprogs",
+    "findutils",
+    "grep",
+    "gzip",
+    "hostname",
+    "libc-bin",
+    "login",
+    "mawk",
+    "ncurses-base",
+    "ncurses-bin",
+    "sed",
+    "tzdata",
+    "util-linux",
+];
 /// For who brings them to life, which nobody does by emulation: their Python takes half of the time there.
 const FIREWALLS: [&str; 2] = ["firewalld", "ufw"];
 /// Nobody's business in a test, and some of them take long.
@@ -41,7 +66,7 @@ const NOT_STARTED: &[&str] = &[
 pub fn installed(arch: Arch) -> Result<PathBuf> {
     let firewalls = if arch == Arch::HOST { &FIREWALLS[..] } else { &[] };
     let packages = [INSTALLED, firewalls].concat();
-    let listed = packages::with_dependencies(arch, &packages)?;
+    let listed = packages::with_dependencies(arch, &[&*packages, BASE].concat())?;
     let name = format!("installed-{}-{}", arch.name(), key(RECIPE, &listed));
     let disk = folder().join(format!("{name}.ext4"));
     if disk.is_file() {

@@ -318,7 +318,11 @@ pub(crate) fn key(recipe: &str, packages: &[Package]) -> String {
 
 /// Removes what was made of older packages.
 pub(crate) fn forget(kind: &str, but: &str) -> Result<()> {
-    let old = fs::read_dir(folder()).context("list target/vm")?.flatten();
+    forget_in(&folder(), kind, but)
+}
+
+fn forget_in(folder: &Path, kind: &str, but: &str) -> Result<()> {
+    let old = fs::read_dir(folder).with_context(|| format!("list {}", folder.display()))?.flatten();
     for entry in old {
         let name = entry.file_name().to_string_lossy().into_owned();
         if name.starts_with(kind) && !name.starts_with(but) && entry.path().is_file() {
@@ -347,5 +351,55 @@ impl Drop for Scratch {
         if let Err(error) = fs::remove_dir_all(&self.0) {
             eprintln!("vm: remove {}: {error}", self.0.display());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn package(file: &str, checksum: &str) -> Package {
+        packages::listed(&format!("'http://debian/{file}' {file} 1 {checksum}")).unwrap()
+    }
+
+    #[test]
+    fn what_is_made_of_something_else_has_another_name() {
+        let (nft, wg) =
+            (package("nftables_1.0.6-2_amd64.deb", "SHA256:1"), package("wg_1_amd64.deb", "SHA256:2"));
+        let made = key("recipe", &[nft, wg]);
+        let again =
+            |recipe, nft: &str, sum, wg: &str| key(recipe, &[package(nft, sum), package(wg, "SHA256:2")]);
+        let (nft, wg) = ("nftables_1.0.6-2_amd64.deb", "wg_1_amd64.deb");
+        assert_eq!(made, again("recipe", nft, "SHA256:1", wg));
+        for other in [
+            again("another", nft, "SHA256:1", wg),
+            again("recipe", "nftables_1.0.6-3_amd64.deb", "SHA256:1", wg),
+            again("recipe", nft, "SHA256:3", wg),
+            again("recipe", nft, "SHA256:1", "wg_2_amd64.deb"),
+            key("recipe", &[package(nft, "SHA256:1")]),
+        ] {
+            assert_ne!(made, other);
+        }
+    }
+
+    #[test]
+    fn what_is_older_goes_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let names = [
+            "kernel-amd64-6.1-old.vmlinuz",
+            "kernel-amd64-6.1-new.vmlinuz",
+            "kernel-amd64-6.1-new.cpio",
+            "kernel-amd64-6.12-old.cpio",
+            "kernel-arm64-6.1-old.cpio",
+            "root-amd64-old.cpio",
+        ];
+        for name in names {
+            fs::write(folder.path().join(name), "").unwrap();
+        }
+        fs::create_dir(folder.path().join("kernel-amd64-6.1-old.scratch")).unwrap();
+        forget_in(folder.path(), "kernel-amd64-6.1-", "kernel-amd64-6.1-new").unwrap();
+        let left = names.map(|name| folder.path().join(name).exists());
+        assert_eq!(left, [false, true, true, true, true, true]);
+        assert!(folder.path().join("kernel-amd64-6.1-old.scratch").exists());
     }
 }

@@ -24,8 +24,10 @@ pub struct Machine<'a> {
     pub waits: bool,
     /// Of the emulator's own time; by the clock four times that.
     pub limit: Duration,
-    /// For its files; emptied first.
+    /// For its files.
     pub folder: &'a Path,
+    /// Which of its boots this is, from 1: each has a console of its own.
+    pub boot: u32,
 }
 
 /// How often an emulator hears of something.
@@ -55,7 +57,7 @@ pub struct Ran {
 pub fn run(machine: &Machine, mut heard: impl FnMut(&Line)) -> Result<Ran> {
     let folder = machine.folder;
     fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
-    let (steps, serial) = (folder.join("steps"), folder.join("serial.log"));
+    let (steps, serial) = (folder.join("steps"), serial(folder, machine.boot));
     let initrd = folder.join("initrd");
     let mut whole = File::create(&initrd).with_context(|| format!("create {}", initrd.display()))?;
     for part in &machine.initrd {
@@ -216,12 +218,18 @@ impl Reader {
     }
 }
 
-/// The last of what the console showed.
-pub fn console(folder: &Path, lines: usize) -> String {
-    let text = fs::read(folder.join("serial.log")).unwrap_or_default();
+fn serial(folder: &Path, boot: u32) -> PathBuf {
+    folder.join(format!("serial-{boot}.log"))
+}
+
+/// Where what the console showed at the last boot is, and the last of it; nothing where there was no boot.
+pub fn console(folder: &Path, boots: u32, lines: usize) -> Option<(PathBuf, String)> {
+    let path = (1..=boots).rev().map(|boot| serial(folder, boot)).find(|path| path.exists())?;
+    let text = fs::read(&path).unwrap_or_default();
     let text = String::from_utf8_lossy(&text).replace('\r', "");
     let all: Vec<&str> = text.lines().collect();
-    all[all.len().saturating_sub(lines)..].iter().map(|line| format!("    | {line}\n")).collect()
+    let last = &all[all.len().saturating_sub(lines)..];
+    Some((path, last.iter().map(|line| format!("    | {line}\n")).collect()))
 }
 
 pub fn folder(name: &str) -> PathBuf {

@@ -225,6 +225,8 @@ fn make(
     Ok((programs, image::root(arch)?))
 }
 
+const CONSOLE_LINES: usize = 40;
+
 /// Says what came of a machine; whether it passed. One that could not be started has failed.
 fn report(boot: &Boot, ran: Result<Ran>, say: Say) -> bool {
     let title = boot.title();
@@ -241,9 +243,8 @@ fn report(boot: &Boot, ran: Result<Ran>, say: Say) -> bool {
     };
     say(format!("vm: {title}: FAILED: {why}"));
     let folder = boot.folder();
-    let console = machine::console(&folder, 40);
-    if !console.is_empty() {
-        say(format!("  the console, {}:\n{console}", folder.join("serial.log").display()));
+    if let Some((path, last)) = machine::console(&folder, boot.scenario.boots, CONSOLE_LINES) {
+        say(format!("  the console, {}:\n{last}", path.display()));
     }
     false
 }
@@ -316,6 +317,7 @@ impl Boot<'_> {
                 waits: scenario.disk == Disk::Systemd,
                 limit: scenario.limit(quick),
                 folder: &folder,
+                boot,
             };
             let ran = machine::run(&machine, |line| shown(line).into_iter().for_each(&mut *say))?;
             whole = Ran { verdict: ran.verdict, cpu: whole.cpu + ran.cpu, wall: whole.wall + ran.wall };
@@ -374,6 +376,39 @@ mod tests {
             );
             assert_eq!(sorted(failed), ["boot-window 6.12 amd64", "package 6.12 amd64"], "{jobs}");
         }
+    }
+
+    #[test]
+    fn of_a_machine_that_failed_the_last_console_is_shown_and_kept() {
+        let scenario = Scenario { name: "test-of-report", boots: 3, ..ALL[0] };
+        let boot = Boot { scenario: &scenario, ..boots().remove(0) };
+        boot.forget().unwrap();
+        let reported = |ran| {
+            let mut said = Vec::new();
+            (report(&boot, ran, &mut |text| said.push(text)), said.join("\n"))
+        };
+        let killed = |why: &str| {
+            let verdict = Verdict::Failed(why.to_owned());
+            Ok(Ran { verdict, cpu: Duration::ZERO, wall: Duration::from_secs(2) })
+        };
+        // It never got that far.
+        let (passed, said) = reported(Err(anyhow::anyhow!("no emulator")));
+        assert_eq!((passed, &*said), (false, "vm: test-of-report 6.12 amd64: FAILED: no emulator"));
+        fs::create_dir_all(boot.folder()).unwrap();
+        for (boot_number, lines) in [(1, 3), (2, CONSOLE_LINES + 1)] {
+            let text: String =
+                (1..=lines).map(|line| format!("boot {boot_number} line {line}\r\n")).collect();
+            fs::write(boot.folder().join(format!("serial-{boot_number}.log")), text).unwrap();
+        }
+        let (passed, said) = reported(killed("killed: it hung"));
+        let second = boot.folder().join("serial-2.log");
+        assert!(!passed && said.contains("FAILED: killed: it hung") && second.exists(), "{said}");
+        assert!(said.contains(&format!("the console, {}:", second.display())), "{said}");
+        assert!(said.contains("    | boot 2 line 2\n") && said.ends_with("boot 2 line 41\n"), "{said}");
+        assert!(!said.contains("line 1\n") && !said.contains('\r') && !said.contains("boot 1"), "{said}");
+        let whole = Ran { verdict: Verdict::Ok, cpu: Duration::ZERO, wall: Duration::ZERO };
+        assert_eq!(reported(Ok(whole)).0, true);
+        boot.forget().unwrap();
     }
 
     #[test]

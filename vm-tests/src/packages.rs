@@ -199,7 +199,7 @@ fn is_of(version: &str, series: &str) -> bool {
 }
 
 /// A line of `--print-uris`: 'URI' FILE SIZE CHECKSUM, where the last is missing for some archives.
-fn listed(line: &str) -> Option<Package> {
+pub(crate) fn listed(line: &str) -> Option<Package> {
     let mut words = line.strip_prefix('\'')?.split_whitespace().skip(1);
     let (file, size) = (words.next()?, words.next()?.parse().ok()?);
     let checksum = words.next().unwrap_or_default().to_owned();
