@@ -164,6 +164,63 @@ fn units_hold_the_line_from_the_first_packet_of_a_boot() {
     assert_eq!(left, "");
 }
 
+/// A host whose rules were confirmed, and one of the two files that say so, or what loads them, is gone.
+#[test]
+fn a_boot_that_can_not_load_the_confirmed_rules_says_so() {
+    if lacking(&[Need::Lab, Need::Spokeguard, Need::Sshd, Need::Nspawn]) {
+        return;
+    }
+    let lab = Lab::plain();
+    let mut machine = Machine::new(&lab);
+    machine.write("etc/spokeguard/policy.toml", &lab.plain_policy());
+    machine.boot();
+    machine.ok(&["/opt/spokeguard", "install"]);
+    machine.hub_confirms();
+    let (program, nft) = ("usr/local/sbin/spokeguard", "usr/sbin/nft");
+    let put = |machine: &Machine<'_>, from: &str, to: &str| {
+        std::fs::rename(machine.path(from), machine.path(to)).unwrap();
+    };
+
+    machine.cut_power();
+    std::fs::remove_file(machine.path("var/lib/spokeguard/sealed.nft")).unwrap();
+    put(&machine, program, "root/away");
+    let heard = machine.nobody_answers_while(|machine| {
+        machine.boot();
+        machine.wait("the hub gets in", Machine::hub_gets_in);
+        assert_eq!(machine.answer(OPEN), Answer::Silent);
+    });
+    assert_eq!(heard.open, [0, 0], "what can't be loaded shuts 80 as well");
+    assert_eq!(machine.property("spokeguard-boot", "ActiveState"), "failed");
+    assert_eq!(machine.property("spokeguard-shut", "ActiveState"), "active");
+
+    machine.cut_power();
+    put(&machine, "root/away", program);
+    put(&machine, nft, "root/nft");
+    machine.boot();
+    for unit in ["spokeguard-boot", "spokeguard-shut"] {
+        let [state, why] = ["ActiveState", "ExecMainStatus"].map(|name| machine.property(unit, name));
+        // systemd's word for a program that could not be started.
+        let said = machine.run(&["journalctl", "--no-pager", "-b", "-o", "short-precise"]).stdout;
+        assert_eq!((&*state, &*why), ("failed", "203"), "{unit} {said}");
+    }
+    machine.wait("the guard alone refuses strangers", |machine| {
+        SHUT.iter().all(|port| machine.answer(*port) == Answer::Silent)
+    });
+    assert!(machine.hub_gets_in() && machine.answer(OPEN) == Answer::Open);
+    let status = machine.run(&["spokeguard", "status"]);
+    assert!(status.code == Some(2) && status.stdout.contains("nft"), "{}", status.all());
+
+    // The daemon writes again what was lost, and the boot after that is one like any other.
+    machine.cut_power();
+    put(&machine, "root/nft", nft);
+    machine.boot();
+    machine.wait("the web answers", |machine| machine.answer(OPEN) == Answer::Open);
+    machine
+        .wait("the sealed rules are back", |machine| machine.path("var/lib/spokeguard/sealed.nft").exists());
+    machine.cut_power();
+    machine.boots_shut();
+}
+
 /// sshd listens on the mesh address alone, which comes late, goes with its interface, and comes again.
 #[test]
 fn sshd_is_there_within_five_seconds_of_its_address_and_nowhere_else() {

@@ -371,6 +371,7 @@ impl<'a> Machine<'a> {
             "{:.0} a second: {heard:?}",
             heard.per_second()
         );
+        assert!(heard.rest < REST, "nobody knocked for {:?}", heard.rest);
         assert_eq!(heard.shut, 0, "answers from shut ports");
         heard
     }
@@ -406,13 +407,14 @@ impl<'a> Machine<'a> {
             lab.internet.sh(&known).unwrap();
         }
         let begun = Instant::now();
-        meanwhile(|stop| lab.internet.inside(|| knock(stop)).unwrap(), || work(self));
+        let ((), rest) = meanwhile(|stop| lab.internet.inside(|| knock(stop)).unwrap(), || work(self));
         let lasted = begun.elapsed();
         let heard = Heard {
             knocks: self.counted("knocks"),
             shut: self.counted("shut"),
             open: OPENED.map(|name| self.counted(name)),
             lasted,
+            rest,
         };
         eprintln!("{:.0} knocks a second: {heard:?}", heard.per_second());
         heard
@@ -439,6 +441,8 @@ const OPENED: [&str; 2] = ["open4", "open6"];
 pub const FEW: u64 = 5;
 /// Knocks a second that are too few: two ports every 5 ms are 400, and on a processor that boots as well some are late.
 const SELDOM: f64 = 100.0;
+/// What may be there for less, and is not seen.
+const REST: Duration = Duration::from_secs(1);
 
 /// In packets.
 #[derive(Debug)]
@@ -450,6 +454,8 @@ pub struct Heard {
     /// That the open port took a connection, by IPv4 and by IPv6.
     pub open: [u64; 2],
     pub lasted: Duration,
+    /// The longest that nobody knocked.
+    pub rest: Duration,
 }
 
 impl Heard {
@@ -460,12 +466,14 @@ impl Heard {
 
 /// A new connection to each port every 5 ms, by IPv4 and IPv6 in turn. What the open one takes is ended before its
 /// server knows: systemd would have a process for each.
-fn knock(stop: &AtomicBool) -> anyhow::Result<()> {
+/// Gives the longest time between two rounds.
+fn knock(stop: &AtomicBool) -> anyhow::Result<Duration> {
     use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with};
     let families =
         [(AddressFamily::INET, OUTSIDER, SPOKE_PUBLIC), (AddressFamily::INET6, OUTSIDER_V6, SPOKE_PUBLIC_V6)];
     let sender = wire::Sender::open()?;
     let mut ports = (20_000..30_000).cycle();
+    let (mut last, mut longest) = (Instant::now(), Duration::ZERO);
     while !stop.load(Ordering::Relaxed) {
         let mut begun = Vec::new();
         for (family, from, address) in families.iter().cycle().take(20) {
@@ -478,8 +486,10 @@ fn knock(stop: &AtomicBool) -> anyhow::Result<()> {
             let way = (*from, *address);
             let syn = wire::tcp(way, (ports.next().unwrap_or_default(), OPEN), wire::SYN);
             sender.send_or_lose(&wire::ip(way, wire::TCP, &syn), *address);
+            longest = longest.max(last.elapsed());
+            last = Instant::now();
             std::thread::sleep(Duration::from_millis(5));
         }
     }
-    Ok(())
+    Ok(longest)
 }

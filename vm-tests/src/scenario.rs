@@ -127,9 +127,9 @@ pub const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "lock-out-boot",
-        about: "By the installed units alone: a power cut while the hub is shut out, a daemon that hangs, and what uninstall leaves",
+        about: "By the installed units alone: a power cut while the hub is shut out, a daemon that hangs, spoilt rules, and what uninstall leaves",
         arm64: &["6.12"],
-        boots: 3,
+        boots: 4,
         disk: Disk::Systemd,
         ..USUAL
     },

@@ -1,5 +1,6 @@
 //! A host that `spokeguard install` has set up, and nothing but the units to bring it back: the power fails while a
-//! policy that shuts the hub out is on trial, the daemon hangs, and the program is uninstalled.
+//! policy that shuts the hub out is on trial, the daemon hangs, the sealed rules can't be loaded, and the program is
+//! uninstalled.
 
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -22,6 +23,9 @@ const CONFIRMED: &str = "etc/spokeguard/confirmed-before.toml";
 const POLICY: &str = "etc/spokeguard/policy.toml";
 /// From systemd's start: the boot, the daemon's start, the trial's window and the way back.
 const BACK_BY: Duration = Duration::from_secs(60);
+const PROGRAM: &str = "usr/local/sbin/spokeguard";
+/// In place of deleting it.
+const AWAY: &str = "root/spokeguard-is-away";
 const WATCHDOG: &str = "5s";
 /// From the moment when the daemon hangs: what systemd waits for, RestartSec= and the start.
 const RESTARTED_BY: Duration = Duration::from_secs(30);
@@ -41,9 +45,14 @@ pub fn run(steps: &mut Steps, boot: &str) -> Result<()> {
         "2" => {
             comes_back(steps, &mut machine)?;
             hangs(steps, &mut machine)?;
+            rules_are_spoilt(steps, &machine)
+        }
+        "3" => {
+            is_shut_but_for_the_tunnel(steps, &mut machine)?;
+            daemon_returns(steps, &mut machine)?;
             uninstalled(steps, &mut machine)
         }
-        "3" => is_as_before(steps, &mut machine),
+        "4" => is_as_before(steps, &mut machine),
         other => bail!("no boot {other} of this scenario"),
     }
 }
@@ -196,6 +205,63 @@ fn hangs(steps: &mut Steps, machine: &mut Machine) -> Result<()> {
         ensure!(after == before + 1, "{before} restarts before, {after} after: {journal}");
         ensure!(took < RESTARTED_BY, "only after {took:?}: {journal}");
         Ok(format!("after {:.1} s, with WatchdogSec={limit}; {} knocks", took.as_secs_f64(), heard.knocks))
+    })
+}
+
+/// What the next boot has: half of the sealed rules, no program of ours, and nothing that knows the tunnel by name.
+fn rules_are_spoilt(steps: &mut Steps, machine: &Machine) -> Result<()> {
+    steps.step("the sealed rules are cut off, and the program is away", || {
+        machine.ok_within(LONG, &["systemctl", "stop", UNIT]);
+        let sealed = machine.path("var/lib/spokeguard/sealed.nft");
+        let text = fs::read_to_string(&sealed)?;
+        fs::write(&sealed, &text[..text.len() / 2])?;
+        fs::remove_file(machine.path("var/lib/spokeguard/tunnel.nft"))?;
+        let shut = machine.path("usr/lib/spokeguard/shut.nft");
+        let text = fs::read_to_string(&shut)?;
+        let rest: Vec<&str> = text.lines().filter(|line| !line.contains("iifname \"wg")).collect();
+        ensure!(rest.iter().any(|line| line.contains("iifkind \"wireguard\"")), "{text}");
+        fs::write(&shut, rest.join("\n") + "\n")?;
+        fs::rename(machine.path(PROGRAM), machine.path(AWAY))?;
+        machine.ok(&["sync"]);
+        Ok(format!("{} of {} lines of shut.nft", rest.len(), text.lines().count()))
+    })
+}
+
+fn is_shut_but_for_the_tunnel(steps: &mut Steps, machine: &mut Machine) -> Result<()> {
+    steps.step("rules that can't be loaded shut the host, but for what comes by WireGuard", || {
+        let (heard, ways) = while_the_hub_knocks(machine.lab, || {
+            machine.nobody_answers_while(|machine| {
+                machine.boot();
+                machine.wait("the hub gets in", Machine::hub_gets_in);
+                machine.wait("sshd greets the hub", Machine::sshd_greets);
+            })
+        });
+        ensure!(heard.open == [0, 0], "{OPEN} is open as well: {heard:?}");
+        let states = [("spokeguard-boot", "failed"), ("spokeguard-shut", "active")];
+        for (unit, wanted) in states {
+            let state = machine.property(&format!("{unit}.service"), "ActiveState");
+            ensure!(state == wanted, "{unit} is {state}: {}", machine.journal());
+        }
+        ensure!(
+            machine.property(UNIT, "ActiveState") != "active",
+            "there is a daemon, so this proves nothing"
+        );
+        let (at, _) = ways.iter().find(|(_, is_in)| *is_in).context("the hub was never in")?;
+        Ok(format!("the hub is in after {:.1} s; {} knocks of strangers", at.as_secs_f64(), heard.knocks))
+    })
+}
+
+fn daemon_returns(steps: &mut Steps, machine: &mut Machine) -> Result<()> {
+    steps.step("with its program there again, the confirmed rules take that one's place", || {
+        machine.nobody_answers_while(|machine| {
+            fs::rename(machine.path(AWAY), machine.path(PROGRAM)).unwrap();
+            machine.ok_within(LONG, &["systemctl", "restart", UNIT]);
+            machine.wait("80 answers a stranger", |machine| machine.answer(OPEN) == Answer::Open);
+            machine.wait("the hub gets in", Machine::hub_gets_in);
+        });
+        let before = machine.run(&["spokeguard", "plan", "--policy", &format!("/{CONFIRMED}")]);
+        ensure!(before.code == Some(0), "what was confirmed is not in force: {}", before.all());
+        Ok(String::new())
     })
 }
 
