@@ -48,12 +48,6 @@ let
 
   sandbox = {
     NoNewPrivileges = true;
-    ProtectSystem = "strict";
-    PrivateDevices = true;
-    ProtectControlGroups = true;
-    ProtectKernelLogs = true;
-    ProtectClock = true;
-    ProtectHostname = true;
     MemoryDenyWriteExecute = true;
     LockPersonality = true;
     RestrictNamespaces = true;
@@ -61,14 +55,14 @@ let
     RestrictSUIDSGID = true;
     SystemCallArchitectures = "native";
   };
-  # What nft alone needs, at boot.
+  # What nft alone needs, at boot. No view of its own of the file system (ProtectSystem=, PrivateDevices=
+  # and the like): systemd makes that in /tmp, which systemd-tmpfiles-setup.service empties meanwhile.
   loader = commands: {
     Type = "oneshot";
     RemainAfterExit = true;
     ExecStart = commands;
     TimeoutStartSec = 30;
     CapabilityBoundingSet = "CAP_NET_ADMIN";
-    ProtectHome = true;
     RestrictAddressFamilies = "AF_NETLINK AF_UNIX";
     SystemCallFilter = "@system-service";
   };
@@ -192,7 +186,13 @@ in
           "CAP_DAC_READ_SEARCH"
           "CAP_NET_BIND_SERVICE"
         ];
+        ProtectSystem = "strict";
         ProtectHome = "read-only";
+        PrivateDevices = true;
+        ProtectControlGroups = true;
+        ProtectKernelLogs = true;
+        ProtectClock = true;
+        ProtectHostname = true;
         PrivateTmp = true;
         PrivateMounts = true;
         ProtectKernelTunables = true;
