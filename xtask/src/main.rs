@@ -44,7 +44,7 @@ fn commands() -> clap::Command {
     let all = Arg::new("all")
         .long("all")
         .action(ArgAction::SetTrue)
-        .help("Also run the integration tests against the release build and more of them on real kernels (takes much longer)");
+        .help("Also the integration tests' long forms against the release build, the fuzzers, `dist --check` and every machine of `vm --list` (hours)");
     let mut commands = clap::Command::new("cargo xtask")
         .about("Sets up, tests and shows spokeguard")
         .subcommand_required(true)
