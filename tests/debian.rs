@@ -22,4 +22,8 @@ fn the_package_asks_nothing_breaks_nothing_and_leaves_what_it_says() {
     machine.forget_packages();
     machine.boot();
     machine.stands_its_package(&package(), None);
+    machine.cut_power();
+    machine.boots_and_loses_its_package();
+    machine.cut_power();
+    machine.boots_without_its_package();
 }

@@ -24,22 +24,7 @@ fn units_hold_the_line_from_the_first_packet_of_a_boot() {
     assert!(told.contains("not started, for want of a policy"), "{told}");
     assert!(told.contains("wrote /etc/systemd/system/sshd.service.d/spokeguard.conf"), "{told}");
     assert_eq!(machine.answer(22), Answer::Open);
-    // One name of sshd's unit is the other's alias here, and systemd reads one of the two drop-ins.
-    let read = |unit: &str| {
-        let names = "After,DropInPaths,Restart,RestartUSec,FreeBind";
-        machine.ok(&["systemctl", "show", "-p", names, unit])
-    };
-    let service = read("ssh.service");
-    assert_eq!(service.matches("/spokeguard.conf").count(), 1, "{service}");
-    assert!(service.contains("Restart=always\n") && service.contains("RestartUSec=2s\n"), "{service}");
-    assert!(service.contains("spokeguard-boot.service"), "{service}");
-    assert_eq!(read("sshd.service"), service);
-    let socket = read("ssh.socket");
-    assert!(socket.contains("FreeBind=yes\n"), "{socket}");
-    // Sockets come before whatever has default dependencies: an nftables.service with those, as Fedora's has, comes before
-    // our boot unit, and sshd's socket would be left out.
-    assert!(!socket.contains("spokeguard-boot.service"), "{socket}");
-    machine.units_are_plain(&["ssh.service", "sshd.service", "ssh.socket"]);
+    machine.sshd_has_our_drop_ins("/etc/systemd/system/");
     // The credential that it names comes later.
     let beats = "[heartbeat]\nkuma_url_file = \"kuma-url\"\nevery = \"1s\"\n";
     machine.write("etc/spokeguard/policy.toml", &(lab.plain_policy() + beats));

@@ -3,6 +3,7 @@
 
 mod boots;
 mod firewalls;
+mod leaving;
 mod package;
 
 use std::net::SocketAddr;

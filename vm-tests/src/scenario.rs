@@ -105,8 +105,9 @@ pub const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "package",
-        about: "Our Debian package under systemd: installed, upgraded, removed, purged",
+        about: "Our Debian package under systemd: installed, upgraded, booted by its units alone, removed, purged",
         arm64: &["6.1", "6.12", NEWEST],
+        boots: 3,
         disk: Disk::Systemd,
         package: true,
         ..USUAL

@@ -14,6 +14,12 @@ use crate::{Answer, SPOKE_MESH, packets_lost};
 
 const SERVICE: &str = "spokeguard.service";
 const BOOT: &str = "spokeguard-boot.service";
+/// In the machine, across its boots.
+const DEB: &str = "/opt/spokeguard.deb";
+const PROGRAM: &str = "usr/bin/spokeguard";
+const PROGRAM_AWAY: &str = "opt/spokeguard-away";
+/// What had our name in it before the package came.
+const LEFT_BEFORE: &str = "opt/left-before";
 
 const EXPIRED: &str = "
 [[exception]]
@@ -38,15 +44,16 @@ pub fn debian_package(program: &Path, out: &Path) -> Result<PathBuf> {
 }
 
 impl Machine<'_> {
-    /// On a host that runs without any of ours: the package asks nothing, breaks nothing, and leaves what it says.
+    /// On a host that runs without any of ours: the package asks nothing, breaks nothing, and is upgraded.
     /// `earlier`: a package of another version, which it goes back to and is upgraded from.
+    /// At its next boot the host has the package's units, confirmed rules, and no program of ours.
     #[track_caller]
     pub fn stands_its_package(&mut self, package: &Path, earlier: Option<&Path>) {
-        let (deb, later) = ("/opt/spokeguard.deb", "/opt/later.deb");
+        let (deb, later) = (DEB, "/opt/later.deb");
         let machine = self;
         machine.copy_in(package, deb.trim_start_matches('/'));
         assert_eq!(machine.answer(22), Answer::Open, "there is something to shut");
-        let before = machine.left();
+        machine.write(LEFT_BEFORE, &machine.left());
 
         // Without a policy the units are there, and nothing else happens.
         let sshd = machine.property("ssh.service", "MainPID");
@@ -90,16 +97,7 @@ impl Machine<'_> {
         machine.ok(&["spokeguard", "confirm"]);
         machine.wait("confirmed", |machine| machine.rules() == "confirmed");
         assert_eq!(machine.program(), "/usr/local/sbin/spokeguard");
-        machine.nobody_answers_while(|machine| {
-            let told = machine.dpkg("--install", deb);
-            assert!(told.contains("removed /etc/systemd/system/spokeguard.service of"), "{told}");
-            assert_eq!(told.matches("spokeguard: removed ").count(), 7, "{told}");
-            machine.wait("the package's daemon", |machine| machine.rules() == "confirmed");
-        });
-        assert_eq!(machine.program(), "/usr/bin/spokeguard");
-        assert_eq!(machine.property(SERVICE, "FragmentPath"), "/lib/systemd/system/spokeguard.service");
-        assert_eq!(machine.run(&["test", "-e", "/usr/local/sbin/spokeguard"]).code, Some(1));
-        assert_eq!([machine.enabled(SERVICE), machine.enabled(BOOT)], ["enabled", "enabled"]);
+        machine.nobody_answers_while(|machine| machine.is_taken_over_by(deb));
         machine.is_hardened();
         // Whoever put the units there by itself leaves those of the package to it.
         let put = machine.left();
@@ -176,6 +174,25 @@ impl Machine<'_> {
         std::fs::remove_file(&edited).unwrap();
         machine.ok(&["systemctl", "daemon-reload"]);
         machine.ok(&["systemctl", "enable", "--quiet", BOOT]);
+        std::fs::rename(machine.path(PROGRAM), machine.path(PROGRAM_AWAY)).unwrap();
+    }
+
+    /// That boot; then the program is there again, and the package goes, and leaves what it says.
+    #[track_caller]
+    pub fn boots_and_loses_its_package(&mut self) {
+        let machine = self;
+        machine.boots_shut();
+        assert_ne!(
+            machine.property(SERVICE, "ActiveState"),
+            "active",
+            "there is a daemon, so this proves nothing"
+        );
+        assert_eq!(machine.property(BOOT, "FragmentPath"), "/lib/systemd/system/spokeguard-boot.service");
+        machine.nobody_answers_while(|machine| {
+            std::fs::rename(machine.path(PROGRAM_AWAY), machine.path(PROGRAM)).unwrap();
+            machine.wait("the daemon is back", |machine| machine.rules() == "confirmed");
+        });
+        machine.sshd_has_our_drop_ins("/usr/lib/systemd/system/");
 
         // Removed, it leaves what is in force and says how to open the host.
         machine.nobody_answers_while(|machine| {
@@ -186,12 +203,37 @@ impl Machine<'_> {
             assert!(machine.hub_gets_in());
             assert_eq!(machine.run(&["systemctl", "is-active", SERVICE]).stdout, "inactive\n");
             // Installed again, it goes on where it was.
-            machine.dpkg("--install", deb);
+            machine.dpkg("--install", DEB);
             machine.wait("the daemon is back", |machine| machine.rules() == "confirmed");
             let told = machine.dpkg("--purge", "spokeguard");
             assert!(told.contains("kept, since you wrote it: /etc/spokeguard/policy.toml"), "{told}");
         });
-        assert_eq!(machine.left(), before);
+        assert_eq!(machine.left(), machine.left_before());
+    }
+
+    /// The boot after that: the host is as it was.
+    #[track_caller]
+    pub fn boots_without_its_package(&mut self) {
+        self.boots_open();
+        self.wait("sshd greets the hub", Self::sshd_greets);
+        self.is_without_us(&self.left_before());
+    }
+
+    fn left_before(&self) -> String {
+        std::fs::read_to_string(self.path(LEFT_BEFORE)).unwrap()
+    }
+
+    /// Units of `spokeguard install`, whose daemon runs, give way to the package's.
+    #[track_caller]
+    fn is_taken_over_by(&self, deb: &str) {
+        let told = self.dpkg("--install", deb);
+        assert!(told.contains("removed /etc/systemd/system/spokeguard.service of"), "{told}");
+        assert_eq!(told.matches("spokeguard: removed ").count(), 7, "{told}");
+        self.wait("the package's daemon", |machine| machine.rules() == "confirmed");
+        assert_eq!(self.program(), "/usr/bin/spokeguard");
+        assert_eq!(self.property(SERVICE, "FragmentPath"), "/lib/systemd/system/spokeguard.service");
+        assert_eq!(self.run(&["test", "-e", "/usr/local/sbin/spokeguard"]).code, Some(1));
+        assert_eq!([self.enabled(SERVICE), self.enabled(BOOT)], ["enabled", "enabled"]);
     }
 
     /// Lets dpkg know of nftables alone, before a boot: it reads all that it knows every time, and this machine's

@@ -290,33 +290,10 @@ fn is_as_before(steps: &mut Steps, machine: &mut Machine) -> Result<()> {
         systemd::took(machine)
     })?;
     steps.step("nothing of ours is left but what `uninstall` keeps", || {
-        let (left, kept) = (machine.left(), "/etc/spokeguard\n/var/lib/spokeguard\n");
-        ensure!(left == kept, "{left}");
-        for (what, words) in [
-            ("rules", &["nft", "list", "ruleset"][..]),
-            ("pins", &["find", "/sys/fs/bpf", "-mindepth", "1"]),
-            ("units", &["systemctl", "list-unit-files", "--no-legend", "spokeguard*"]),
-            (
-                "drop-ins",
-                &[
-                    "systemctl",
-                    "show",
-                    "-p",
-                    "DropInPaths",
-                    "--value",
-                    "ssh.service",
-                    "ssh.socket",
-                    "sshd.service",
-                    "sshd.socket",
-                ],
-            ),
-            ("failures", &["systemctl", "list-units", "--failed", "--plain", "--no-legend"]),
-        ] {
-            let there = machine.run(words);
-            // systemctl may call it a failure that there is none.
-            let ended = there.code == Some(0) || (what == "units" && there.code == Some(1));
-            ensure!(ended && there.is_silent(), "{what}: {}", there.all());
-        }
+        let kept = "/etc/spokeguard\n/var/lib/spokeguard\n";
+        machine.is_without_us(kept);
+        let failed = machine.run(&["systemctl", "list-units", "--failed", "--plain", "--no-legend"]);
+        ensure!(failed.code == Some(0) && failed.is_silent(), "failures: {}", failed.all());
         Ok(kept.trim().replace('\n', ", "))
     })
 }

@@ -49,7 +49,7 @@ fn run(words: &[String]) -> Result<()> {
         "no-features" => features::run(&mut steps, boot == QUICK),
         "boot-window" => systemd::boot_window(&mut steps, &boot),
         "ssh-race" => systemd::ssh_race(&mut steps, &boot),
-        "package" => systemd::package(&mut steps),
+        "package" => systemd::package(&mut steps, &boot),
         "neighbours" => systemd::neighbours(&mut steps),
         "lock-out" => lock_out::run(&mut steps, &boot),
         "lock-out-boot" => lock_out_boot::run(&mut steps, &boot),

@@ -71,21 +71,36 @@ pub fn ssh_race(steps: &mut Steps, boot: &str) -> Result<()> {
     })
 }
 
-pub fn package(steps: &mut Steps) -> Result<()> {
+pub fn package(steps: &mut Steps, boot: &str) -> Result<()> {
     let lab = lab(steps)?;
     let mut machine = Machine::whole(&lab, Path::new(DISK));
-    furnish(&machine, &lab.plain_policy())?;
-    fs::remove_file(machine.path("etc/spokeguard/policy.toml")).context("remove the policy")?;
-    steps.step("systemd is up", || {
-        machine.boot();
-        took(&machine)
-    })?;
-    steps.step("installed, taken over, upgraded, removed and purged", || {
-        let earlier = Some(Path::new(EARLIER)).filter(|path| path.exists());
-        machine.stands_its_package(Path::new(PACKAGE), earlier);
-        let from = if earlier.is_some() { "from another version" } else { "from the same program" };
-        Ok(format!("upgraded {from}; nothing of ours is left"))
-    })
+    match boot {
+        "1" => {
+            furnish(&machine, &lab.plain_policy())?;
+            fs::remove_file(machine.path("etc/spokeguard/policy.toml")).context("remove the policy")?;
+            steps.step("systemd is up", || {
+                machine.boot();
+                took(&machine)
+            })?;
+            steps.step("installed, taken over and upgraded", || {
+                let earlier = Some(Path::new(EARLIER)).filter(|path| path.exists());
+                machine.stands_its_package(Path::new(PACKAGE), earlier);
+                let from = if earlier.is_some() { "from another version" } else { "from the same program" };
+                Ok(format!("upgraded {from}"))
+            })
+        }
+        "2" => {
+            steps.step("shut by its units alone from the first packet of a boot; removed and purged", || {
+                machine.boots_and_loses_its_package();
+                Ok("nothing of ours is left".to_owned())
+            })
+        }
+        "3" => steps.step("the boot after that is as if it had never been there", || {
+            machine.boots_without_its_package();
+            took(&machine)
+        }),
+        other => bail!("no boot {other} of this scenario"),
+    }
 }
 
 pub fn neighbours(steps: &mut Steps) -> Result<()> {
