@@ -205,6 +205,12 @@ impl Machine<'_> {
             // Installed again, it goes on where it was.
             machine.dpkg("--install", DEB);
             machine.wait("the daemon is back", |machine| machine.rules() == "confirmed");
+            // Also where `spokeguard install` came in between: dpkg knows of an earlier version then.
+            machine.dpkg("--remove", "spokeguard");
+            machine.ok_within(LONG, &["/opt/spokeguard", "install"]);
+            machine.wait("install's daemon", |machine| machine.rules() == "confirmed");
+            assert_eq!(machine.program(), "/usr/local/sbin/spokeguard");
+            machine.is_taken_over_by(DEB);
             let told = machine.dpkg("--purge", "spokeguard");
             assert!(told.contains("kept, since you wrote it: /etc/spokeguard/policy.toml"), "{told}");
         });
