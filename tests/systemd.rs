@@ -238,4 +238,7 @@ fn sshd_is_there_within_five_seconds_of_its_address_and_nowhere_else() {
     machine.cut_power();
     machine.calls_ssh_sshd();
     machine.ssh_follows_its_address("sshd.service", late);
+    machine.goes_back_without_us(|machine| {
+        machine.ok(&["/opt/spokeguard", "uninstall"]);
+    });
 }

@@ -18,6 +18,7 @@ use crate::{
 };
 
 pub use boots::{SSH_BY, is_tunnel, mesh_anew};
+pub use leaving::shut_out;
 pub use package::debian_package;
 
 pub const SHORT: Duration = Duration::from_millis(400);

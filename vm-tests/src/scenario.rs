@@ -105,7 +105,7 @@ pub const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "package",
-        about: "Our Debian package under systemd: installed, upgraded, booted by its units alone, removed, purged",
+        about: "Our Debian package under systemd: installed, upgraded, booted by its units alone, removed, purged while on trial",
         arm64: &["6.1", "6.12", NEWEST],
         boots: 3,
         disk: Disk::Systemd,

@@ -1,8 +1,54 @@
 //! Ours goes: what is left of it, and what must still happen without it.
 
-use super::Machine;
+use std::time::{Duration, Instant};
+
+use super::{Machine, OPEN, Power};
+use crate::{Answer, HUB_MESH};
+
+/// Nobody's on the mesh.
+const NO_HUB: &str = "10.84.0.250";
+/// Long enough for dpkg to take the package away meanwhile, on an emulated processor as well.
+const WINDOW: Duration = Duration::from_secs(30);
+const WINDOW_EMULATED: Duration = Duration::from_secs(50);
+/// For a slow processor, and for a look.
+const SLACK: Duration = Duration::from_secs(10);
+const RULES: [&str; 6] = ["nft", "--stateless", "list", "table", "inet", "spokeguard"];
+
+/// The same policy; its hub is nobody.
+pub fn shut_out(policy: &str) -> String {
+    policy.replace(&format!("address = \"{HUB_MESH}\""), &format!("address = \"{NO_HUB}\""))
+}
 
 impl Machine<'_> {
+    /// On a host whose daemon runs with confirmed rules: its operator sees himself shut out by a policy on trial and has
+    /// `take_away` take all of ours off the host. The rules before it come back all the same, and open nothing.
+    #[track_caller]
+    pub fn goes_back_without_us(&mut self, take_away: impl FnOnce(&Self)) {
+        self.wait("the daemon holds it", |machine| machine.rules() == "confirmed");
+        self.wait("there is somebody to shut out", Machine::hub_gets_in);
+        let policy = shut_out(&self.lab.plain_policy());
+        let window = if matches!(self.power, Power::Kernel) { WINDOW_EMULATED } else { WINDOW };
+        let policy = format!("{policy}[enforce]\nconfirm_within = \"{}s\"\n", window.as_secs());
+        self.nobody_answers_while(|machine| {
+            machine.write("etc/spokeguard/policy.toml", &policy);
+            machine.wait("the rules are on trial", |machine| machine.rules() == "on-trial");
+            let begun = Instant::now();
+            let on_trial = machine.ok(&RULES);
+            assert!(on_trial.contains(NO_HUB), "{on_trial}");
+            assert!(!machine.hub_gets_in(), "the hub is not shut out, so this proves nothing");
+            take_away(machine);
+            let gone = begun.elapsed();
+            assert!(!machine.hub_gets_in(), "the hub was in before ours was gone, which took {gone:?}");
+            machine.wait("the hub gets in", Machine::hub_gets_in);
+            let back = begun.elapsed();
+            eprintln!("ours was gone after {gone:?}, the hub in after {back:?}");
+            assert!(back < window + SLACK, "{back:?}");
+            let rules = machine.ok(&RULES);
+            assert!(!rules.contains(NO_HUB), "{rules}");
+            assert_eq!(machine.answer(OPEN), Answer::Open);
+        });
+    }
+
     /// What a host is that never had any of ours, or lost all of it at a boot. `left` of files in their usual places.
     #[track_caller]
     pub fn is_without_us(&self, left: &str) {

@@ -215,6 +215,14 @@ impl Machine<'_> {
             assert!(told.contains("kept, since you wrote it: /etc/spokeguard/policy.toml"), "{told}");
         });
         assert_eq!(machine.left(), machine.left_before());
+
+        // Purged in a panic.
+        machine.write("etc/spokeguard/policy.toml", &machine.lab.plain_policy());
+        machine.dpkg("--install", DEB);
+        machine.wait("the daemon is back", |machine| machine.rules() == "confirmed");
+        machine.goes_back_without_us(|machine| {
+            machine.dpkg("--purge", "spokeguard");
+        });
     }
 
     /// The boot after that: the host is as it was.

@@ -9,9 +9,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use lab::{
-    Answer, Daemon, HUB_MESH, Lab, Listening, Mesh, SPOKE_MESH, SPOKE_PUBLIC, Shape, Signal, Sshd, meanwhile,
-};
+use lab::machine::shut_out;
+use lab::{Answer, Daemon, Lab, Listening, Mesh, SPOKE_MESH, SPOKE_PUBLIC, Shape, Signal, Sshd, meanwhile};
 
 use crate::{LONG, SOON, Steps, patiently, run_to_end};
 
@@ -105,11 +104,6 @@ impl Spoke {
 /// A policy that waits for the hub as long as this scenario does.
 pub(crate) fn on_trial(policy: &str) -> String {
     format!("{policy}[enforce]\nconfirm_within = \"{WINDOW}\"\n")
-}
-
-/// The same policy; its hub is nobody.
-pub(crate) fn shut_out(policy: &str) -> String {
-    policy.replace(&format!("address = \"{HUB_MESH}\""), "address = \"10.84.0.250\"")
 }
 
 pub(crate) fn hub_is_out(lab: &Lab) -> Result<()> {

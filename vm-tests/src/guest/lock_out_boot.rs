@@ -10,11 +10,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use lab::machine::{LONG, OPEN, SHORT, SHUT};
+use lab::machine::{LONG, OPEN, SHORT, SHUT, shut_out};
 use lab::{Answer, Lab, Machine, SPOKE_MESH, meanwhile};
 use serde_json::Value;
 
-use crate::lock_out::{WINDOW, hub_is_out, on_trial, shut_out};
+use crate::lock_out::{WINDOW, hub_is_out, on_trial};
 use crate::{Steps, systemd};
 
 const UNIT: &str = "spokeguard.service";
