@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use lab::machine::{LONG, OPEN, SHUT, SSH_BY};
-use lab::{Answer, Lab, Machine, Need, lacking};
+use lab::{Answer, Lab, Machine, Need, SPOKE_MESH, lacking};
 
 use crate::heartbeat::{Manner, SECRET, Stub};
 
@@ -142,6 +142,8 @@ fn units_hold_the_line_from_the_first_packet_of_a_boot() {
         let told = machine.ok(&["/opt/spokeguard", "uninstall"]);
         assert!(told.contains("The rules in force stay until the next boot"), "{told}");
         assert!(told.contains("removed /usr/local/sbin/spokeguard"), "{told}");
+        // sshd is on every address: it misses none.
+        assert!(!told.contains("ATTENTION"), "{told}");
         assert_eq!(machine.answer(OPEN), Answer::Open);
     });
     let left =
@@ -234,11 +236,21 @@ fn sshd_is_there_within_five_seconds_of_its_address_and_nowhere_else() {
     for by in SSH_BY {
         machine.cut_power();
         machine.ssh_follows_its_address(by, late);
+        // Without the drop-ins it doesn't.
+        let told = machine.ok(&["/opt/spokeguard", "uninstall"]);
+        assert!(told.contains(&of_the_next_boot(by)), "{told}");
+        machine.ok(&["/opt/spokeguard", "install"]);
     }
     machine.cut_power();
     machine.calls_ssh_sshd();
     machine.ssh_follows_its_address("sshd.service", late);
     machine.goes_back_without_us(|machine| {
-        machine.ok(&["/opt/spokeguard", "uninstall"]);
+        let told = machine.ok(&["/opt/spokeguard", "uninstall"]);
+        assert!(told.contains("They are on trial, though"), "{told}");
+        assert!(told.contains(&of_the_next_boot("sshd.service")), "{told}");
     });
+}
+
+fn of_the_next_boot(by: &str) -> String {
+    format!("ATTENTION: {by} listens on\n  {SPOKE_MESH}:22\n")
 }

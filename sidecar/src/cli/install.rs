@@ -13,6 +13,7 @@ use clap::Args;
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 
 use super::Global;
+use crate::apply::trial::{Ledger, Phase};
 use crate::daemon::socket::{self, Rules, Status};
 use crate::fleet::bundle::PACKAGED;
 use crate::sys::clock::Uptime;
@@ -58,6 +59,9 @@ const TO_OPEN: &str = "To open the host now:
   nft delete table inet spokeguard; rm -r /sys/fs/bpf/spokeguard
 and before Linux 6.6, for each interface:
   tc filter del dev NAME ingress pref 8";
+
+const ON_TRIAL: &str = "They are on trial, though: those before them come back by themselves when their
+time is over.";
 
 const SSHD: &str = include_str!("../../../contrib/systemd/ssh.service.d/spokeguard.conf");
 const SSHD_SOCKET: &str = include_str!("../../../contrib/systemd/ssh.socket.d/spokeguard.conf");
@@ -268,19 +272,30 @@ pub fn uninstall(global: &Global, options: &Removal) -> anyhow::Result<u8> {
     if told.is_empty() {
         told.push("there was nothing of ours".to_owned());
     } else {
-        told.push(format!(
-            "The rules in force stay until the next boot; /etc/spokeguard and\n/var/lib/spokeguard are kept. {TO_OPEN}"
-        ));
+        told.push("/etc/spokeguard and /var/lib/spokeguard are kept.".to_owned());
+        told.push("The rules in force stay until the next boot.".to_owned());
+        if root.is_running() && is_on_trial(global) {
+            told.push(ON_TRIAL.to_owned());
+        }
+        told.push(TO_OPEN.to_owned());
+        // Only now, when systemd has read its units without ours.
+        told.extend(root.is_running().then(super::late_ssh::advice).flatten());
     }
     global.print(&(told.join("\n") + "\n"))?;
     Ok(0)
+}
+
+/// What can't be asked is left out of what is told.
+fn is_on_trial(global: &Global) -> bool {
+    let glance = global.places().and_then(|places| Ledger::new(&places).glance());
+    matches!(glance, Ok(Some((Phase::Armed | Phase::Firing, _))))
 }
 
 /// What flushes all rules when it starts; the boot units come after it.
 const FLUSHING: [&str; 2] = ["nftables.service", "netfilter-persistent.service"];
 
 /// What systemd says of units: the value of a property of each.
-fn properties(name: &str, units: &[&str]) -> Vec<String> {
+pub(super) fn properties(name: &str, units: &[&str]) -> Vec<String> {
     let output = Command::new("systemctl").arg("show").arg(format!("--property={name}")).args(units).output();
     let shown = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
     // A property a line, and an empty line between two units.
@@ -673,7 +688,7 @@ mod tests {
         assert!(TO_OPEN.contains(crate::desired::TABLE));
         assert!(TO_OPEN.lines().all(|line| line.len() < 80), "{TO_OPEN}");
         let package = include_str!("../../../contrib/debian/postrm");
-        for line in TO_OPEN.lines() {
+        for line in TO_OPEN.lines().chain(ON_TRIAL.lines()) {
             assert!(package.contains(&format!("echo \"{line}\"\n")), "{line}");
         }
     }

@@ -18,6 +18,7 @@ mod explain;
 mod fleet;
 mod import;
 mod install;
+mod late_ssh;
 mod man;
 mod plan;
 mod policy;

@@ -35,6 +35,9 @@ pub fn is_tunnel() -> bool {
 /// In a cloud: asks for an address of its own before everybody else, to read there what the machine is to be.
 const CLOUD_INIT: &str = "cloud-init-local.service";
 
+/// Of sshd's settings.
+pub(super) const ON_MESH_ALONE: &str = "etc/ssh/sshd_config.d/mesh.conf";
+
 /// Of what flushes all rules at a boot.
 pub(super) const LATE: &str = "etc/systemd/system/nftables.service.d/late.conf";
 
@@ -128,13 +131,19 @@ impl Machine<'_> {
         assert!(heard.shut > 0, "no answer was counted, so there is nothing to shut: {heard:?}");
     }
 
+    /// From now on, if the hub gets in.
+    #[track_caller]
+    pub(super) fn has_ssh_on_mesh_alone(&self) {
+        self.write(ON_MESH_ALONE, &format!("ListenAddress {SPOKE_MESH}\n"));
+        self.ok(&["systemctl", "restart", "ssh.service"]);
+        self.wait("sshd on the mesh", Self::sshd_greets);
+    }
+
     /// A host that runs, with confirmed rules and a sshd for the mesh address alone: from its next boot on nobody
     /// puts in the mesh's cable.
     #[track_caller]
     pub fn listen_on_mesh_alone(&mut self) {
-        self.write("etc/ssh/sshd_config.d/mesh.conf", &format!("ListenAddress {SPOKE_MESH}\n"));
-        self.ok(&["systemctl", "restart", "ssh.service"]);
-        self.wait("sshd on the mesh", Self::sshd_greets);
+        self.has_ssh_on_mesh_alone();
         self.write(
             &format!("etc/systemd/system/{CABLES}"),
             "[Unit]\nAfter=network-pre.target\nBefore=network.target\nDefaultDependencies=no\n\

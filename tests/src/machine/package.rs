@@ -8,7 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
-use super::boots::LATE;
+use super::boots::{LATE, ON_MESH_ALONE};
 use super::{LONG, Machine, OPEN, Power};
 use crate::{Answer, SPOKE_MESH, packets_lost};
 
@@ -199,6 +199,8 @@ impl Machine<'_> {
             let told = machine.dpkg("--remove", "spokeguard");
             assert!(told.contains("the rules in force stay until the next boot"), "{told}");
             assert!(told.contains("nft delete table inet spokeguard"), "{told}");
+            // sshd is on every address, and nothing is on trial.
+            assert!(!told.contains("ATTENTION") && !told.contains("on trial"), "{told}");
             assert_eq!(machine.answer(OPEN), Answer::Open);
             assert!(machine.hub_gets_in());
             assert_eq!(machine.run(&["systemctl", "is-active", SERVICE]).stdout, "inactive\n");
@@ -216,13 +218,18 @@ impl Machine<'_> {
         });
         assert_eq!(machine.left(), machine.left_before());
 
-        // Purged in a panic.
+        // Purged in a panic, by who comes in by the mesh address alone.
         machine.write("etc/spokeguard/policy.toml", &machine.lab.plain_policy());
         machine.dpkg("--install", DEB);
         machine.wait("the daemon is back", |machine| machine.rules() == "confirmed");
+        machine.has_ssh_on_mesh_alone();
         machine.goes_back_without_us(|machine| {
-            machine.dpkg("--purge", "spokeguard");
+            let told = machine.dpkg("--purge", "spokeguard");
+            assert!(told.contains("They are on trial, though"), "{told}");
+            let attention = format!("ATTENTION: ssh.service listens on\n  {SPOKE_MESH}:22\n");
+            assert!(told.contains(&attention) && told.contains("\n  Restart=always\n"), "{told}");
         });
+        std::fs::remove_file(machine.path(ON_MESH_ALONE)).unwrap();
     }
 
     /// The boot after that: the host is as it was.

@@ -1,0 +1,107 @@
+//! sshd without our drop-ins: whether its address may come after it at the next boot, and what to do about that.
+
+use std::net::SocketAddr;
+
+use super::install::properties;
+use crate::source::owners::Owners;
+use crate::source::{listeners, sshd};
+use crate::terms::Port;
+
+const SERVICES: [&str; 2] = ["ssh.service", "sshd.service"];
+const SOCKETS: [&str; 2] = ["ssh.socket", "sshd.socket"];
+const PORT: u16 = 22;
+
+/// Who has sshd listen.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum By {
+    Service,
+    Socket,
+}
+
+/// For whoever has just lost the drop-ins: `None` where nothing is lost by that, or sshd can't be asked.
+pub fn advice() -> Option<String> {
+    let states = properties("ActiveState", &SOCKETS);
+    if let Some((unit, _)) = SOCKETS.into_iter().zip(states).find(|(_, state)| state == "active") {
+        let shown = properties("Listen", &[unit]);
+        let listen = shown.iter().filter_map(|line| line.strip_suffix(" (Stream)")?.parse().ok());
+        return told(By::Socket, unit, &listen.collect::<Vec<_>>());
+    }
+    let all = listeners::read(&mut Owners::new()).ok()?;
+    let mut units = all.iter().filter_map(|one| one.owner.as_ref()?.unit.as_deref());
+    let unit = units.find(|unit| SERVICES.contains(unit))?;
+    let sshd = sshd::read(&all, Port::new(PORT)?).ok()??;
+    told(By::Service, unit, &sshd.listen)
+}
+
+fn told(by: By, unit: &str, listen: &[SocketAddr]) -> Option<String> {
+    let late: Vec<String> = (listen.iter())
+        .filter(|at| !at.ip().is_unspecified() && !at.ip().to_canonical().is_loopback())
+        .map(SocketAddr::to_string)
+        .collect();
+    // One address that isn't there fails the whole of a socket; sshd is content with any one that is.
+    if late.is_empty() || (by == By::Service && late.len() < listen.len()) {
+        return None;
+    }
+    let settings = match by {
+        By::Service => {
+            "  [Unit]\n  StartLimitIntervalSec=0\n  [Service]\n  Restart=always\n  RestartSec=2\n  RestartPreventExitStatus="
+        }
+        By::Socket => "  [Socket]\n  FreeBind=yes",
+    };
+    Some(format!(
+        "ATTENTION: {unit} listens on\n  {}\n\
+         and what had it wait for such an address went with spokeguard. If that comes\n\
+         later at the next boot, as a tunnel's may, nobody gets in by ssh. Keep the way in\n\
+         before you boot: run `systemctl edit {unit}`, and write\n{settings}",
+        late.join(" ")
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn says(by: By, listen: &[&str]) -> Option<String> {
+        told(by, "ssh.service", &listen.iter().map(|at| at.parse().unwrap()).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn only_who_waits_for_an_address_is_told() {
+        for by in [By::Service, By::Socket] {
+            for nothing in
+                [&[][..], &["0.0.0.0:22", "[::]:22"], &["127.0.0.1:22", "[::1]:22", "[::ffff:127.0.0.1]:22"]]
+            {
+                assert_eq!(says(by, nothing), None, "{nothing:?}");
+            }
+            let text = says(by, &["10.84.0.16:22", "[fd84::16]:22"]).unwrap();
+            assert!(text.contains("\n  10.84.0.16:22 [fd84::16]:22\n"), "{text}");
+        }
+        for mixed in [["0.0.0.0:22", "10.84.0.16:2222"], ["127.0.0.1:22", "10.84.0.16:22"]] {
+            assert_eq!(says(By::Service, &mixed), None, "{mixed:?}: sshd starts, and isn't started again");
+            assert!(says(By::Socket, &mixed).unwrap().contains("\n  10.84.0.16:"), "{mixed:?}");
+        }
+    }
+
+    /// What we advise is what our own drop-ins do, and the package's removal says the same.
+    #[test]
+    fn the_advice_is_our_own_drop_in() {
+        let package = include_str!("../../../contrib/debian/postrm");
+        for (by, drop_in) in [
+            (By::Service, include_str!("../../../contrib/systemd/ssh.service.d/spokeguard.conf")),
+            (By::Socket, include_str!("../../../contrib/systemd/ssh.socket.d/spokeguard.conf")),
+        ] {
+            let text = says(by, &["10.84.0.16:22"]).unwrap();
+            assert!(text.lines().all(|line| line.len() < 84), "{text}");
+            let settings: Vec<&str> =
+                text.lines().filter_map(|line| line.strip_prefix("  ")).skip(1).collect();
+            let ours = drop_in.lines().filter(|line| !line.starts_with('#') && !line.is_empty());
+            // Units of ours that are gone.
+            assert_eq!(settings, ours.filter(|line| !line.starts_with("After=")).collect::<Vec<_>>());
+            for line in text.lines() {
+                let line = line.replace("ssh.service", "$unit").replace("10.84.0.16:22", "$(echo $late)");
+                let line = line.replace('`', "\\`");
+                assert!(package.contains(&format!("echo \"{line}\"\n")), "{line}");
+            }
+        }
+    }
+}
