@@ -761,6 +761,16 @@ mod tests {
     }
 
     #[test]
+    fn nixos_makes_its_units_itself() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::create_dir(folder.path().join("etc")).unwrap();
+        fs::write(folder.path().join("etc/NIXOS"), "").unwrap();
+        let text = refused(&["spokeguard", "install", "--root", folder.path().to_str().unwrap()]);
+        assert!(text.contains("use the NixOS module (services.spokeguard)"), "{text}");
+        assert_eq!(relative(folder.path()), ["etc/NIXOS"], "nothing else was written");
+    }
+
+    #[test]
     fn what_the_units_will_not_read_is_refused() {
         let refusal = |more: &[&str]| {
             let words = [&["spokeguard", "install"], more].concat();
