@@ -5,12 +5,13 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
-use lab::{Answer, Lab, Machine, Need, Outcome, SPOKE_MESH, SPOKE_PUBLIC, lacking};
+use lab::{Answer, Lab, Machine, Need, Outcome, Running, SPOKE_MESH, SPOKE_PUBLIC, Signal, lacking};
 use serde_json::{Value, json};
 
 /// A playbook on a machine that does much else.
 const PATIENCE: Duration = Duration::from_secs(240);
 const CONTRIB: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../contrib/ansible");
+const SSH: &str = "-F none -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR";
 const SECRET: &str = "https://kuma.example.org/api/push/s3cr3t-t0ken";
 
 /// The hub, from which the fleet is run.
@@ -35,7 +36,7 @@ impl<'a> Controller<'a> {
         let host = json!({
             "ansible_host": SPOKE_MESH, "ansible_user": "root", "ansible_python_interpreter": "/usr/bin/python3",
             "ansible_ssh_private_key_file": key, "ansible_ssh_common_args":
-                "-F none -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR",
+                SSH,
             "spokeguard_install": install, "spokeguard_dist": package.parent().unwrap(),
             "spokeguard_version": name.split('_').nth(1).unwrap(),
             "spokeguard_policy": policy, "spokeguard_confirm_timeout": 5,
@@ -45,7 +46,23 @@ impl<'a> Controller<'a> {
         Controller { lab, folder }
     }
 
+    /// Another host, to come after the first. It is the same machine: who gets there leaves its name in the policy.
+    fn knows_another(&self, name: &str) {
+        let file = self.folder.join("inventory.json");
+        let mut inventory: Value = serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
+        let hosts = inventory["all"]["hosts"].as_object_mut().unwrap();
+        let (before, host) = hosts.iter().next_back().unwrap();
+        assert!(before.as_str() < name, "hosts are taken in the order of the inventory");
+        let host = host.clone();
+        hosts.insert(name.to_owned(), host);
+        std::fs::write(file, inventory.to_string()).unwrap();
+    }
+
     fn play(&self, flags: &[&str], more: &Value) -> Outcome {
+        Self::end_of(self.start(flags, more))
+    }
+
+    fn start(&self, flags: &[&str], more: &Value) -> Running {
         let inventory = self.folder.join("inventory.json");
         let mut words = vec![lab::python(), "-m".into(), "ansible".into(), "playbook".into()];
         words.extend(["--inventory".into(), inventory, format!("{CONTRIB}/site.yml").into()]);
@@ -55,7 +72,13 @@ impl<'a> Controller<'a> {
         let home = self.folder.join("home");
         command.env("HOME", &home).env("ANSIBLE_HOME", home.join("ansible")).env("ANSIBLE_NOCOLOR", "1");
         command.env("ANSIBLE_CONFIG", format!("{CONTRIB}/ansible.cfg")).env("LC_ALL", "C.UTF-8");
-        let mut running = self.lab.hub.start(command, "ansible-playbook").unwrap();
+        // Else root needn't become root.
+        let becomes = more.get("ansible_become_method").is_some();
+        command.env("ANSIBLE_BECOME_ALLOW_SAME_USER", becomes.to_string());
+        self.lab.hub.start(command, "ansible-playbook").unwrap()
+    }
+
+    fn end_of(mut running: Running) -> Outcome {
         let status = running.wait(PATIENCE).unwrap_or_else(|error| panic!("{error:#}\n{}", running.log()));
         Outcome { code: status.code(), stdout: running.log(), stderr: String::new(), took: Duration::ZERO }
     }
@@ -63,7 +86,11 @@ impl<'a> Controller<'a> {
     /// A run without a failure: its words, and how many tasks have changed or would change something.
     #[track_caller]
     fn changes(&self, flags: &[&str], more: &Value) -> (String, u32) {
-        let outcome = self.play(flags, more);
+        Self::changed(self.play(flags, more))
+    }
+
+    #[track_caller]
+    fn changed(outcome: Outcome) -> (String, u32) {
         assert_eq!(outcome.code, Some(0), "{}", outcome.stdout);
         let recap = outcome.stdout.lines().last().unwrap_or_default().to_owned() + &outcome.stdout;
         let count =
@@ -215,6 +242,160 @@ fn a_fleet_run_by_ansible_gets_policies_that_prove_themselves() {
     assert!(machine.hub_gets_in());
     let (said, changes) = controller.changes(&[], &absent);
     assert_eq!(changes, 0, "{said}");
+}
+
+/// A program of before this role: it knows fewer options.
+const OLDER: &str = "#!/bin/sh
+case \"$*\" in
+*--help*) /usr/bin/spokeguard.real \"$@\" | grep -v allow-expired ;;
+*allow-expired*) echo \"error: unexpected argument '--allow-expired' found\" >&2; exit 2 ;;
+*) exec /usr/bin/spokeguard.real \"$@\" ;;
+esac
+";
+
+#[test]
+fn a_policy_that_shuts_ansible_out_goes_back_and_no_further() {
+    if lacking(&[Need::Lab, Need::Spokeguard, Need::Sshd, Need::Nspawn, Need::Debian, Need::Ansible]) {
+        return;
+    }
+    let lab = Lab::plain();
+    let mut machine = Machine::new(&lab);
+    let mut good = policy();
+    good.as_object_mut().unwrap().remove("heartbeat").unwrap();
+    let controller = Controller::new(&lab, &machine, "deb", &good);
+    std::fs::remove_dir_all(machine.path("etc/spokeguard")).unwrap();
+    machine.forget_packages();
+    machine.boot();
+    let on_disk = || std::fs::read_to_string(machine.path("etc/spokeguard/policy.toml")).unwrap();
+    controller.changes(&[], &json!({}));
+    let in_force = || (machine.hub_gets_in(), machine.answer(22), machine.table().contains("10.84.0.250"));
+    let confirmed = (true, Answer::Silent, false);
+    let file = on_disk();
+    assert_eq!((machine.rules().as_str(), in_force()), ("confirmed", confirmed));
+
+    // The spoke is told that its hub is another.
+    controller.knows_another("tokyo");
+    let mut bad = good.clone();
+    bad["mesh"]["hub"]["address"] = json!("10.84.0.250");
+    bad["enforce"]["confirm_within"] = json!("20s");
+    let bad = json!({ "spokeguard_policy": bad });
+    let playing = controller.start(&[], &bad);
+    machine.wait("another hub's policy", |machine| machine.table().contains("10.84.0.250"));
+    assert!(!machine.hub_gets_in(), "the hub is not shut out, so this proves nothing");
+    let refused = |played: Outcome| {
+        let said = played.stdout;
+        assert_eq!(played.code, Some(2), "{said}");
+        assert!(
+            said.contains("unreachable=0") && said.contains("was rolled back: no new connection"),
+            "{said}"
+        );
+        assert_eq!((machine.rules().as_str(), in_force()), ("rolled-back", confirmed), "{said}");
+        // Neither the play nor what it brings came to the next host.
+        assert!(!said.contains("tokyo") && on_disk().contains("name = \"singapore\""), "{said}");
+        assert!(on_disk().contains("10.84.0.250"), "{said}");
+        said
+    };
+    refused(Controller::end_of(playing));
+    // It is no more right for being there already, and isn't tried again.
+    let said = refused(controller.play(&[], &bad));
+    assert!(said.contains("changed=0"), "{said}");
+
+    // What was good before is so again, however long the daemon is held up and says "rolled back" of the other.
+    hold_up(&machine);
+    machine.ok(&["mv", "/usr/bin/spokeguard", "/usr/bin/spokeguard.real"]);
+    machine.write("usr/bin/spokeguard", OLDER);
+    machine.ok(&["chmod", "755", "/usr/bin/spokeguard"]);
+    let mut playing = controller.start(&["--limit", "singapore"], &json!({}));
+    playing.wait_for("RETRYING: [singapore]: Wait until the daemon has taken it up", PATIENCE).unwrap();
+    machine.ok(&["systemctl", "stop", "held"]);
+    let (said, changes) = Controller::changed(Controller::end_of(playing));
+    assert!(changes >= 1, "{said}");
+    assert_eq!((machine.rules(), on_disk(), in_force()), ("confirmed".to_owned(), file, confirmed), "{said}");
+    machine.ok(&["mv", "/usr/bin/spokeguard.real", "/usr/bin/spokeguard"]);
+    if std::env::var_os("SPOKEGUARD_ALL").is_some() {
+        goes_back_however_ansible_is_connected(&controller, &machine, &good);
+    }
+}
+
+/// On a host that has confirmed the good policy.
+fn goes_back_however_ansible_is_connected(controller: &Controller<'_>, machine: &Machine<'_>, good: &Value) {
+    let refused = |played: Outcome| {
+        let said = played.stdout;
+        assert_eq!(played.code, Some(2), "{said}");
+        assert!(
+            said.contains("unreachable=0") && said.contains("was rolled back: no new connection"),
+            "{said}"
+        );
+        assert!(!said.contains("tokyo"), "{said}");
+        said
+    };
+    // All that Ansible wants of sudo, which needn't be installed here.
+    machine.write("usr/bin/sudo", "#!/bin/sh\nuntil [ \"$1\" = /bin/sh ]; do shift; done\nexec \"$@\"\n");
+    machine.ok(&["chmod", "755", "/usr/bin/sudo"]);
+    // Who has to become root gives up where others wait, and a keepalive ends the connection, long before the way back.
+    let control = controller.folder.join("ssh");
+    // What earlier plays have left open has none.
+    let keepalive = format!(
+        "{SSH} -o ServerAliveInterval=1 -o ServerAliveCountMax=3 -o ControlPath={}",
+        control.display()
+    );
+    let mut bad = good.clone();
+    bad["mesh"]["hub"]["address"] = json!("10.84.0.250");
+    for (within, way) in [
+        ("30s", json!({ "ansible_become_method": "sudo" })),
+        ("31s", json!({ "ansible_ssh_common_args": keepalive })),
+    ] {
+        bad["enforce"]["confirm_within"] = json!(within);
+        let mut more = way.clone();
+        more["spokeguard_policy"] = bad.clone();
+        // Between two tasks: one that has begun would only wait.
+        hold_up(machine);
+        let mut playing = controller.start(&["-vv"], &more);
+        playing.wait_for("TASK [spokeguard : Service]", PATIENCE).unwrap();
+        playing.signal(Signal::STOP).unwrap();
+        machine.ok(&["systemctl", "stop", "held"]);
+        machine.wait("another hub's policy", |machine| machine.table().contains("10.84.0.250"));
+        playing.signal(Signal::CONT).unwrap();
+        let said = refused(Controller::end_of(playing));
+        assert!(said.contains("ssh_retry: attempt: 1"), "{way}: nothing was given up: {said}");
+    }
+
+    // With the old connection alive and no new one let in, it is the role that finds out.
+    let mut other = good.clone();
+    other["public"]["tcp"] = json!([80]);
+    other["enforce"]["confirm_within"] = json!("40s");
+    let mut playing = controller.start(&[], &json!({ "spokeguard_policy": &other }));
+    playing.wait_for("TASK [spokeguard : Service]", PATIENCE).unwrap();
+    let hub = &controller.lab.hub;
+    hub.nft(&format!(
+        "table inet stays {{ chain out {{ type filter hook output priority 0
+           ip daddr {SPOKE_MESH} tcp flags & (syn | ack) == syn drop; }}
+         }}"
+    ))
+    .unwrap();
+    playing.wait_for("TASK [spokeguard : Wait for a new connection]", PATIENCE).unwrap();
+    machine.wait("nobody confirms", |machine| machine.rules() == "rolled-back");
+    hub.nft("delete table inet stays").unwrap();
+    refused(Controller::end_of(playing));
+    controller.changes(&["--limit", "singapore"], &json!({}));
+    assert_eq!(machine.rules(), "confirmed");
+
+    // Nor is it done where the daemon can't come to it.
+    hold_up(machine);
+    let late = controller.play(&[], &json!({ "spokeguard_policy": other }));
+    assert_eq!(late.code, Some(2), "{}", late.stdout);
+    let why = "The daemon has not taken up this policy";
+    assert!(late.stdout.contains(why) && late.stdout.contains("says: rules not-in-force"), "{}", late.stdout);
+    assert!(!late.stdout.contains("tokyo"), "{}", late.stdout);
+}
+
+/// The daemon can't change any rules until the unit `held` is stopped.
+fn hold_up(machine: &Machine<'_>) {
+    const LOCK: &str = "/run/spokeguard/rollback/lock";
+    machine.ok(&["systemd-run", "--unit=held", "flock", LOCK, "sleep", "infinity"]);
+    machine.wait("nobody else may change the rules", |machine| {
+        machine.run(&["flock", "--nonblock", LOCK, "true"]).code == Some(1)
+    });
 }
 
 /// On a host that the role has set up.
