@@ -55,8 +55,8 @@ let
     RestrictSUIDSGID = true;
     SystemCallArchitectures = "native";
   };
-  # What nft alone needs, at boot. No view of its own of the file system (ProtectSystem=, PrivateDevices=
-  # and the like): systemd makes that in /tmp, which systemd-tmpfiles-setup.service empties meanwhile.
+  # What nft alone needs, at boot. No view of its own of the file system, so that at a boot nothing hangs
+  # on systemd being able to make one (by version 252 in /tmp, which somebody may empty meanwhile).
   loader = commands: {
     Type = "oneshot";
     RemainAfterExit = true;
