@@ -138,10 +138,14 @@ impl Machine<'_> {
         assert!(dropped > 0.0);
         let pid = machine.property(SERVICE, "MainPID");
         machine.ok(&["systemctl", "disable", "--quiet", BOOT]);
-        // As `systemctl edit --full` makes it.
+        // As `systemctl edit --full` makes it, of one that has a program of his own where `spokeguard install` has its.
         let edited = machine.path("etc/systemd/system/spokeguard.service");
-        let text = machine.ok(&["cat", "/usr/lib/systemd/system/spokeguard.service"]) + "# mine\n";
+        let text = machine.ok(&["cat", "/usr/lib/systemd/system/spokeguard.service"]);
+        let (packaged, own) = ("ExecStart=/usr/bin/spokeguard ", "ExecStart=/usr/local/sbin/spokeguard ");
+        assert!(text.contains(packaged), "{text}");
+        let text = text.replace(packaged, own);
         std::fs::write(&edited, &text).unwrap();
+        machine.ok(&["ln", "-s", "/usr/bin/spokeguard", "/usr/local/sbin/spokeguard"]);
         let knocked = machine.nobody_answers_while(|machine| {
             machine.dpkg("--install", later);
             machine.wait("the new daemon", |machine| {
@@ -171,6 +175,7 @@ impl Machine<'_> {
         assert!((&hub).read(&mut heard).unwrap() > 100, "what sshd says after the upgrade");
         assert_eq!(machine.enabled(BOOT), "disabled", "as its administrator wants it");
         assert_eq!(std::fs::read_to_string(&edited).unwrap(), text, "its administrator's");
+        machine.ok(&["rm", "/usr/local/sbin/spokeguard"]);
         std::fs::remove_file(&edited).unwrap();
         machine.ok(&["systemctl", "daemon-reload"]);
         machine.ok(&["systemctl", "enable", "--quiet", BOOT]);
