@@ -363,7 +363,8 @@ fn goes_back_however_ansible_is_connected(controller: &Controller<'_>, machine: 
     // With the old connection alive and no new one let in, it is the role that finds out.
     let mut other = good.clone();
     other["public"]["tcp"] = json!([80]);
-    other["enforce"]["confirm_within"] = json!("40s");
+    // Longer than the first try for a new connection, even where everything takes long.
+    other["enforce"]["confirm_within"] = json!("60s");
     let mut playing = controller.start(&[], &json!({ "spokeguard_policy": &other }));
     playing.wait_for("TASK [spokeguard : Service]", PATIENCE).unwrap();
     let hub = &controller.lab.hub;
