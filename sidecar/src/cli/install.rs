@@ -61,7 +61,7 @@ and before Linux 6.6, for each interface:
   tc filter del dev NAME ingress pref 8";
 
 const ON_TRIAL: &str = "They are on trial, though: those before them come back by themselves when their
-time is over.";
+time is over. Wait for that before you open the host: it would shut it again.";
 
 const SSHD: &str = include_str!("../../../contrib/systemd/ssh.service.d/spokeguard.conf");
 const SSHD_SOCKET: &str = include_str!("../../../contrib/systemd/ssh.socket.d/spokeguard.conf");

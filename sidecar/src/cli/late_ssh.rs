@@ -10,6 +10,7 @@ use crate::terms::Port;
 const SERVICES: [&str; 2] = ["ssh.service", "sshd.service"];
 const SOCKETS: [&str; 2] = ["ssh.socket", "sshd.socket"];
 const PORT: u16 = 22;
+const OWN: &str = "/run/sshd";
 
 /// Who has sshd listen.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -22,18 +23,41 @@ enum By {
 pub fn advice() -> Option<String> {
     let states = properties("ActiveState", &SOCKETS);
     if let Some((unit, _)) = SOCKETS.into_iter().zip(states).find(|(_, state)| state == "active") {
+        if property("FreeBind", unit) == "yes" {
+            return None;
+        }
         let shown = properties("Listen", &[unit]);
         let listen = shown.iter().filter_map(|line| line.strip_suffix(" (Stream)")?.parse().ok());
-        return told(By::Socket, unit, &listen.collect::<Vec<_>>());
+        return told(By::Socket, unit, true, &listen.collect::<Vec<_>>());
     }
     let all = listeners::read(&mut Owners::new()).ok()?;
     let mut units = all.iter().filter_map(|one| one.owner.as_ref()?.unit.as_deref());
-    let unit = units.find(|unit| SERVICES.contains(unit))?;
-    let sshd = sshd::read(&all, Port::new(PORT)?).ok()??;
-    told(By::Service, unit, &sshd.listen)
+    let (unit, sshd) = match units.find(|unit| SERVICES.contains(unit)) {
+        Some(unit) => (unit, sshd::read(&all, Port::new(PORT)?)),
+        // It has no address to listen on just now.
+        None => {
+            let states = properties("ActiveState", &SERVICES);
+            let (unit, _) = SERVICES.into_iter().zip(states).find(|(_, state)| state != "inactive")?;
+            // It says nothing without this folder of its own, which its unit takes away as it ends. It may begin again at
+            // any time, and wants it then.
+            let _ = std::fs::create_dir(OWN);
+            (unit, sshd::read_installed())
+        }
+    };
+    let [restart, never, pause] =
+        ["Restart", "RestartPreventExitStatus", "RestartUSec"].map(|name| property(name, unit));
+    // Debian's own is started again, but not where an address is missing (255).
+    if ["always", "on-failure"].contains(&&*restart) && never.is_empty() && !pause.ends_with("ms") {
+        return None;
+    }
+    told(By::Service, unit, property("ActiveState", unit) == "active", &sshd.ok()??.listen)
 }
 
-fn told(by: By, unit: &str, listen: &[SocketAddr]) -> Option<String> {
+fn property(name: &str, unit: &str) -> String {
+    properties(name, &[unit]).pop().unwrap_or_default()
+}
+
+fn told(by: By, unit: &str, is_up: bool, listen: &[SocketAddr]) -> Option<String> {
     let late: Vec<String> = (listen.iter())
         .filter(|at| !at.ip().is_unspecified() && !at.ip().to_canonical().is_loopback())
         .map(SocketAddr::to_string)
@@ -48,11 +72,17 @@ fn told(by: By, unit: &str, listen: &[SocketAddr]) -> Option<String> {
         }
         By::Socket => "  [Socket]\n  FreeBind=yes",
     };
+    let now = match is_up {
+        true => String::new(),
+        false => {
+            format!("\nIt waits for it now, and isn't tried again: `systemctl restart {unit}`.")
+        }
+    };
     Some(format!(
         "ATTENTION: {unit} listens on\n  {}\n\
          and what had it wait for such an address went with spokeguard. If that comes\n\
          later at the next boot, as a tunnel's may, nobody gets in by ssh. Keep the way in\n\
-         before you boot: run `systemctl edit {unit}`, and write\n{settings}",
+         before you boot: run `systemctl edit {unit}`, and write\n{settings}{now}",
         late.join(" ")
     ))
 }
@@ -62,7 +92,12 @@ mod tests {
     use super::*;
 
     fn says(by: By, listen: &[&str]) -> Option<String> {
-        told(by, "ssh.service", &listen.iter().map(|at| at.parse().unwrap()).collect::<Vec<_>>())
+        told(
+            by,
+            "ssh.service",
+            by == By::Socket,
+            &listen.iter().map(|at| at.parse().unwrap()).collect::<Vec<_>>(),
+        )
     }
 
     #[test]

@@ -38,6 +38,14 @@ pub fn read(listeners: &[Listener], port: Port) -> anyhow::Result<Option<Sshd>> 
     decode(&text).context(what).map(Some)
 }
 
+/// The same of the one that is installed, whether it runs or not; `None`: there is none.
+pub fn read_installed() -> anyhow::Result<Option<Sshd>> {
+    let Some(program) = installed()? else { return Ok(None) };
+    let what = format!("{} -T", program.display());
+    let text = run(&Invocation { program, options: Vec::new() }, DEADLINE).with_context(|| what.clone())?;
+    decode(&text).context(what).map(Some)
+}
+
 const DEADLINE: Duration = Duration::from_secs(5);
 const OUTPUT_MAX: usize = 256 * 1024;
 
