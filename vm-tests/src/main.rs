@@ -407,7 +407,7 @@ mod tests {
         assert!(said.contains("    | boot 2 line 2\n") && said.ends_with("boot 2 line 41\n"), "{said}");
         assert!(!said.contains("line 1\n") && !said.contains('\r') && !said.contains("boot 1"), "{said}");
         let whole = Ran { verdict: Verdict::Ok, cpu: Duration::ZERO, wall: Duration::ZERO };
-        assert_eq!(reported(Ok(whole)).0, true);
+        assert!(reported(Ok(whole)).0);
         boot.forget().unwrap();
     }
 
