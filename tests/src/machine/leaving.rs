@@ -52,7 +52,8 @@ impl Machine<'_> {
     /// What a host is that never had any of ours, or lost all of it at a boot. `left` of files in their usual places.
     #[track_caller]
     pub fn is_without_us(&self, left: &str) {
-        assert_eq!(self.left(), left);
+        let inside = self.run(&["find", "/etc/spokeguard", "/var/lib/spokeguard", "-printf", "%p %t\n"]);
+        assert_eq!(self.left(), left, "{}", inside.stdout);
         // But for what the kernel itself lists there.
         let pins = "find /sys/fs/bpf -mindepth 1 -not -name maps.debug -not -name progs.debug";
         let pins: Vec<&str> = pins.split(' ').collect();
