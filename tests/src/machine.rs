@@ -285,6 +285,8 @@ impl<'a> Machine<'a> {
     }
 
     pub fn journal(&self) -> String {
+        // On a disk that has lost its power what journald has not put there yet may read as nothing at all (Linux 7.2).
+        self.run(&["journalctl", "--sync"]);
         self.run(&["journalctl", "--no-pager", "-n", "60", "-u", "spokeguard*"]).stdout
     }
 
