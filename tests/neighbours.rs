@@ -8,10 +8,6 @@ fn other_firewalls_come_reload_and_go_and_nothing_opens() {
         return;
     }
     let lab = Lab::plain();
-    let mut machine = Machine::new(&lab);
-    machine.write("etc/spokeguard/policy.toml", &lab.plain_policy());
-    machine.boot();
-    machine.ok(&["/opt/spokeguard", "install"]);
-    machine.hub_confirms();
+    let mut machine = Machine::confirmed(&lab);
     machine.stands_other_firewalls();
 }

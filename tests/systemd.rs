@@ -158,11 +158,7 @@ fn a_boot_that_can_not_load_the_confirmed_rules_says_so() {
         return;
     }
     let lab = Lab::plain();
-    let mut machine = Machine::new(&lab);
-    machine.write("etc/spokeguard/policy.toml", &lab.plain_policy());
-    machine.boot();
-    machine.ok(&["/opt/spokeguard", "install"]);
-    machine.hub_confirms();
+    let mut machine = Machine::confirmed(&lab);
     let (program, nft) = ("usr/local/sbin/spokeguard", "usr/sbin/nft");
     let put = |machine: &Machine<'_>, from: &str, to: &str| {
         std::fs::rename(machine.path(from), machine.path(to)).unwrap();
@@ -237,11 +233,7 @@ fn sshd_is_there_within_five_seconds_of_its_address_and_nowhere_else() {
         return;
     }
     let lab = Lab::plain();
-    let mut machine = Machine::new(&lab);
-    machine.write("etc/spokeguard/policy.toml", &lab.plain_policy());
-    machine.boot();
-    machine.ok(&["/opt/spokeguard", "install"]);
-    machine.hub_confirms();
+    let mut machine = Machine::confirmed(&lab);
     machine.listen_on_mesh_alone();
     let late = Duration::from_secs(if std::env::var_os("SPOKEGUARD_ALL").is_some() { 60 } else { 4 });
     for by in SSH_BY {

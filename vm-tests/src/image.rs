@@ -359,7 +359,7 @@ mod tests {
     use super::*;
 
     fn package(file: &str, checksum: &str) -> Package {
-        packages::listed(&format!("'http://debian/{file}' {file} 1 {checksum}")).unwrap()
+        packages::listed(&format!("'uri' {file} 1 {checksum}")).unwrap()
     }
 
     #[test]

@@ -41,6 +41,19 @@ pub(super) const ON_MESH_ALONE: &str = "etc/ssh/sshd_config.d/mesh.conf";
 /// Of what flushes all rules at a boot.
 pub(super) const LATE: &str = "etc/systemd/system/nftables.service.d/late.conf";
 
+impl<'a> Machine<'a> {
+    /// A container that runs, with our units installed and rules that the hub has confirmed.
+    #[track_caller]
+    pub fn confirmed(lab: &'a Lab) -> Self {
+        let mut machine = Self::new(lab);
+        machine.write("etc/spokeguard/policy.toml", &lab.plain_policy());
+        machine.boot();
+        machine.ok(&["/opt/spokeguard", "install"]);
+        machine.hub_confirms();
+        machine
+    }
+}
+
 impl Machine<'_> {
     /// The daemon has begun, the hub comes and stays for a moment: that confirms.
     #[track_caller]
