@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 
 use super::install::properties;
+use crate::observed::Sshd;
 use crate::source::owners::Owners;
 use crate::source::{listeners, sshd};
 use crate::terms::Port;
@@ -38,10 +39,7 @@ pub fn advice() -> Option<String> {
         None => {
             let states = properties("ActiveState", &SERVICES);
             let (unit, _) = SERVICES.into_iter().zip(states).find(|(_, state)| state != "inactive")?;
-            // It says nothing without this folder of its own, which its unit takes away as it ends. It may begin again at
-            // any time, and wants it then.
-            let _ = std::fs::create_dir(OWN);
-            (unit, sshd::read_installed())
+            (unit, installed())
         }
     };
     let [restart, never, pause] =
@@ -51,6 +49,17 @@ pub fn advice() -> Option<String> {
         return None;
     }
     told(By::Service, unit, property("ActiveState", unit) == "active", &sshd.ok()??.listen)
+}
+
+/// Of an sshd that has not come up. It says nothing without a folder of its own, which its unit takes away as it ends.
+fn installed() -> anyhow::Result<Option<Sshd>> {
+    let ask = || {
+        // Left there: the unit may begin again at any time, and wants it then.
+        let _ = std::fs::create_dir(OWN);
+        sshd::read_installed()
+    };
+    // A unit that tries still ends once more just now, and without our drop-ins once after that.
+    ask().or_else(|_| ask()).or_else(|_| ask())
 }
 
 fn property(name: &str, unit: &str) -> String {
