@@ -280,3 +280,25 @@ fn sshd_is_there_within_five_seconds_of_its_address_and_nowhere_else() {
 fn of_the_next_boot(by: &str) -> String {
     format!("ATTENTION: {by} listens on\n  {SPOKE_MESH}:22\n")
 }
+
+/// Its root is this machine's, in which other tests put what theirs need.
+#[test]
+fn a_container_has_nothing_of_ours_from_its_host() {
+    if lacking(&[Need::Lab, Need::Nspawn]) {
+        return;
+    }
+    let lab = Lab::plain();
+    let machine = Machine::new(&lab);
+    let state = machine.path("var/lib/spokeguard");
+    std::fs::create_dir(&state).unwrap();
+    std::fs::remove_dir(&state).unwrap();
+    // Where another test has made one already, that is as good.
+    let below = std::path::Path::new("/var/lib/spokeguard/a-test");
+    std::fs::create_dir_all(below).unwrap();
+    let names = std::fs::read_dir(machine.path("var/lib")).unwrap();
+    let there = names.map(|entry| entry.unwrap().file_name()).any(|name| name == "spokeguard");
+    let is_read = state.exists();
+    std::fs::remove_dir(below).unwrap();
+    let _ = std::fs::remove_dir(below.parent().unwrap());
+    assert!(!there && !is_read, "listed: {there}, found: {is_read}");
+}

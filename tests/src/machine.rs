@@ -70,11 +70,14 @@ enum Power {
 impl<'a> Machine<'a> {
     /// A container. The root is in the node's own mounts, and goes with them.
     pub fn new(lab: &'a Lab) -> Self {
+        // What other tests may make in the root below at any time has to be masked: removed from above, it would be back
+        // as soon as they make it.
         lab.spoke
             .sh(&format!(
-                "mount -t tmpfs tmpfs /mnt; mkdir /mnt/up /mnt/work {MERGED}
-                 mount -t overlay overlay -o lowerdir=/,upperdir=/mnt/up,workdir=/mnt/work {MERGED}
-                 cd {MERGED}; rm -rf etc/systemd/system/* var/lib/spokeguard run/*; rm -f usr/sbin/policy-rc.d"
+                "mount -t tmpfs tmpfs /mnt; mkdir -p /mnt/up /mnt/work /mnt/mask/var/lib /mnt/mask/etc {MERGED}
+                 for none in var/lib/spokeguard etc/spokeguard; do mknod /mnt/mask/$none c 0 0; done
+                 mount -t overlay overlay -o lowerdir=/mnt/mask:/,upperdir=/mnt/up,workdir=/mnt/work {MERGED}
+                 cd {MERGED}; rm -rf etc/systemd/system/* run/*; rm -f usr/sbin/policy-rc.d"
             ))
             .unwrap();
         let machine = Machine { lab, root: lab.spoke.path(MERGED), power: Power::Off };
