@@ -870,20 +870,6 @@ fn daemons_of_two_namespaces_do_not_meet_with_the_default_places() {
     assert_eq!(pid(&lab.spoke), None);
     assert_eq!(pid(&lab.hub), Some(right.pid().into()), "one's end is not the other's");
     assert!(right.stop().unwrap().success());
-    clean_default_places(&lab);
-}
-
-/// The default folders carry the number of the namespace, which no other one will ever have.
-fn clean_default_places(lab: &Lab) {
-    for node in [&lab.spoke, &lab.hub] {
-        let cookie = node
-            .inside(|| spokeguard::sys::netns::instance_suffix().ok_or_else(|| anyhow::anyhow!("no cookie")))
-            .unwrap();
-        for parent in ["/run/spokeguard", "/var/lib/spokeguard"] {
-            let _ = fs::remove_dir_all(Path::new(parent).join(&cookie));
-            let _ = fs::remove_dir(parent);
-        }
-    }
 }
 
 #[test]

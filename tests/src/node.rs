@@ -200,18 +200,7 @@ impl Node {
     /// Runs a function on a thread that is in the node's network namespace (not in its mounts). A socket made
     /// there stays there, wherever it is used from.
     pub fn inside<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-        let path = self.net_path();
-        std::thread::scope(|scope| {
-            let thread = scope.spawn(move || {
-                let namespace = rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-                    .with_context(|| format!("open {path}"))?;
-                use std::os::fd::AsFd;
-                move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))
-                    .with_context(|| format!("enter {path}"))?;
-                work()
-            });
-            thread.join().map_err(|_| anyhow!("work inside {} panicked", self.name))?
-        })
+        inside(Path::new(&self.net_path()), work)
     }
 
     /// Tries to open a TCP connection from here. An emulated machine has SPOKEGUARD_PATIENCE times that limit; for one
@@ -464,6 +453,22 @@ impl Drop for Running {
         kill_group(&self.child);
         let _ = self.child.wait();
     }
+}
+
+/// Runs `work` in a thread of its own in the network namespace that has this file.
+pub(crate) fn inside<T: Send>(namespace: &Path, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    let path = namespace.display();
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(move || {
+            let namespace = rustix::fs::open(namespace, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+                .with_context(|| format!("open {}", namespace.display()))?;
+            use std::os::fd::AsFd;
+            move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))
+                .context("enter the namespace")?;
+            work()
+        });
+        thread.join().map_err(|_| anyhow!("work inside {path} panicked"))?
+    })
 }
 
 /// How long to wait between two looks at something that sends no event.

@@ -10,6 +10,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
+use crate::node::inside;
+
 const NAMED: &str = "/run/netns";
 
 /// Device and inode name a namespace: a process belongs to the lab when its network namespace does.
@@ -33,6 +35,7 @@ pub fn reap(prefix: &str, dir: &Path) {
     }
     for name in names {
         let path = format!("{NAMED}/{name}");
+        forget_instance(Path::new(&path));
         if let Err(error) = unmount(&path, UnmountFlags::DETACH) {
             eprintln!("lab {prefix}: unmount {path}: {error}");
         }
@@ -52,6 +55,20 @@ pub fn reap(prefix: &str, dir: &Path) {
         && let Err(error) = fs::remove_dir_all(dir)
     {
         eprintln!("lab {prefix}: remove {}: {error}", dir.display());
+    }
+}
+
+/// Folders of the program where it was told of no others carry the number of the namespace, which none will ever have
+/// again.
+fn forget_instance(namespace: &Path) {
+    let Ok(Some(instance)) = inside(namespace, || Ok(spokeguard::sys::netns::instance_suffix())) else {
+        return;
+    };
+    for parent in ["/run/spokeguard", "/var/lib/spokeguard"].map(Path::new) {
+        if fs::remove_dir_all(parent.join(&instance)).is_ok() {
+            // Where it was the last one.
+            let _ = fs::remove_dir(parent);
+        }
     }
 }
 
