@@ -10,6 +10,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
+#[cfg(feature = "product")]
 use crate::node::inside;
 
 const NAMED: &str = "/run/netns";
@@ -35,6 +36,7 @@ pub fn reap(prefix: &str, dir: &Path) {
     }
     for name in names {
         let path = format!("{NAMED}/{name}");
+        #[cfg(feature = "product")]
         forget_instance(Path::new(&path));
         if let Err(error) = unmount(&path, UnmountFlags::DETACH) {
             eprintln!("lab {prefix}: unmount {path}: {error}");
@@ -60,6 +62,7 @@ pub fn reap(prefix: &str, dir: &Path) {
 
 /// Folders of the program where it was told of no others carry the number of the namespace, which none will ever have
 /// again.
+#[cfg(feature = "product")]
 fn forget_instance(namespace: &Path) {
     let Ok(Some(instance)) = inside(namespace, || Ok(spokeguard::sys::netns::instance_suffix())) else {
         return;
