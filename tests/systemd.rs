@@ -1,9 +1,9 @@
 //! The units under a real systemd: the boot that has none of our code, and the way back that systemd keeps.
 
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use lab::machine::{LONG, OPEN, SHUT, SSH_BY, mesh_anew};
+use lab::machine::{LONG, OPEN, SHUT, SSH_BY, mesh_anew, shut_out};
 use lab::{Answer, Lab, Machine, Need, SPOKE_MESH, lacking};
 
 use crate::heartbeat::{Manner, SECRET, Stub};
@@ -224,6 +224,44 @@ fn a_boot_that_can_not_load_the_confirmed_rules_says_so() {
             "{unit}: {shown}"
         );
     }
+}
+
+/// By a power cut it is `vm lock-out-boot`; here all that runs is told to end, the timer of the way back as well.
+#[test]
+fn a_reboot_in_order_while_the_hub_is_shut_out_lets_it_in_again() {
+    if lacking(&[Need::Lab, Need::Spokeguard, Need::Sshd, Need::Nspawn]) {
+        return;
+    }
+    let lab = Lab::plain();
+    let mut machine = Machine::confirmed(&lab);
+    let window = Duration::from_secs(30);
+    let policy = shut_out(&lab.plain_policy());
+    let policy = format!("{policy}[enforce]\nconfirm_within = \"{}s\"\n", window.as_secs());
+    let heard = machine.nobody_answers_while(|machine| {
+        machine.write("etc/spokeguard/policy.toml", &policy);
+        machine.wait("the rules are on trial", |machine| machine.rules() == "on-trial");
+        let begun = Instant::now();
+        let timers = ["systemctl", "list-timers", "--no-legend", "spokeguard-rollback*"];
+        assert!(machine.ok(&timers).contains("spokeguard-rollback-"), "nothing is armed");
+        assert!(!machine.hub_gets_in(), "the hub is not shut out, so this proves nothing");
+        machine.shuts_down();
+        let took = begun.elapsed();
+        assert!(took < window / 2, "it may have been rolled back by then: {took:?}");
+        machine.boot();
+        // It is tried once more, as nobody has said anything of it.
+        machine.wait("the rules are rolled back", |machine| machine.rules() == "rolled-back");
+        machine.wait("the hub gets in", Machine::hub_gets_in);
+        assert_eq!(machine.answer(80), Answer::Open);
+    });
+    machine.wait("the hub scrapes", |machine| {
+        let metrics = SocketAddr::new(SPOKE_MESH, 9984);
+        machine.lab.hub.http_get(metrics, "/metrics", &[]).is_ok_and(|page| page.status == 200)
+    });
+    eprintln!("{heard:?}");
+    // The server had other addresses to let in for a while, and had to let go of its own for that.
+    assert!(!machine.journal().contains("metrics on"), "{}", machine.journal());
+    let plan = machine.ok(&["spokeguard", "plan", "--policy", "/var/lib/spokeguard/confirmed.toml"]);
+    assert!(plan.contains("in force"), "{plan}");
 }
 
 /// sshd listens on the mesh address alone, which comes late, goes with its interface, and comes again.

@@ -240,14 +240,23 @@ impl<'a> Machine<'a> {
 
     /// The plug is pulled. That of a whole machine is its harness's.
     pub fn cut_power(&mut self) {
+        self.ends_by(|init| {
+            let init = rustix::process::Pid::from_raw(init as i32).unwrap();
+            rustix::process::kill_process(init, crate::Signal::KILL).unwrap();
+        });
+    }
+
+    /// All that runs is told to end, one after another.
+    pub fn shuts_down(&mut self) {
+        self.ok(&["systemctl", "--no-block", "poweroff"]);
+        self.ends_by(|_| ());
+    }
+
+    fn ends_by(&mut self, end: impl FnOnce(u32)) {
         let Power::Container(running, init) = std::mem::replace(&mut self.power, Power::Off) else {
             panic!("only a container that runs can be cut off")
         };
-        rustix::process::kill_process(
-            rustix::process::Pid::from_raw(init as i32).unwrap(),
-            crate::Signal::KILL,
-        )
-        .unwrap();
+        end(init);
         wait_until(LONG, "the container is gone", || {
             (!std::path::Path::new(&format!("/proc/{init}")).exists()).then_some(())
         })

@@ -320,6 +320,12 @@ impl Front {
         failed
     }
 
+    /// Whether such a failure is tried again in a moment: an address that is taken may be so by ours of before, which
+    /// the server has not closed yet.
+    pub fn tries_again(&self, error: &io::Error) -> bool {
+        error.kind() == io::ErrorKind::AddrInUse && self.retry.is_some()
+    }
+
     /// A server that has ended is noticed by [`Front::next`], and one that reads nothing any
     /// more keeps its old text.
     fn tell(&self, order: &Order) {
@@ -560,6 +566,15 @@ mod tests {
             ]
         );
         assert_eq!(front.listening().collect::<Vec<_>>(), [absent, absent6]);
+        // Not for ever, and then it is a failure like the others.
+        let soon = |front: &Front, failed: &[(_, io::Error)]| {
+            failed.iter().map(|(_, error)| front.tries_again(error)).collect::<Vec<_>>()
+        };
+        assert_eq!(soon(&front, &failed), [true, false, false]);
+        front.retry = None;
+        front.retries = 0;
+        let failed = front.listen_on(&wanted);
+        assert_eq!(soon(&front, &failed), [false; 3]);
         // The port becomes free: the next call has it, and lets go of what is not wanted.
         drop(taken);
         assert!(front.listen_on(&[busy]).is_empty());

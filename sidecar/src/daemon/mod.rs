@@ -1067,7 +1067,8 @@ impl Daemon {
         let wanted: Vec<SocketAddr> =
             addresses.iter().map(|address| SocketAddr::new(*address, policy.metrics.port.get())).collect();
         for (address, error) in self.front.listen_on(&wanted) {
-            log::warn!("metrics on {address}: {error}");
+            let level = if self.front.tries_again(&error) { log::Level::Debug } else { log::Level::Warn };
+            log::log!(level, "metrics on {address}: {error}");
         }
     }
 
