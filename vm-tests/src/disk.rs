@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 
 use crate::foreign;
 use crate::image::{Scratch, folder, forget, key};
-use crate::packages::{self, Arch, assert_program, said};
+use crate::packages::{self, Arch, NEWEST, STABLE, assert_program, said};
 
 const RECIPE: &str = concat!(include_str!("disk.rs"), include_str!("foreign.rs"));
 
@@ -62,19 +62,23 @@ const NOT_STARTED: &[&str] = &[
     "fstrim.timer",
 ];
 
-/// A disk with Debian as its packages install it, which every machine with systemd has a copy of.
-pub fn installed(arch: Arch) -> Result<PathBuf> {
+/// A disk with Debian as its packages install it, which every machine with systemd has a copy of: of this machine's
+/// release, and for [`NEWEST`] of the one whose users get that kernel.
+pub fn installed(arch: Arch, series: &str) -> Result<PathBuf> {
+    let (release, codename) =
+        if series == NEWEST { (STABLE, STABLE.to_owned()) } else { ("here", codename()?) };
     let firewalls = if arch == Arch::HOST { &FIREWALLS[..] } else { &[] };
     let packages = [INSTALLED, firewalls].concat();
-    let listed = packages::with_dependencies(arch, &[&*packages, BASE].concat())?;
-    let name = format!("installed-{}-{}", arch.name(), key(RECIPE, &listed));
+    let listed = if release == STABLE { packages::of_stable } else { packages::with_dependencies };
+    let listed = listed(arch, &[&*packages, BASE].concat())?;
+    let name = format!("installed-{release}-{}-{}", arch.name(), key(RECIPE, &listed));
     let disk = folder().join(format!("{name}.ext4"));
     if disk.is_file() {
         return Ok(disk);
     }
     assert_program("mmdebstrap", "mmdebstrap")?;
     assert_program("mke2fs", "e2fsprogs")?;
-    println!("vm: install Debian with systemd into a disk");
+    println!("vm: install Debian {codename} with systemd into a disk");
     let scratch = Scratch::new(&name)?;
     let root = scratch.0.join("root");
     let at = root.to_str().context("the workspace's path is not UTF-8")?;
@@ -87,7 +91,11 @@ pub fn installed(arch: Arch) -> Result<PathBuf> {
     for folder in ["doc", "man", "locale", "info"] {
         words.push(format!("--dpkgopt=path-exclude=/usr/share/{folder}/*"));
     }
-    words.extend(["--format=directory", &codename()?, at].map(str::to_owned));
+    words.extend(["--format=directory", &codename, at].map(str::to_owned));
+    if release == STABLE {
+        // What `listed` is of; of itself it would take more suites.
+        words.push(packages::mirror()?);
+    }
     foreign::done(arch, &words)?;
     // That was for its installation, and is not for what a test installs.
     fs::remove_file(root.join("etc/dpkg/dpkg.cfg.d/99mmdebstrap")).context("remove dpkg's options")?;
@@ -100,7 +108,7 @@ pub fn installed(arch: Arch) -> Result<PathBuf> {
     let half = disk.with_extension("half");
     said(Command::new("mke2fs").args(["-q", "-F", "-t", "ext4", "-d"]).arg(&root).arg(&half).arg("1G"))?;
     fs::rename(&half, &disk).with_context(|| format!("name {}", disk.display()))?;
-    forget(&format!("installed-{}-", arch.name()), &name)?;
+    forget(&format!("installed-{release}-{}-", arch.name()), &name)?;
     Ok(disk)
 }
 

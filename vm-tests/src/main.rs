@@ -287,7 +287,7 @@ impl Boot<'_> {
         let parts: Vec<&Path> = parts.into_iter().flatten().collect();
         let memory_mib = scenario.memory_mib(arch);
         let installed = match scenario.disk {
-            Disk::Systemd => Some(disk::installed(arch)?),
+            Disk::Systemd => Some(disk::installed(arch, series)?),
             Disk::None | Disk::Empty => None,
         };
         drop(shared);

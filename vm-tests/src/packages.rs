@@ -61,22 +61,19 @@ impl Package {
 
 /// These packages and all that they depend on, as on a machine where nothing is installed yet.
 pub fn with_dependencies(arch: Arch, names: &[&str]) -> Result<Vec<Package>> {
-    let mut command = apt_get(arch);
-    command.args(["-o", "Dir::State::status=/dev/null", "-o", "APT::Install-Recommends=false"]);
-    // What apt has lying about is not listed.
-    command.args(["-o", "Dir::Cache::archives=/nonexistent"]);
-    command.args(["--print-uris", "-qq", "install"]).args(names);
-    let packages: Vec<Package> = said(&mut command)?.lines().filter_map(listed).collect();
-    for name in names {
-        ensure!(packages.iter().any(|package| package.name() == *name), "apt-get lists no package {name}");
-    }
-    Ok(packages)
+    Archive::default().with_dependencies(arch, names)
 }
 
+/// The same of [`STABLE`], whatever release this machine has.
+pub fn of_stable(arch: Arch, names: &[&str]) -> Result<Vec<Package>> {
+    Archive::suite(arch, STABLE)?.with_dependencies(arch, names)
+}
 /// In place of a series: the newest kernel that Debian gives to users of its stable release, whatever its number.
 pub const NEWEST: &str = "newest";
 /// Debian's name for where that is, which moves on with its releases.
 const NEWEST_SUITE: &str = "stable-backports";
+/// And for the release whose users get that kernel.
+pub const STABLE: &str = "stable";
 
 /// A kernel on offer.
 pub struct Offer {
@@ -101,7 +98,7 @@ pub fn kernel(arch: Arch, series: &str) -> Result<Offer> {
     assert_program("apt-cache", "apt")?;
     let arch_name = arch.name();
     let newest = series == NEWEST;
-    let archive = if newest { Archive::newest(arch)? } else { Archive::default() };
+    let archive = if newest { Archive::suite(arch, NEWEST_SUITE)? } else { Archive::default() };
     for meta in [format!("linux-image-{series}-cloud-{arch_name}"), format!("linux-image-cloud-{arch_name}")]
     {
         let image = archive
@@ -128,6 +125,14 @@ pub fn kernel(arch: Arch, series: &str) -> Result<Offer> {
     )
 }
 
+/// The mirror of Debian that this machine uses.
+pub fn mirror() -> Result<String> {
+    let asked = "$(ORIGIN) $(COMPONENT) $(LABEL) $(REPO_URI)";
+    let listed = said(Command::new("apt-get").args(["indextargets", "--format", asked]))?;
+    let mirror = listed.lines().find_map(|line| line.strip_prefix("Debian main Debian "));
+    mirror.map(str::to_owned).context("apt has no lists of Debian's main archive (apt-get update?)")
+}
+
 /// Where apt looks: as this machine is set up, or with lists of our own.
 #[derive(Default)]
 struct Archive {
@@ -136,23 +141,19 @@ struct Archive {
 
 impl Archive {
     /// The same mirror of Debian that this machine uses, for one suite that it does not.
-    fn newest(arch: Arch) -> Result<Archive> {
-        let asked = "$(ORIGIN) $(COMPONENT) $(LABEL) $(REPO_URI)";
-        let listed = said(Command::new("apt-get").args(["indextargets", "--format", asked]))?;
-        let mirror = listed.lines().find_map(|line| line.strip_prefix("Debian main Debian "));
-        let mirror = mirror.context("apt has no lists of Debian's main archive (apt-get update?)")?;
-        Archive::of(mirror, arch, &crate::target().join("vm/newest").join(arch.name()))
+    fn suite(arch: Arch, suite: &str) -> Result<Archive> {
+        Archive::of(&mirror()?, suite, arch, &crate::target().join("vm").join(suite).join(arch.name()))
     }
 
-    /// [`NEWEST_SUITE`] of a mirror, whose lists are renewed in `folder`. Where it can't be reached those at hand do.
-    fn of(mirror: &str, arch: Arch, folder: &Path) -> Result<Archive> {
+    /// A suite of a mirror, whose lists are renewed in `folder`. Where it can't be reached those at hand do.
+    fn of(mirror: &str, suite: &str, arch: Arch, folder: &Path) -> Result<Archive> {
         for part in ["lists/partial", "cache/archives/partial"] {
             let path = folder.join(part);
             fs::create_dir_all(&path).with_context(|| format!("create {}", path.display()))?;
         }
         let sources = folder.join("sources.list");
         let keys = "/usr/share/keyrings/debian-archive-keyring.gpg";
-        let line = format!("deb [arch={} signed-by={keys}] {mirror} {NEWEST_SUITE} main\n", arch.name());
+        let line = format!("deb [arch={} signed-by={keys}] {mirror} {suite} main\n", arch.name());
         fs::write(&sources, line).with_context(|| format!("write {}", sources.display()))?;
         let here = |option: &str, part: &str| format!("{option}={}", folder.join(part).display());
         let options = vec![
@@ -171,10 +172,27 @@ impl Archive {
             let lists = fs::read_dir(folder.join("lists")).context("list what apt knows")?.flatten();
             let known =
                 lists.filter(|entry| entry.file_name().to_string_lossy().contains("_Packages")).count();
-            ensure!(known > 0, "what {NEWEST_SUITE} of {mirror} offers is not known: {error:#}");
-            println!("vm: {NEWEST_SUITE} as it was when it could be reached last: {error:#}");
+            ensure!(known > 0, "what {suite} of {mirror} offers is not known: {error:#}");
+            println!("vm: {suite} as it was when it could be reached last: {error:#}");
         }
         Ok(archive)
+    }
+
+    /// These packages and all that they depend on, as on a machine where nothing is installed yet.
+    fn with_dependencies(&self, arch: Arch, names: &[&str]) -> Result<Vec<Package>> {
+        let mut command = self.apt_get(arch);
+        command.args(["-o", "Dir::State::status=/dev/null", "-o", "APT::Install-Recommends=false"]);
+        // What apt has lying about is not listed.
+        command.args(["-o", "Dir::Cache::archives=/nonexistent"]);
+        command.args(["--print-uris", "-qq", "install"]).args(names);
+        let packages: Vec<Package> = said(&mut command)?.lines().filter_map(listed).collect();
+        for name in names {
+            ensure!(
+                packages.iter().any(|package| package.name() == *name),
+                "apt-get lists no package {name}"
+            );
+        }
+        Ok(packages)
     }
 
     fn apt_get(&self, arch: Arch) -> Command {
@@ -344,10 +362,13 @@ mod tests {
         }
         let folder = tempfile::tempdir().unwrap();
         // Port 9 of this host: nobody listens there.
-        let refused = Archive::of("http://127.0.0.1:9/nobody", Arch::HOST, folder.path()).err();
+        let refused = Archive::of("http://127.0.0.1:9/nobody", NEWEST_SUITE, Arch::HOST, folder.path()).err();
         let refused = format!("{:#}", refused.expect("nothing is there"));
         assert!(refused.contains("is not known") && refused.contains("127.0.0.1:9"), "{refused}");
         fs::write(folder.path().join("lists/mirror_dists_main_Packages"), "").unwrap();
-        assert!(Archive::of("file:/nonexistent", Arch::HOST, folder.path()).is_ok(), "older lists do");
+        assert!(
+            Archive::of("file:/nonexistent", NEWEST_SUITE, Arch::HOST, folder.path()).is_ok(),
+            "older lists do"
+        );
     }
 }

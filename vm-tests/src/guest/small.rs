@@ -7,9 +7,10 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use lab::{Answer, Lab, Machine, MemoryGroup, SPOKE_MESH, SPOKE_PUBLIC};
+use lab::{Answer, Machine, MemoryGroup, SPOKE_PUBLIC};
 
-use crate::{SOON, Steps, patiently, systemd};
+use crate::spoke::{all_held, keepalive_comes_back, scrape};
+use crate::{SOON, Steps, blind, patiently, systemd};
 
 const UNIT: &str = "spokeguard.service";
 const GROUP: &str = "/sys/fs/cgroup/system.slice/spokeguard.service";
@@ -24,7 +25,6 @@ const LONG_ENOUGH: Duration = Duration::from_secs(180);
 const ROUND: Duration = Duration::from_secs(3);
 /// Packets of a stranger in each, beside the knocks; a processor's queue holds a thousand.
 const FLOOD: u32 = 900;
-const METRICS: u16 = 9984;
 /// Counts what a stranger sends beside the knocks, as his kernel does it.
 const SENT: &str = "table inet sent {
   counter others { }
@@ -59,6 +59,17 @@ pub fn run(steps: &mut Steps) -> Result<()> {
         machine.wait("an audit", |machine| !machine.status()["daemon"]["audit"].is_null());
         Ok(took(&group))
     })?;
+    steps.step(
+        "by what its unit lets it, it holds every control, is blind to nothing, and sets a keepalive back",
+        || {
+            let held = all_held(&lab.hub);
+            let report = machine.status();
+            let held = held.with_context(|| format!("{report:#}\n{}", machine.journal()))?;
+            // sshd listens on every address of this disk, which is told.
+            ensure!(blind(&report).is_empty() && report["verdict"] == "drift", "{report:#}");
+            Ok(format!("{}; after {:.1?}", held.join(" "), keepalive_comes_back(&lab)?))
+        },
+    )?;
     steps.step("minutes of strangers, scrapes, listeners and foreign rules", || {
         let (mut rounds, mut most, mut done) = (0, 0, Ok(()));
         lab.internet.nft(SENT)?;
@@ -135,15 +146,9 @@ fn round(machine: &Machine, number: u32) -> Result<()> {
     let answer = lab.internet.connect(SocketAddr::new(SPOKE_PUBLIC, port), SOON);
     ensure!(answer == Answer::Silent, "{port} of a new process: {answer:?}");
     drop(app);
-    let page = metrics(lab)?;
+    let page = scrape(&lab.hub)?;
     ensure!(page.contains("spokeguard_packets_total{"), "{page}");
     Ok(())
-}
-
-fn metrics(lab: &Lab) -> Result<String> {
-    let page = lab.hub.http_get(SocketAddr::new(SPOKE_MESH, METRICS), "/metrics", &[])?;
-    ensure!(page.status == 200, "{}", page.head);
-    Ok(page.body)
 }
 
 /// Bytes. The limit itself can't be passed; most of what reaches it are files, which the kernel gives up.
@@ -170,7 +175,7 @@ fn took(group: &MemoryGroup) -> String {
 }
 
 fn in_figures(machine: &Machine, group: &MemoryGroup) -> Result<String> {
-    let page = metrics(machine.lab)?;
+    let page = scrape(&machine.lab.hub)?;
     let value = |name: &str| {
         let line = page.lines().find(|line| line.starts_with(name) && line[name.len()..].starts_with(' '));
         let text = line.and_then(|line| line.split(' ').nth(1)).with_context(|| format!("no {name}"))?;

@@ -116,19 +116,9 @@ pub fn run(steps: &mut Steps, quick: bool) -> Result<()> {
         lab.spoke.spokeguard(&daemon.arguments(&["status", "--format", "json"]))?.json()
     };
     steps.step("it holds every control, and is blind to nothing", || {
-        let page = patiently("all controls are enforced", || {
-            let page = scrape(&lab.hub).ok()?;
-            let held = |line: &&str| line.starts_with("spokeguard_control_enforced{");
-            let all: Vec<&str> = page.lines().filter(held).collect();
-            let every = !all.is_empty() && all.iter().all(|line| line.ends_with(" 1"));
-            every.then(|| {
-                all.iter()
-                    .map(|line| line["spokeguard_control_enforced{control=".len()..].to_owned())
-                    .collect::<Vec<_>>()
-            })
-        });
+        let held = all_held(&lab.hub);
         let report = status()?;
-        let held = page.with_context(|| format!("{report:#}\n{}", daemon.running.log()))?;
+        let held = held.with_context(|| format!("{report:#}\n{}", daemon.running.log()))?;
         ensure!(blind(&report).is_empty(), "blind: {:?}", blind(&report));
         Ok(held.join(" "))
     })?;
@@ -178,15 +168,8 @@ pub fn run(steps: &mut Steps, quick: bool) -> Result<()> {
         // The second comes right after a look, so that it waits for a whole round of them.
         let mut took = Vec::new();
         for _ in 0..2 {
-            lab.spoke.ok(&["wg", "set", "wg0", "peer", hub, "persistent-keepalive", "0"])?;
-            let begun = Instant::now();
-            patiently("the keepalive is 25 s again", || {
-                let shown = lab.spoke.ok(&["wg", "show", "wg0", "persistent-keepalive"]).ok()?;
-                shown.trim_end().ends_with("\t25").then_some(())
-            })?;
-            took.push(begun.elapsed());
+            took.push(keepalive_comes_back(&lab)?);
         }
-        ensure!(took.iter().all(|took| *took <= REPAIRED_WITHIN), "it took {took:?}");
         let shown = lab.spoke.ok(&["wg", "show", "wg0", "peers"])?;
         ensure!(shown.trim() == hub, "the peers are now {shown}");
         endpoint_is(&lab, TUNNEL_PORT)?;
@@ -307,7 +290,32 @@ pub fn run(steps: &mut Steps, quick: bool) -> Result<()> {
     })
 }
 
-fn scrape(hub: &Node) -> Result<String> {
+/// The controls, once the spoke says of each that it is in force.
+pub fn all_held(hub: &Node) -> Result<Vec<String>> {
+    patiently("all controls are enforced", || {
+        let page = scrape(hub).ok()?;
+        let (all, held): (Vec<&str>, Vec<&str>) = (page.lines())
+            .filter_map(|line| line.strip_prefix("spokeguard_control_enforced{control=")?.rsplit_once(' '))
+            .unzip();
+        let every = !held.is_empty() && held.iter().all(|value| *value == "1");
+        every.then(|| all.into_iter().map(str::to_owned).collect())
+    })
+}
+
+/// How long the daemon takes to set back a keepalive of 0.
+pub fn keepalive_comes_back(lab: &Lab) -> Result<Duration> {
+    lab.spoke.ok(&["wg", "set", "wg0", "peer", &lab.keys.hub.public, "persistent-keepalive", "0"])?;
+    let begun = Instant::now();
+    patiently("the keepalive is 25 s again", || {
+        let shown = lab.spoke.ok(&["wg", "show", "wg0", "persistent-keepalive"]).ok()?;
+        shown.trim_end().ends_with("\t25").then_some(())
+    })?;
+    let took = begun.elapsed();
+    ensure!(took <= REPAIRED_WITHIN, "it took {took:?}");
+    Ok(took)
+}
+
+pub fn scrape(hub: &Node) -> Result<String> {
     let answer = hub.http_get(SocketAddr::new(SPOKE_MESH, METRICS), "/metrics", &[])?;
     ensure!(answer.status == 200, "{}: {}", answer.status, answer.body);
     Ok(answer.body)
