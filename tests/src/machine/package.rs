@@ -192,7 +192,7 @@ impl Machine<'_> {
             "active",
             "there is a daemon, so this proves nothing"
         );
-        assert_eq!(machine.property(BOOT, "FragmentPath"), "/lib/systemd/system/spokeguard-boot.service");
+        assert_eq!(machine.fragment(BOOT), "/lib/systemd/system/spokeguard-boot.service");
         machine.nobody_answers_while(|machine| {
             std::fs::rename(machine.path(PROGRAM_AWAY), machine.path(PROGRAM)).unwrap();
             machine.wait("the daemon is back", |machine| machine.rules() == "confirmed");
@@ -249,6 +249,12 @@ impl Machine<'_> {
         std::fs::read_to_string(self.path(LEFT_BEFORE)).unwrap()
     }
 
+    /// Where a unit lies, as Debian 12 calls it: Debian 13 says where /lib leads to.
+    fn fragment(&self, unit: &str) -> String {
+        let path = self.property(unit, "FragmentPath");
+        path.strip_prefix("/usr").unwrap_or(&path).to_owned()
+    }
+
     /// Units of `spokeguard install`, whose daemon runs, give way to the package's.
     #[track_caller]
     fn is_taken_over_by(&self, deb: &str) {
@@ -257,7 +263,7 @@ impl Machine<'_> {
         assert_eq!(told.matches("spokeguard: removed ").count(), 7, "{told}");
         self.wait("the package's daemon", |machine| machine.rules() == "confirmed");
         assert_eq!(self.program(), "/usr/bin/spokeguard");
-        assert_eq!(self.property(SERVICE, "FragmentPath"), "/lib/systemd/system/spokeguard.service");
+        assert_eq!(self.fragment(SERVICE), "/lib/systemd/system/spokeguard.service");
         assert_eq!(self.run(&["test", "-e", "/usr/local/sbin/spokeguard"]).code, Some(1));
         assert_eq!([self.enabled(SERVICE), self.enabled(BOOT)], ["enabled", "enabled"]);
     }
