@@ -747,7 +747,12 @@ fn apply_changes_what_differs_and_only_our_table() {
     let guard = Guard::new(&lab, &lab.spoke);
     guard.write(&lab.policy());
     let plan = guard.says(1, &["plan"]);
-    assert!(plan.starts_with("apply would add table inet spokeguard; nothing else is touched."), "{plan}");
+    assert!(
+        plan.starts_with(
+            "apply would add table inet spokeguard, and the tc guard behind it; no other table is\ntouched."
+        ),
+        "{plan}"
+    );
     for line in [
         "  tcp/443    https            from anyone\n",
         "  tcp/22     ssh              from 10.84.0.1 through wg0\n",

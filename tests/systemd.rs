@@ -264,6 +264,61 @@ fn a_reboot_in_order_while_the_hub_is_shut_out_lets_it_in_again() {
     assert!(plan.contains("in force"), "{plan}");
 }
 
+/// By each of the ways that README names, as it is written there, and for the boots after it as well.
+#[test]
+fn who_is_locked_out_gets_in_again_by_what_the_readme_says() {
+    if lacking(&[Need::Lab, Need::Spokeguard, Need::Sshd, Need::Nspawn]) {
+        return;
+    }
+    let readme = include_str!("../README.md").split("\n## If you are locked out\n").nth(1).unwrap();
+    let readme = readme.split("\n## ").next().unwrap();
+    let lines: Vec<&str> = readme.lines().filter_map(|line| line.strip_prefix("    ")).collect();
+    let [stop, release, table, files, rescue, masks] = lines[..] else { panic!("{lines:?}") };
+    let lab = Lab::plain();
+    let mut machine = Machine::confirmed(&lab);
+    let is_shut = |machine: &Machine<'_>| {
+        assert_eq!((machine.rules().as_str(), machine.answer(22)), ("confirmed", Answer::Silent));
+    };
+    let again = |machine: &Machine<'_>| {
+        machine.ok(&["/opt/spokeguard", "install"]);
+        machine.hub_confirms();
+        is_shut(machine);
+    };
+    let opens = |machine: &mut Machine<'_>, lines: &[&str]| {
+        let told: String = lines.iter().map(|line| machine.ok(&["sh", "-ec", line])).collect();
+        // A program that nothing holds any more is let go by the kernel a moment later.
+        machine.wait("sshd answers", |machine| machine.answer(22) == Answer::Open);
+        machine.cut_power();
+        machine.boots_open();
+        told
+    };
+    is_shut(&machine);
+    let told = opens(&mut machine, &[stop, release]);
+    assert!(told.contains("released: ") && !told.contains("is enabled"), "{told}");
+    again(&machine);
+    opens(&mut machine, &[stop, table, files]);
+    again(&machine);
+
+    // Not by a program that its unit starts at the next boot all the same.
+    assert_eq!(machine.run(&["spokeguard", "release"]).code, Some(2));
+    machine.ok(&["systemctl", "stop", "spokeguard"]);
+    let told = machine.ok(&["spokeguard", "release"]);
+    assert!(told.contains("the next boot puts the policy on trial again"), "{told}");
+    again(&machine);
+
+    machine.cut_power();
+    machine.boot_with(&masks.split(' ').collect::<Vec<_>>());
+    machine.wait("sshd answers", |machine| machine.answer(22) == Answer::Open);
+    // For that boot alone.
+    machine.cut_power();
+    machine.boot();
+    machine.wait("the daemon holds it", |machine| machine.rules() == "confirmed");
+    is_shut(&machine);
+    machine.cut_power();
+    lab.spoke.sh(&rescue.replace("/mnt", "/mnt/merged")).unwrap();
+    machine.boots_open();
+}
+
 /// sshd listens on the mesh address alone, which comes late, goes with its interface, and comes again.
 #[test]
 fn sshd_is_there_within_five_seconds_of_its_address_and_nowhere_else() {
@@ -280,7 +335,8 @@ fn sshd_is_there_within_five_seconds_of_its_address_and_nowhere_else() {
         // Without the drop-ins it doesn't.
         let told = machine.ok(&["/opt/spokeguard", "uninstall"]);
         assert!(told.contains(&of_the_next_boot(by)) && !told.contains("isn't tried again"), "{told}");
-        machine.ok(&["/opt/spokeguard", "install"]);
+        let told = machine.ok(&["/opt/spokeguard", "install"]);
+        assert!(!told.contains("ATTENTION"), "{told}");
     }
     // Nor while it waits, which is when its operator may think it our fault.
     machine.ok(&["systemctl", "stop", "ssh.socket"]);

@@ -150,11 +150,16 @@ impl<'a> Machine<'a> {
 
     /// A kernel that knows nothing yet, cables that are out, and power.
     pub fn boot(&mut self) {
+        self.boot_with(&[]);
+    }
+
+    /// The same; a container may be given more words for what stands for its kernel's command line.
+    pub fn boot_with(&mut self, words: &[&str]) {
         self.unplug();
         self.lab.spoke.sh("nft flush ruleset").unwrap();
         match self.power {
             Power::Kernel => self.let_systemd_start(),
-            _ => self.start_container(),
+            _ => self.start_container(words),
         }
         self.until(LONG, "systemd is up", |machine| {
             let state = machine.try_within(LONG, &["systemctl", "is-system-running", "--wait"]);
@@ -202,7 +207,7 @@ impl<'a> Machine<'a> {
             .unwrap();
     }
 
-    fn start_container(&mut self) {
+    fn start_container(&mut self, more: &[&str]) {
         self.lab.spoke.sh("rm -rf /sys/fs/bpf/spokeguard").unwrap();
         let program = std::env::var("SPOKEGUARD_BIN").unwrap();
         let mut words = vec![
@@ -219,6 +224,7 @@ impl<'a> Machine<'a> {
         ];
         let bind = format!("--bind-ro={program}:/opt/spokeguard");
         words.extend([&bind, "--boot", "systemd.unit=multi-user.target"]);
+        words.extend(more);
         let mut command = self.lab.spoke.command(&words);
         command.env("SYSTEMD_NSPAWN_UNIFIED_HIERARCHY", "1");
         let running = self.lab.spoke.start(command, "systemd-nspawn").unwrap();

@@ -1,6 +1,6 @@
 //! `break-glass`: a way in for a while, that the kernel closes by itself.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
@@ -10,12 +10,14 @@ use super::Global;
 use crate::apply::cut::{self, Cut};
 use crate::apply::glass::{self as kernel, Which};
 use crate::apply::guard;
+use crate::desired::binds::BindRules;
 use crate::desired::{Desired, TABLE};
 use crate::diff::glass::seconds;
 use crate::observed::{Link, Listener};
 use crate::policy::Mode;
 use crate::ruleset::glass::{self, Opening};
 use crate::ruleset::{Packet, Ruleset, TableFamily, Verdict, judge, published};
+use crate::source::bpf::bind::surroundings;
 use crate::source::owners::{self, Owners};
 use crate::source::{links, listeners, nft};
 use crate::sys::clock;
@@ -37,6 +39,12 @@ pub enum Verb {
 }
 
 const EXAMPLES: &str = "\
+It lets in, and starts nothing. Where sshd is on the mesh address alone, a second
+one has to be started, which the bind guard refuses at a port that the policy
+doesn't name:
+  spokeguard release --binds
+  /usr/sbin/sshd -p 2222 -o ListenAddress=0.0.0.0
+
 Example:
   spokeguard break-glass open 2222 --for 15m --from 192.0.2.0/24 \\
       --reason \"the mesh is down\"";
@@ -316,12 +324,31 @@ fn notes(opening: &Opening, sight: &Sight, desired: Option<&Desired>) -> Vec<Str
             by(l),
             l.address
         )),
-        (None, None, None) => notes.push(format!("nobody listens on {proto}/{port}: start what should answer")),
+        (None, None, None) => {
+            let refused = desired.is_some_and(|desired| is_refused(opening, sight, desired));
+            notes.push(format!(
+                "nobody listens on {proto}/{port}: start what should answer{}",
+                if refused { ", after `spokeguard release --binds`: the bind guard refuses it" } else { "" }
+            ));
+        }
     }
     if let Some(stopped) = stopped(opening, sight, &doors) {
         notes.push(stopped);
     }
     notes
+}
+
+/// Whether the kernel refuses whoever begins to listen there.
+fn is_refused(opening: &Opening, sight: &Sight, desired: &Desired) -> bool {
+    let enforce = &desired.policy.enforce;
+    let Ok(around) = surroundings(&desired.policy, Some(&sight.links)) else { return false };
+    let any: IpAddr = match Family::of_net(&opening.from) {
+        Family::Ipv4 => Ipv4Addr::UNSPECIFIED.into(),
+        Family::Ipv6 => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let at = SocketAddr::new(any, opening.port.get());
+    let rules = BindRules::new(desired, &[]);
+    enforce.binds && enforce.mode == Mode::Enforce && rules.refuses(&around, opening.proto, at, false)
 }
 
 /// Another table that has them dropped all the same, on every way in.

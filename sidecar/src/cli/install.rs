@@ -36,7 +36,7 @@ pub struct Removal {
 /// Every file of ours says so in its first line: nothing else is replaced or removed.
 const MARK: &str = "# Of spokeguard: ";
 const UNITS: &str = "etc/systemd/system";
-const SERVICE: &str = "spokeguard.service";
+pub(super) const SERVICE: &str = "spokeguard.service";
 const BOOT: &str = "spokeguard-boot.service";
 /// Where the binary goes, if it isn't where the system keeps programs already.
 const PROGRAM: &str = "/usr/local/sbin/spokeguard";
@@ -173,11 +173,12 @@ pub fn install(global: &Global, options: &Options) -> anyhow::Result<u8> {
         });
     }
     match policy {
-        Ok(_) => {
+        Ok((loaded, _)) => {
             systemctl(&["restart", SERVICE])?;
             let state = properties("ActiveState", &[SERVICE]).concat();
             ensure!(state == "active", "{SERVICE} did not start, it is {state}: systemctl status {SERVICE}");
             told.push(started(rules(global)));
+            told.extend(super::ssh_start::refused(&loaded.policy));
         }
         Err(error) => told.push(format!(
             "not started, for want of a policy:\n{error:#}\n\
@@ -279,7 +280,7 @@ pub fn uninstall(global: &Global, options: &Removal) -> anyhow::Result<u8> {
         }
         told.push(TO_OPEN.to_owned());
         // Only now, when systemd has read its units without ours.
-        told.extend(root.is_running().then(super::late_ssh::advice).flatten());
+        told.extend(root.is_running().then(super::ssh_start::advice).flatten());
     }
     global.print(&(told.join("\n") + "\n"))?;
     Ok(0)

@@ -18,13 +18,13 @@ mod explain;
 mod fleet;
 mod import;
 mod install;
-mod late_ssh;
 mod man;
 mod plan;
 mod policy;
 mod release;
 mod run;
 mod screen;
+mod ssh_start;
 mod status;
 mod top;
 
@@ -80,7 +80,7 @@ pub struct Global {
     /// No colours (also: NO_COLOR set to anything)
     #[arg(long, global = true, help_heading = EVERYWHERE)]
     pub no_color: bool,
-    /// Where drift history is kept [default: /var/lib/spokeguard]
+    /// Where confirmed rules and drift history are kept [default: /var/lib/spokeguard]
     #[arg(long, global = true, help_heading = EVERYWHERE, value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
     /// Where the socket and the lock live [default: /run/spokeguard]

@@ -3,14 +3,14 @@
 use anyhow::Context as _;
 use clap::Args;
 
-use super::{Format, Global};
+use super::{Format, Global, install};
 use crate::apply::{self, trial::Ledger};
 use crate::daemon::socket;
 use crate::diff::{self, Code};
 use crate::observed::Reading;
 use crate::source::Eyes;
 use crate::source::bpf::{bind, guard};
-use crate::sys::clock;
+use crate::sys::{clock, netns};
 
 #[derive(Args)]
 pub struct Options {
@@ -29,8 +29,9 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
     }
     // The lock and not the socket: a daemon that is busy, or has only just begun, is one all the same.
     let daemon = if options.dry_run { None } else { Some(socket::Lock::take(&places.run)) };
-    let _daemon =
-        daemon.transpose().context("a daemon would put the rules back (systemctl stop spokeguard)")?;
+    let _daemon = daemon
+        .transpose()
+        .context("a daemon would put the rules back (systemctl disable --now spokeguard)")?;
     let opens = match opened(global, &places.pin) {
         Ok(opens) => Some(opens),
         Err(error) => {
@@ -69,9 +70,24 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
     };
     // Last, so that what hinders it leaves neither rules behind nor the word of them unsaid.
     let binds = if options.dry_run { Ok(false) } else { bind::release(&places.pin) };
-    global.tell(text, serde_json::json!({ "version": 1, "result": result, "opens": opens }))?;
+    let again = match !options.dry_run && is_enabled() {
+        true => {
+            "spokeguard.service is enabled: the next boot puts the policy on trial again\n\
+             (systemctl disable spokeguard)\n"
+        }
+        false => "",
+    };
+    let said = serde_json::json!({ "version": 1, "result": result, "opens": opens });
+    global.tell(&format!("{text}{again}"), said)?;
     binds.context("removal of the bind guard")?;
     Ok(0)
+}
+
+/// Whether a boot starts the daemon.
+fn is_enabled() -> bool {
+    std::path::Path::new("/run/systemd/system").is_dir()
+        && netns::is_initial()
+        && install::properties("UnitFileState", &[install::SERVICE]) == ["enabled"]
 }
 
 /// The emergency exit of whoever is refused: at once, with or without a daemon.

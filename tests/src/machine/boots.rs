@@ -48,7 +48,8 @@ impl<'a> Machine<'a> {
         let mut machine = Self::new(lab);
         machine.write("etc/spokeguard/policy.toml", &lab.plain_policy());
         machine.boot();
-        machine.ok(&["/opt/spokeguard", "install"]);
+        let told = machine.ok(&["/opt/spokeguard", "install"]);
+        assert!(told.contains("ATTENTION: sshd listens on 0.0.0.0:22. A trial"), "{told}");
         machine.hub_confirms();
         machine
     }

@@ -1,12 +1,13 @@
-//! sshd without our drop-ins: whether its address may come after it at the next boot, and what to do about that.
+//! sshd's next start: refused by the policy that is on trial, or too early without our drop-ins; and what to do about it.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use super::install::properties;
 use crate::observed::Sshd;
+use crate::policy::{Bind, Mode, Policy};
 use crate::source::owners::Owners;
 use crate::source::{listeners, sshd};
-use crate::terms::Port;
+use crate::terms::{Port, Proto};
 
 const SERVICES: [&str; 2] = ["ssh.service", "sshd.service"];
 const SOCKETS: [&str; 2] = ["ssh.socket", "sshd.socket"];
@@ -18,6 +19,29 @@ const OWN: &str = "/run/sshd";
 enum By {
     Service,
     Socket,
+}
+
+/// For whoever is about to confirm a policy. A trial is over before sshd has to start again, and doesn't tell.
+pub fn refused(policy: &Policy) -> Option<String> {
+    let enforce = &policy.enforce;
+    if !enforce.binds || enforce.mode != Mode::Enforce || policy.ssh.rebind {
+        return None;
+    }
+    let all = listeners::read(&mut Owners::new()).ok()?;
+    let mut wide = all.iter().filter(|one| one.proto == Proto::Tcp && one.port == policy.ssh.port);
+    let wide = wide.find(|one| one.is_wildcard())?;
+    let to = match (&policy.ssh.bind, policy.mesh.address.first()) {
+        (Bind::Addresses(list), _) => list.first(),
+        (Bind::Mesh, mesh) => mesh,
+    };
+    let to = to.map_or_else(|| "of the mesh".to_owned(), IpAddr::to_string);
+    let at = SocketAddr::new(wide.address, wide.port.get());
+    Some(format!(
+        "ATTENTION: sshd listens on {at}. A trial doesn't try this: once the policy is\n\
+         confirmed, the kernel refuses sshd's next start there, and nobody gets in by ssh.\n\
+         Before you confirm have it listen on the address {to} (ListenAddress; with\n\
+         ssh.socket ListenStream), or write `rebind = true` under [ssh], which moves it"
+    ))
 }
 
 /// For whoever has just lost the drop-ins: `None` where nothing is lost by that, or sshd can't be asked.
