@@ -304,8 +304,14 @@ impl<'a> Machine<'a> {
 
     pub fn journal(&self) -> String {
         // On a disk that has lost its power what journald has not put there yet may read as nothing at all (Linux 7.2).
-        self.run(&["journalctl", "--sync"]);
-        self.run(&["journalctl", "--no-pager", "-n", "60", "-u", "spokeguard*"]).stdout
+        let synced = self.run(&["journalctl", "--sync"]);
+        let read = self.run(&["journalctl", "--no-pager", "-n", "60", "-u", "spokeguard*"]);
+        if read.stdout.contains("spokeguard") {
+            return read.stdout;
+        }
+        let why = "journalctl --no-pager -n 20; ls -la /var/log/journal/* /run/log/journal/*
+             systemctl status --no-pager systemd-journald; df /var/log; dmesg | tail -n 30";
+        format!("{}{}{}", synced.all(), read.all(), self.run(&["sh", "-c", why]).all())
     }
 
     pub fn property(&self, unit: &str, name: &str) -> String {

@@ -4,8 +4,10 @@
 //!
 //! In `RUN/rollback` lies one token for each trial, and its name tells how it stands:
 //!
-//!     armed.ID --+--> confirmed.ID --> (gone)    confirmed, and recorded in the state directory
-//!                +--> firing.ID --> fired.ID     the time ran out; the old rules are back
+//! ```text
+//! armed.ID --+--> confirmed.ID --> (gone)    confirmed, and recorded in the state directory
+//!            +--> firing.ID --> fired.ID     the time ran out; the old rules are back
+//! ```
 //!
 //! Every step is one rename, so whoever comes first has won: a confirmation and the
 //! watchdog can't both act, whatever is killed in between. The daemon, commands and the
