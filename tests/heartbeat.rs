@@ -46,11 +46,11 @@ pub enum Manner {
 
 /// One request as it came.
 #[derive(Clone, Debug)]
-struct Asked {
+pub struct Asked {
     method: String,
     target: String,
     head: String,
-    body: String,
+    pub body: String,
 }
 
 impl Asked {
@@ -141,7 +141,7 @@ impl Stub {
         self.asked.lock().unwrap().len()
     }
 
-    fn all(&self) -> Vec<Asked> {
+    pub fn all(&self) -> Vec<Asked> {
         self.asked.lock().unwrap().clone()
     }
 

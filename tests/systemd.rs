@@ -25,8 +25,8 @@ fn units_hold_the_line_from_the_first_packet_of_a_boot() {
     assert!(told.contains("wrote /etc/systemd/system/sshd.service.d/spokeguard.conf"), "{told}");
     assert_eq!(machine.answer(22), Answer::Open);
     machine.sshd_has_our_drop_ins("/etc/systemd/system/");
-    // The credential that it names comes later.
-    let beats = "[heartbeat]\nkuma_url_file = \"kuma-url\"\nevery = \"1s\"\n";
+    // The credentials that it names come later.
+    let beats = "[heartbeat]\nkuma_url_file = \"kuma-url\"\nntfy_url_file = \"ntfy-url\"\nevery = \"1s\"\n";
     machine.write("etc/spokeguard/policy.toml", &(lab.plain_policy() + beats));
     let elsewhere = machine.run(&["/opt/spokeguard", "install", "--policy", "/root/policy.toml"]);
     assert!(
@@ -74,11 +74,13 @@ fn units_hold_the_line_from_the_first_packet_of_a_boot() {
             || machine.journal().contains("No such file")
     );
 
-    // The daemon dies: its rules don't, and systemd brings it back, with the credential that came.
+    // The daemon dies: its rules don't, and systemd brings it back, with the credentials that came.
     let kuma =
         Stub::start(&lab.hub, SocketAddr::new(lab::HUB_MESH, 3001), Manner::Kuma { any_method: false });
     std::fs::create_dir_all(machine.path("etc/credstore")).unwrap();
     machine.write("etc/credstore/kuma-url", &format!("http://{}/api/push/{SECRET}\n", kuma.address));
+    let ntfy = Stub::start(&lab.hub, SocketAddr::new(lab::HUB_MESH, 2586), Manner::Ntfy);
+    machine.write("etc/credstore/ntfy-url", &format!("http://{}/{SECRET}\n", ntfy.address));
     let pid =
         |machine: &Machine<'_>| machine.ok(&["systemctl", "show", "-p", "MainPID", "--value", "spokeguard"]);
     let before = pid(&machine);
@@ -86,8 +88,12 @@ fn units_hold_the_line_from_the_first_packet_of_a_boot() {
     assert_eq!(machine.answer(22), Answer::Silent);
     machine.wait("the daemon is back", |machine| pid(machine) != before && machine.rules() == "confirmed");
     machine.wait("a beat from within the sandbox", |_| kuma.count() > 0);
+    machine.ok(&["nft", "flush", "ruleset"]);
+    machine.wait("a notice of the repair", |_| {
+        ntfy.all().iter().any(|asked| asked.body.contains("firewall-missing"))
+    });
     assert!(!machine.journal().contains("process that sends"), "{}", machine.journal());
-    drop(kuma);
+    drop((kuma, ntfy));
 
     // With no daemon there, systemd keeps the way back alone, whoever lets it read its units anew meanwhile.
     machine.ok(&["systemctl", "stop", "spokeguard"]);
@@ -133,7 +139,8 @@ fn units_hold_the_line_from_the_first_packet_of_a_boot() {
         let after = "[Unit]\nAfter=network-online.target\n";
         machine.write_new("etc/systemd/system/nftables.service.d/after.conf", after);
         let told = machine.ok(&["/opt/spokeguard", "install"]);
-        assert_eq!(told.matches("ATTENTION: ").count(), 1, "{told}");
+        assert!(told.contains("ATTENTION: sshd listens on 0.0.0.0:22. Under"), "{told}");
+        assert_eq!(told.matches("ATTENTION: ").count(), 2, "{told}");
         assert!(told.contains("started. Its rules are confirmed"), "{told}");
         assert!(told.contains("ATTENTION: nftables.service was changed"), "{told}");
         machine.wait("the web answers again", |machine| machine.answer(OPEN) == Answer::Open);

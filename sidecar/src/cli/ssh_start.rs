@@ -37,10 +37,10 @@ pub fn refused(policy: &Policy) -> Option<String> {
     let to = to.map_or_else(|| "of the mesh".to_owned(), IpAddr::to_string);
     let at = SocketAddr::new(wide.address, wide.port.get());
     Some(format!(
-        "ATTENTION: sshd listens on {at}. A trial doesn't try this: once the policy is\n\
-         confirmed, the kernel refuses sshd's next start there, and nobody gets in by ssh.\n\
-         Before you confirm have it listen on the address {to} (ListenAddress; with\n\
-         ssh.socket ListenStream), or write `rebind = true` under [ssh], which moves it"
+        "ATTENTION: sshd listens on {at}. Under a confirmed policy the kernel refuses\n\
+         sshd's next start there, and nobody gets in by ssh; no trial shows that. Have it\n\
+         listen on the address {to} before (ListenAddress; with ssh.socket\n\
+         ListenStream), or write `rebind = true` under [ssh], which moves it there"
     ))
 }
 

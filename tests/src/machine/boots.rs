@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use super::{CABLES, FEW, LONG, Machine, OPEN, Power, SHORT, SSHD};
+use super::{CABLES, FEW, LONG, Machine, OPEN, Power, SHORT, SHUT, SSHD};
 use crate::{Answer, Lab, SPOKE_MESH, SPOKE_PUBLIC, SPOKE_PUBLIC_V6, meanwhile, tunnel};
 
 /// Who has sshd listen, and on an address that comes late.
@@ -49,7 +49,7 @@ impl<'a> Machine<'a> {
         machine.write("etc/spokeguard/policy.toml", &lab.plain_policy());
         machine.boot();
         let told = machine.ok(&["/opt/spokeguard", "install"]);
-        assert!(told.contains("ATTENTION: sshd listens on 0.0.0.0:22. A trial"), "{told}");
+        assert!(told.contains("ATTENTION: sshd listens on 0.0.0.0:22. Under a confirmed"), "{told}");
         machine.hub_confirms();
         machine
     }
@@ -143,6 +143,14 @@ impl Machine<'_> {
             machine.wait("sshd answers", |machine| machine.answer(22) == Answer::Open);
         });
         assert!(heard.shut > 0, "no answer was counted, so there is nothing to shut: {heard:?}");
+        for (address, port) in
+            [SPOKE_PUBLIC, SPOKE_PUBLIC_V6].into_iter().flat_map(|address| SHUT.map(|port| (address, port)))
+        {
+            let at = SocketAddr::new(address, port);
+            self.wait(&format!("{at} answers"), |machine| {
+                machine.lab.internet.connect(at, SHORT) == Answer::Open
+            });
+        }
     }
 
     /// From now on, if the hub gets in.
