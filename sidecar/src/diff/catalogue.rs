@@ -6,24 +6,48 @@ use std::str::FromStr;
 
 use super::{Code, Severity};
 use crate::observed::Facet;
+use crate::policy::mistake::wrapped;
 
 /// What a finding means, why it matters and what to do, with an example.
 pub fn explain(code: Code) -> String {
     let Entry { name, severity, meaning, why, remedy, example, .. } = code.entry();
     let severity = severity.name();
+    let [meaning, why, remedy] = [meaning, why, remedy].map(in_80_columns);
     format!(
-        "{name} ({severity} at worst)\n\n{meaning}\n\nWhy it matters:\n{why}\n\nWhat to \
-         do:\n{remedy}\n\nExample:\n{example}\n"
+        "{name} ({severity} at worst)\n\n{meaning}\nWhy it matters:\n{why}\nWhat to \
+         do:\n{remedy}\nExample:\n{example}\n"
     )
 }
 
-/// All codes, one a line, as `explain` without a code prints them.
+/// But for what is indented: that is to be copied.
+fn in_80_columns(text: &str) -> String {
+    let mut out = String::new();
+    let mut running: Vec<&str> = Vec::new();
+    for line in text.lines().chain([" "]) {
+        if line.starts_with(' ') {
+            if !running.is_empty() {
+                // A string takes all that it is given.
+                let _ = wrapped("", 0, &running.join(" "), &mut out);
+                running.clear();
+            }
+            out += line.trim_end();
+            out += if line == " " { "" } else { "\n" };
+        } else {
+            running.push(line);
+        }
+    }
+    out
+}
+
+/// All codes, as `explain` without a code prints them.
 pub fn list() -> String {
-    Code::ALL.into_iter().map(Code::entry).fold(String::new(), |text, entry| {
+    Code::ALL.into_iter().map(Code::entry).fold(String::new(), |mut text, entry| {
         // A full stop ends a sentence where a space follows; [mesh.hub] has one inside.
         let meaning = entry.meaning.replace('\n', " ");
         let summary = meaning.find(". ").map_or(meaning.as_str(), |end| &meaning[..=end]);
-        text + &format!("{:<19} {:<9} {summary}\n", entry.name, entry.severity.name())
+        let head = format!("{:<19} {:<9} ", entry.name, entry.severity.name());
+        let _ = wrapped(&head, head.len(), summary, &mut text);
+        text
     })
 }
 
@@ -600,11 +624,13 @@ mod tests {
                 assert!(text.contains(part), "{code} lacks {part}");
             }
             for line in text.lines() {
-                assert!(line.chars().count() <= 85, "{code}: {line}");
+                assert!(line.chars().count() <= 80, "{code}: {line}");
             }
             assert!((12..=26).contains(&text.lines().count()), "{code}: {} lines", text.lines().count());
         }
-        assert_eq!(list().lines().count(), Code::ALL.len());
+        let list = list();
+        assert_eq!(list.lines().filter(|line| !line.starts_with(' ')).count(), Code::ALL.len());
+        assert!(list.lines().all(|line| line.chars().count() <= 80), "{list}");
     }
 
     #[test]

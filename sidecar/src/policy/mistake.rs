@@ -182,7 +182,7 @@ fn without_keys(text: &str) -> String {
 }
 
 /// `text` after `head`, broken between words at 80 columns and indented under itself.
-fn wrapped(head: &str, indent: usize, text: &str, f: &mut dyn fmt::Write) -> fmt::Result {
+pub fn wrapped(head: &str, indent: usize, text: &str, f: &mut dyn fmt::Write) -> fmt::Result {
     f.write_str(head)?;
     let mut column = indent;
     for (i, word) in text.split(' ').enumerate() {
