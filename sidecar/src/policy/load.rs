@@ -51,6 +51,12 @@ pub enum NoteKind {
 pub enum LoadError {
     #[error("cannot {operation} {sort} {}", shown(file))]
     Read { operation: &'static str, sort: &'static str, file: PathBuf, source: io::Error },
+    #[error("there is no {sort} {}{}", shown(file), if *sort == "policy" {
+        ": write one (examples/spoke.toml is a beginning), or name another with --policy"
+    } else {
+        ""
+    })]
+    Missing { sort: &'static str, file: PathBuf },
     #[error("{sort} {} is not a regular file", shown(file))]
     NotRegular { sort: &'static str, file: PathBuf },
     #[error("{sort} {} is larger than {bytes_max} bytes", shown(file))]
@@ -139,11 +145,13 @@ pub fn read_text(path: &Path, sort: &'static str, bytes_max: u64) -> Result<Stri
     let fail =
         |operation| move |source| LoadError::Read { operation, sort, file: path.to_path_buf(), source };
     // Without O_NONBLOCK, opening a FIFO waits for a writer that may never come.
-    let handle: File = OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-        .open(path)
-        .map_err(fail("open"))?;
+    let handle: File =
+        OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path).map_err(
+            |error| match error.kind() {
+                io::ErrorKind::NotFound => LoadError::Missing { sort, file: file() },
+                _ => fail("open")(error),
+            },
+        )?;
     if !handle.metadata().map_err(fail("look at"))?.is_file() {
         return Err(LoadError::NotRegular { sort, file: file() });
     }

@@ -1003,7 +1003,11 @@ fn a_file_that_cannot_be_a_policy_is_refused_at_once() {
         .expect("a fifo");
     assert_eq!(refusal("fifo"), "policy DIR/fifo is not a regular file");
     assert_eq!(refusal("."), "policy DIR/. is not a regular file");
-    assert_eq!(refusal("none"), "cannot open policy DIR/none");
+    assert_eq!(
+        refusal("none"),
+        "there is no policy DIR/none: write one (examples/spoke.toml is a beginning), or name another with --policy"
+    );
+    assert_eq!(refusal("good/none"), "cannot open policy DIR/good/none");
 
     std::fs::write(path("latin"), b"version = 1\n# caf\xe9\n").expect("write");
     assert_eq!(refusal("latin"), "policy DIR/latin is not UTF-8: line 2 holds the byte 0xe9");
