@@ -361,7 +361,19 @@ fn the_host_is_set_up_as_the_policy_says() {
     assert_eq!(sockets["sockets"]["sshd"]["socketConfig"]["FreeBind"], true);
     assert_eq!(sockets["services"]["sshd"], Value::Null);
     let sshd = &seen("plain")["services"]["sshd"];
-    assert_eq!(sshd["unitConfig"]["StartLimitIntervalSec"], 0);
+    // As the drop-in elsewhere, but for what NixOS's sshd has no need of.
+    let drop_in = unit_file(include_str!("../contrib/systemd/ssh.service.d/spokeguard.conf"));
+    for ((section, key), values) in drop_in {
+        let given = match (section.as_str(), key.as_str()) {
+            ("Unit", "After") => texts(&sshd["after"]).contains(&&*values[0]).then(|| values[0].clone()),
+            (_, "RestartPreventExitStatus") => continue,
+            (section, key) => {
+                let value = &sshd[format!("{}Config", section.to_lowercase())][key];
+                Some(value.as_str().map_or_else(|| value.to_string(), str::to_owned))
+            }
+        };
+        assert_eq!(given, Some(values.concat()), "{key}: {sshd:#}");
+    }
     // A rebuild that makes the tunnel makes it before it restarts sshd. networkd's has no unit.
     assert_eq!(sshd["wants"], json!(["wireguard-wg0.service"]));
     assert!(texts(&sshd["after"]).contains(&"wireguard-wg0.service"), "{sshd}");
