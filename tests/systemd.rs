@@ -241,7 +241,7 @@ fn a_reboot_in_order_while_the_hub_is_shut_out_lets_it_in_again() {
     }
     let lab = Lab::plain();
     let mut machine = Machine::confirmed(&lab);
-    let window = Duration::from_secs(30);
+    let window = Duration::from_secs(45);
     let policy = shut_out(&lab.plain_policy());
     let policy = format!("{policy}[enforce]\nconfirm_within = \"{}s\"\n", window.as_secs());
     let heard = machine.nobody_answers_while(|machine| {
@@ -253,7 +253,7 @@ fn a_reboot_in_order_while_the_hub_is_shut_out_lets_it_in_again() {
         assert!(!machine.hub_gets_in(), "the hub is not shut out, so this proves nothing");
         machine.shuts_down();
         let took = begun.elapsed();
-        assert!(took < window / 2, "it may have been rolled back by then: {took:?}");
+        assert!(took + Duration::from_secs(10) < window, "it may have been rolled back by then: {took:?}");
         machine.boot();
         // It is tried once more, as nobody has said anything of it.
         machine.wait("the rules are rolled back", |machine| machine.rules() == "rolled-back");
@@ -265,8 +265,6 @@ fn a_reboot_in_order_while_the_hub_is_shut_out_lets_it_in_again() {
         machine.lab.hub.http_get(metrics, "/metrics", &[]).is_ok_and(|page| page.status == 200)
     });
     eprintln!("{heard:?}");
-    // The server had other addresses to let in for a while, and had to let go of its own for that.
-    assert!(!machine.journal().contains("metrics on"), "{}", machine.journal());
     let plan = machine.ok(&["spokeguard", "plan", "--policy", "/var/lib/spokeguard/confirmed.toml"]);
     assert!(plan.contains("in force"), "{plan}");
 }
@@ -280,7 +278,7 @@ fn who_is_locked_out_gets_in_again_by_what_the_readme_says() {
     let readme = include_str!("../README.md").split("\n## If you are locked out\n").nth(1).unwrap();
     let readme = readme.split("\n## ").next().unwrap();
     let lines: Vec<&str> = readme.lines().filter_map(|line| line.strip_prefix("    ")).collect();
-    let [stop, release, table, files, rescue, masks] = lines[..] else { panic!("{lines:?}") };
+    let [stop, release, table, filters, files, sshd, rescue, masks] = lines[..] else { panic!("{lines:?}") };
     let lab = Lab::plain();
     let mut machine = Machine::confirmed(&lab);
     let is_shut = |machine: &Machine<'_>| {
@@ -299,11 +297,21 @@ fn who_is_locked_out_gets_in_again_by_what_the_readme_says() {
         machine.boots_open();
         told
     };
+    // Its sshd was moved to the mesh address, and has to be started anew.
+    let policy = machine.path("etc/spokeguard/policy.toml");
+    std::fs::write(&policy, lab.plain_policy() + "rebind = true\n").unwrap();
+    machine.wait("sshd would be moved", |machine| {
+        machine.run(&["systemctl", "restart", "ssh"]);
+        let sockets = machine.ok(&["ss", "-Hltn", "sport = :22"]);
+        sockets.split_whitespace().nth(3) == Some(&format!("{SPOKE_MESH}:22"))
+    });
     is_shut(&machine);
-    let told = opens(&mut machine, &[stop, release]);
+    let told = opens(&mut machine, &[stop, release, sshd]);
     assert!(told.contains("released: ") && !told.contains("is enabled"), "{told}");
     again(&machine);
-    opens(&mut machine, &[stop, table, files]);
+    // None has such a filter where this kernel has what came with 6.6.
+    let loops = format!("{filters} 2>/dev/null || true");
+    opens(&mut machine, &[stop, table, &loops, files, sshd]);
     again(&machine);
 
     // Not by a program that its unit starts at the next boot all the same.
@@ -393,13 +401,12 @@ fn a_container_has_nothing_of_ours_from_its_host() {
     let state = machine.path("var/lib/spokeguard");
     std::fs::create_dir(&state).unwrap();
     std::fs::remove_dir(&state).unwrap();
-    // Where another test has made one already, that is as good.
-    let below = std::path::Path::new("/var/lib/spokeguard/a-test");
-    std::fs::create_dir_all(below).unwrap();
+    // Where another test has made one already, that is as good; and it may need it still.
+    let parent = std::path::Path::new("/var/lib/spokeguard");
+    std::fs::create_dir_all(parent).unwrap();
+    let _below = tempfile::tempdir_in(parent).unwrap();
     let names = std::fs::read_dir(machine.path("var/lib")).unwrap();
     let there = names.map(|entry| entry.unwrap().file_name()).any(|name| name == "spokeguard");
     let is_read = state.exists();
-    std::fs::remove_dir(below).unwrap();
-    let _ = std::fs::remove_dir(below.parent().unwrap());
     assert!(!there && !is_read, "listed: {there}, found: {is_read}");
 }

@@ -68,10 +68,8 @@ fn forget_instance(namespace: &Path) {
         return;
     };
     for parent in ["/run/spokeguard", "/var/lib/spokeguard"].map(Path::new) {
-        if fs::remove_dir_all(parent.join(&instance)).is_ok() {
-            // Where it was the last one.
-            let _ = fs::remove_dir(parent);
-        }
+        // Its parent stays: another lab may be about to make one in it.
+        let _ = fs::remove_dir_all(parent.join(&instance));
     }
 }
 

@@ -68,6 +68,7 @@ pub fn with_dependencies(arch: Arch, names: &[&str]) -> Result<Vec<Package>> {
 pub fn of_stable(arch: Arch, names: &[&str]) -> Result<Vec<Package>> {
     Archive::suite(arch, STABLE)?.with_dependencies(arch, names)
 }
+
 /// In place of a series: the newest kernel that Debian gives to users of its stable release, whatever its number.
 pub const NEWEST: &str = "newest";
 /// Debian's name for where that is, which moves on with its releases.

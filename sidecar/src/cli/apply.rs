@@ -297,6 +297,9 @@ fn stays(
 ) -> anyhow::Result<()> {
     let (line, cut) = super::break_glass::cut_what_is_closed(desired);
     text += &line;
+    if let Some(attention) = desired.and_then(super::ssh_start::refused) {
+        text += &format!("{attention}\n");
+    }
     said["cut"] = serde_json::json!(cut);
     global.tell(&text, said)
 }

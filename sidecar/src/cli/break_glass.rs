@@ -6,22 +6,21 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use ipnet::IpNet;
 
-use super::Global;
+use super::{Global, ssh_start};
 use crate::apply::cut::{self, Cut};
 use crate::apply::glass::{self as kernel, Which};
 use crate::apply::guard;
-use crate::desired::binds::BindRules;
 use crate::desired::{Desired, TABLE};
 use crate::diff::glass::seconds;
 use crate::observed::{Link, Listener};
 use crate::policy::Mode;
 use crate::ruleset::glass::{self, Opening};
 use crate::ruleset::{Packet, Ruleset, TableFamily, Verdict, judge, published};
-use crate::source::bpf::bind::surroundings;
 use crate::source::owners::{self, Owners};
 use crate::source::{links, listeners, nft};
 use crate::sys::clock;
 use crate::terms::{Family, Port, Proto, Scope, Stamp};
+use sidecar_ebpf::bind::Judgement;
 
 #[derive(Subcommand)]
 pub enum Verb {
@@ -39,10 +38,10 @@ pub enum Verb {
 }
 
 const EXAMPLES: &str = "\
-It lets in, and starts nothing. Where sshd is on the mesh address alone, a second
-one has to be started, which the bind guard refuses at a port that the policy
-doesn't name:
+It lets in, and starts nothing. Where sshd is on the mesh address alone, a
+second one has to be started, which the bind guard refuses elsewhere:
   spokeguard release --binds
+  mkdir -p /run/sshd
   /usr/sbin/sshd -p 2222 -o ListenAddress=0.0.0.0
 
 Example:
@@ -316,20 +315,21 @@ fn notes(opening: &Opening, sight: &Sight, desired: Option<&Desired>) -> Vec<Str
         any || doors.iter().any(|(_, own)| *own == address)
     };
     let by = |l: &Listener| l.owner.as_ref().map_or_else(|| "the kernel".to_owned(), ToString::to_string);
+    let kept_out = || match desired.is_some_and(|desired| is_kept_out(opening, sight, desired)) {
+        true => "; the bind guard lets nobody begin to before `spokeguard release --binds`",
+        false => "",
+    };
     match (&redirected, here.iter().find(answers), here.first()) {
         (Some(to), ..) => notes.push(format!("it leads to {}", to.target)),
         (None, Some(l), _) => notes.push(format!("{} answers at {}", by(l), l.address)),
         (None, None, Some(l)) => notes.push(format!(
-            "nobody answers on a public {family} address: {} listens at {} only, and does not hear of it there",
+            "nobody answers on a public {family} address: {} listens at {} only, and does not hear of it there{}",
             by(l),
-            l.address
+            l.address,
+            kept_out()
         )),
         (None, None, None) => {
-            let refused = desired.is_some_and(|desired| is_refused(opening, sight, desired));
-            notes.push(format!(
-                "nobody listens on {proto}/{port}: start what should answer{}",
-                if refused { ", after `spokeguard release --binds`: the bind guard refuses it" } else { "" }
-            ));
+            notes.push(format!("nobody listens on {proto}/{port}: start what should answer{}", kept_out()));
         }
     }
     if let Some(stopped) = stopped(opening, sight, &doors) {
@@ -338,17 +338,14 @@ fn notes(opening: &Opening, sight: &Sight, desired: Option<&Desired>) -> Vec<Str
     notes
 }
 
-/// Whether the kernel refuses whoever begins to listen there.
-fn is_refused(opening: &Opening, sight: &Sight, desired: &Desired) -> bool {
-    let enforce = &desired.policy.enforce;
-    let Ok(around) = surroundings(&desired.policy, Some(&sight.links)) else { return false };
+/// Whether the kernel lets nobody begin to listen there for a stranger.
+fn is_kept_out(opening: &Opening, sight: &Sight, desired: &Desired) -> bool {
     let any: IpAddr = match Family::of_net(&opening.from) {
         Family::Ipv4 => Ipv4Addr::UNSPECIFIED.into(),
         Family::Ipv6 => Ipv6Addr::UNSPECIFIED.into(),
     };
     let at = SocketAddr::new(any, opening.port.get());
-    let rules = BindRules::new(desired, &[]);
-    enforce.binds && enforce.mode == Mode::Enforce && rules.refuses(&around, opening.proto, at, false)
+    ssh_start::judged(desired, &sight.links, opening.proto, at, false) != Judgement::Allow
 }
 
 /// Another table that has them dropped all the same, on every way in.

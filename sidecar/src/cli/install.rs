@@ -173,12 +173,12 @@ pub fn install(global: &Global, options: &Options) -> anyhow::Result<u8> {
         });
     }
     match policy {
-        Ok((loaded, _)) => {
+        Ok((_, desired)) => {
             systemctl(&["restart", SERVICE])?;
             let state = properties("ActiveState", &[SERVICE]).concat();
             ensure!(state == "active", "{SERVICE} did not start, it is {state}: systemctl status {SERVICE}");
             told.push(started(rules(global)));
-            told.extend(super::ssh_start::refused(&loaded.policy));
+            told.extend(super::ssh_start::refused(&desired));
         }
         Err(error) => told.push(format!(
             "not started, for want of a policy:\n{error:#}\n\

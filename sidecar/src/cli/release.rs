@@ -29,9 +29,8 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
     }
     // The lock and not the socket: a daemon that is busy, or has only just begun, is one all the same.
     let daemon = if options.dry_run { None } else { Some(socket::Lock::take(&places.run)) };
-    let _daemon = daemon
-        .transpose()
-        .context("a daemon would put the rules back (systemctl disable --now spokeguard)")?;
+    let _daemon =
+        daemon.transpose().context("a daemon would put the rules back (systemctl stop spokeguard)")?;
     let opens = match opened(global, &places.pin) {
         Ok(opens) => Some(opens),
         Err(error) => {
@@ -70,7 +69,7 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
     };
     // Last, so that what hinders it leaves neither rules behind nor the word of them unsaid.
     let binds = if options.dry_run { Ok(false) } else { bind::release(&places.pin) };
-    let again = match !options.dry_run && is_enabled() {
+    let again = match !options.dry_run && is_enabled(global) {
         true => {
             "spokeguard.service is enabled: the next boot puts the policy on trial again\n\
              (systemctl disable spokeguard)\n"
@@ -83,9 +82,11 @@ pub fn run(global: &Global, options: &Options) -> anyhow::Result<u8> {
     Ok(0)
 }
 
-/// Whether a boot starts the daemon.
-fn is_enabled() -> bool {
-    std::path::Path::new("/run/systemd/system").is_dir()
+/// Whether a boot starts a daemon that would put these rules in force.
+fn is_enabled(global: &Global) -> bool {
+    [&global.state_dir, &global.run_dir].into_iter().all(Option::is_none)
+        && global.policy.exists()
+        && std::path::Path::new("/run/systemd/system").is_dir()
         && netns::is_initial()
         && install::properties("UnitFileState", &[install::SERVICE]) == ["enabled"]
 }

@@ -2,11 +2,17 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use ipnet::IpNet;
+use sidecar_ebpf::bind::Judgement;
+
 use super::install::properties;
-use crate::observed::Sshd;
-use crate::policy::{Bind, Mode, Policy};
+use crate::desired::Desired;
+use crate::desired::binds::BindRules;
+use crate::observed::{Link, Listener, Sshd};
+use crate::policy::{Bind, Mode};
+use crate::source::bpf::bind::surroundings;
 use crate::source::owners::Owners;
-use crate::source::{listeners, sshd};
+use crate::source::{links, listeners, sshd};
 use crate::terms::{Port, Proto};
 
 const SERVICES: [&str; 2] = ["ssh.service", "sshd.service"];
@@ -21,21 +27,34 @@ enum By {
     Socket,
 }
 
-/// For whoever is about to confirm a policy. A trial is over before sshd has to start again, and doesn't tell.
-pub fn refused(policy: &Policy) -> Option<String> {
-    let enforce = &policy.enforce;
-    if !enforce.binds || enforce.mode != Mode::Enforce || policy.ssh.rebind {
-        return None;
+/// What the bind guard makes of whoever begins to listen there; `Allow` where the policy wants none, or nobody can tell.
+pub fn judged(desired: &Desired, links: &[Link], proto: Proto, at: SocketAddr, dual: bool) -> Judgement {
+    let policy = &desired.policy;
+    let mesh = links.iter().filter(|link| link.name == policy.mesh.interface);
+    let found = mesh.flat_map(|link| &link.addresses).map(IpNet::addr).filter(|at| desired.in_mesh(*at));
+    match surroundings(policy, Some(links)) {
+        Ok(around) if policy.enforce.binds && policy.enforce.mode == Mode::Enforce => {
+            BindRules::new(desired, &found.collect::<Vec<_>>()).judge_any(&around, proto, at, dual)
+        }
+        _ => Judgement::Allow,
     }
-    let all = listeners::read(&mut Owners::new()).ok()?;
-    let mut wide = all.iter().filter(|one| one.proto == Proto::Tcp && one.port == policy.ssh.port);
-    let wide = wide.find(|one| one.is_wildcard())?;
+}
+
+/// For whoever confirms a policy, or is about to: a trial is over before sshd has to start again, and doesn't tell.
+pub fn refused(desired: &Desired) -> Option<String> {
+    let policy = &desired.policy;
+    let (links, all) = (links::read().ok()?, listeners::read(&mut Owners::new()).ok()?);
+    let is_refused = |one: &&Listener| {
+        let at = SocketAddr::new(one.address, one.port.get());
+        judged(desired, &links, one.proto, at, !one.v6only) == Judgement::Refuse
+    };
+    let mut ssh = all.iter().filter(|one| one.proto == Proto::Tcp && one.port == policy.ssh.port);
+    let at = ssh.find(is_refused).map(|one| SocketAddr::new(one.address, one.port.get()))?;
     let to = match (&policy.ssh.bind, policy.mesh.address.first()) {
         (Bind::Addresses(list), _) => list.first(),
         (Bind::Mesh, mesh) => mesh,
     };
     let to = to.map_or_else(|| "of the mesh".to_owned(), IpAddr::to_string);
-    let at = SocketAddr::new(wide.address, wide.port.get());
     Some(format!(
         "ATTENTION: sshd listens on {at}. Under a confirmed policy the kernel refuses\n\
          sshd's next start there, and nobody gets in by ssh; no trial shows that. Have it\n\

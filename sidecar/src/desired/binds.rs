@@ -138,6 +138,11 @@ impl BindRules {
     /// Whether a socket that is held to no device is refused this bind, or would be if mode
     /// were enforce. `dual`: an IPv6 socket that takes IPv4 as well.
     pub fn refuses(&self, around: &Surroundings, proto: Proto, at: SocketAddr, dual: bool) -> bool {
+        self.judge_any(around, proto, at, dual) == Judgement::Refuse
+    }
+
+    /// What becomes of a bind of a socket that is held to no device.
+    pub fn judge_any(&self, around: &Surroundings, proto: Proto, at: SocketAddr, dual: bool) -> Judgement {
         let bind = Bind {
             proto: proto_number(proto),
             port: at.port(),
@@ -146,7 +151,7 @@ impl BindRules {
             dual,
             device: 0,
         };
-        self.judge(around, &bind) == Judgement::Refuse
+        self.judge(around, &bind)
     }
 
     /// Where the policy lets this port be bound, for a person.

@@ -52,7 +52,7 @@ pub enum LoadError {
     #[error("cannot {operation} {sort} {}", shown(file))]
     Read { operation: &'static str, sort: &'static str, file: PathBuf, source: io::Error },
     #[error("there is no {sort} {}{}", shown(file), if *sort == "policy" {
-        ": write one (examples/spoke.toml is a beginning), or name another with --policy"
+        ": write one (README.md has a small one), or name another with --policy"
     } else {
         ""
     })]

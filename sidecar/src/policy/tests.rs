@@ -1005,7 +1005,7 @@ fn a_file_that_cannot_be_a_policy_is_refused_at_once() {
     assert_eq!(refusal("."), "policy DIR/. is not a regular file");
     assert_eq!(
         refusal("none"),
-        "there is no policy DIR/none: write one (examples/spoke.toml is a beginning), or name another with --policy"
+        "there is no policy DIR/none: write one (README.md has a small one), or name another with --policy"
     );
     assert_eq!(refusal("good/none"), "cannot open policy DIR/good/none");
 
