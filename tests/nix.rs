@@ -363,6 +363,7 @@ fn the_host_is_set_up_as_the_policy_says() {
     let sshd = &seen("plain")["services"]["sshd"];
     // As the drop-in elsewhere, but for what NixOS's sshd has no need of.
     let drop_in = unit_file(include_str!("../contrib/systemd/ssh.service.d/spokeguard.conf"));
+    assert_eq!(drop_in.len(), 5, "{drop_in:#?}");
     for ((section, key), values) in drop_in {
         let given = match (section.as_str(), key.as_str()) {
             ("Unit", "After") => texts(&sshd["after"]).contains(&&*values[0]).then(|| values[0].clone()),

@@ -19,23 +19,10 @@ pub fn explain(code: Code) -> String {
     )
 }
 
-/// But for what is indented: that is to be copied.
 fn in_80_columns(text: &str) -> String {
     let mut out = String::new();
-    let mut running: Vec<&str> = Vec::new();
-    for line in text.lines().chain([" "]) {
-        if line.starts_with(' ') {
-            if !running.is_empty() {
-                // A string takes all that it is given.
-                let _ = wrapped("", 0, &running.join(" "), &mut out);
-                running.clear();
-            }
-            out += line.trim_end();
-            out += if line == " " { "" } else { "\n" };
-        } else {
-            running.push(line);
-        }
-    }
+    // A string takes all that it is given.
+    let _ = wrapped("", 0, &text.replace('\n', " "), &mut out);
     out
 }
 
