@@ -21,9 +21,10 @@ pub fn run(global: &Global) -> anyhow::Result<u8> {
     let text = match &found {
         _ if changes.is_empty() => "in force already: apply would change nothing\n".to_owned(),
         None => format!(
-            "apply would add table inet {}, and the tc guard behind it; no other table is\ntouched. It lets in\n\n{}\nand drops the rest. \
+            "apply would add table inet {}{}; no other table is\ntouched. It lets in\n\n{}\nand drops the rest. \
              Its rules:\n\n{}",
             table.name,
+            if desired.guard.is_some() { ", and the tc guard behind it" } else { "" },
             openings(&desired),
             rules(table)
         ),

@@ -55,11 +55,16 @@ pub fn refused(desired: &Desired) -> Option<String> {
         (Bind::Mesh, mesh) => mesh,
     };
     let to = to.map_or_else(|| "of the mesh".to_owned(), IpAddr::to_string);
+    // Which found no address of the mesh to move it to.
+    let moved = match policy.ssh.rebind {
+        true => "",
+        false => ", or write `rebind = true` under [ssh], which moves it there",
+    };
     Some(format!(
         "ATTENTION: sshd listens on {at}. Under a confirmed policy the kernel refuses\n\
          sshd's next start there, and nobody gets in by ssh; no trial shows that. Have it\n\
          listen on the address {to} before (ListenAddress; with ssh.socket\n\
-         ListenStream), or write `rebind = true` under [ssh], which moves it there"
+         ListenStream){moved}"
     ))
 }
 
