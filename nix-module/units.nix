@@ -79,8 +79,9 @@ let
     wants = [ "network-pre.target" ];
     before = [
       "network-pre.target"
-      # Comes before that target, too, and asks for an address by DHCP.
+      # Comes before that target, too, and asks for an address by DHCP; dhcpcd does not wait for it.
       "cloud-init-local.service"
+      "dhcpcd.service"
       "shutdown.target"
     ];
     conflicts = [ "shutdown.target" ];

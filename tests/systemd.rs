@@ -130,7 +130,7 @@ fn units_hold_the_line_from_the_first_packet_of_a_boot() {
         machine.wait("the hub gets in", Machine::hub_gets_in);
         assert_eq!(machine.answer(OPEN), Answer::Silent);
     });
-    machine.sealed_before_cloud_init("spokeguard-shut.service");
+    machine.sealed_before_early_networks("spokeguard-shut.service");
     assert_eq!(heard.open, [0, 0], "what can't be loaded shuts 80 as well");
     assert_eq!(machine.ok(&["systemctl", "is-active", "spokeguard-shut"]), "active\n");
 
@@ -174,6 +174,8 @@ fn a_boot_that_can_not_load_the_confirmed_rules_says_so() {
     machine.cut_power();
     std::fs::remove_file(machine.path("var/lib/spokeguard/sealed.nft")).unwrap();
     put(&machine, program, "root/away");
+    machine.flushes_late();
+    machine.has_dhcp();
     let heard = machine.nobody_answers_while(|machine| {
         machine.boot();
         machine.wait("the hub gets in", Machine::hub_gets_in);
@@ -182,6 +184,7 @@ fn a_boot_that_can_not_load_the_confirmed_rules_says_so() {
     assert_eq!(heard.open, [0, 0], "what can't be loaded shuts 80 as well");
     assert_eq!(machine.property("spokeguard-boot", "ActiveState"), "failed");
     assert_eq!(machine.property("spokeguard-shut", "ActiveState"), "active");
+    machine.sealed_before_early_networks("spokeguard-shut.service");
 
     machine.cut_power();
     put(&machine, "root/away", program);

@@ -35,6 +35,13 @@ pub fn is_tunnel() -> bool {
 /// In a cloud: asks for an address of its own before everybody else, to read there what the machine is to be.
 const CLOUD_INIT: &str = "cloud-init-local.service";
 
+/// Asks for an address without having waited for network-pre.target. NixOS has it by default.
+const DHCP: &str = "dhcpcd.service";
+
+fn own_unit(name: &str) -> String {
+    format!("etc/systemd/system/{name}")
+}
+
 /// Of sshd's settings.
 pub(super) const ON_MESH_ALONE: &str = "etc/ssh/sshd_config.d/mesh.conf";
 
@@ -83,9 +90,7 @@ impl Machine<'_> {
         assert!(heard.open.iter().all(|answers| *answers > FEW), "{OPEN} has hardly answered: {heard:?}");
         assert_eq!(self.ok(&["systemctl", "is-active", "spokeguard-boot"]), "active\n");
         self.is_before("spokeguard-boot.service", CABLES);
-        if self.path(&format!("etc/systemd/system/{CLOUD_INIT}")).exists() {
-            self.sealed_before_cloud_init("spokeguard-boot.service");
-        }
+        self.sealed_before_early_networks("spokeguard-boot.service");
         if self.path(LATE).exists() {
             let flushed = self.property("nftables.service", "ActiveState");
             assert_eq!(flushed, "active", "nobody flushed, so this proves nothing");
@@ -99,11 +104,19 @@ impl Machine<'_> {
         self.want("sysinit.target", "/lib/systemd/system/nftables.service");
     }
 
-    /// That what `by` loads was in force when cloud-init raised a cable, and that systemd left out neither.
+    /// That what `by` loads was in force when cloud-init or dhcpcd, where the host has them, raised a cable, and that
+    /// systemd left out none.
     #[track_caller]
-    pub fn sealed_before_cloud_init(&self, by: &str) {
-        assert_eq!(self.property(CLOUD_INIT, "ActiveState"), "active", "nobody raised a cable");
-        self.is_before(by, CLOUD_INIT);
+    pub fn sealed_before_early_networks(&self, by: &str) {
+        let mut those =
+            [CLOUD_INIT, DHCP].into_iter().filter(|unit| self.path(&own_unit(unit)).exists()).peekable();
+        if those.peek().is_none() {
+            return;
+        }
+        for early in those {
+            assert_eq!(self.property(early, "ActiveState"), "active", "{early} raised no cable");
+            self.is_before(by, early);
+        }
         // systemd finds them before there is a journal, and what it has no kernel's log for it says on the console alone.
         let said = match &self.power {
             Power::Container(running, _) => running.log(),
@@ -124,15 +137,28 @@ impl Machine<'_> {
 
     /// From its next boot on a stand-in of cloud-init's first stage raises a cable, ordered as by Ubuntu 24.04.
     pub fn has_cloud_init(&self) {
-        self.write(
-            &format!("etc/systemd/system/{CLOUD_INIT}"),
+        self.has_early_network(
+            CLOUD_INIT,
             "[Unit]\nDefaultDependencies=no\nWants=network-pre.target\n\
              After=hv_kvp_daemon.service systemd-remount-fs.service\n\
              Before=NetworkManager.service network-pre.target shutdown.target sysinit.target\n\
              Conflicts=shutdown.target\nRequiresMountsFor=/var/lib/cloud\n\
              [Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=ip link set eth0 up\n",
         );
-        self.want("multi-user.target", &format!("/etc/systemd/system/{CLOUD_INIT}"));
+    }
+
+    /// The same of dhcpcd, ordered as by itself. Not beside cloud-init's, for which it has to wait.
+    pub fn has_dhcp(&self) {
+        self.has_early_network(
+            DHCP,
+            "[Unit]\nWants=network.target\nBefore=network.target\n\
+             [Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=ip link set eth0 up\n",
+        );
+    }
+
+    fn has_early_network(&self, unit: &str, text: &str) {
+        self.write(&own_unit(unit), text);
+        self.want("multi-user.target", &format!("/{}", own_unit(unit)));
     }
 
     /// A boot with nothing of ours in the way: whoever knocks is answered, or an empty count would prove nothing.
