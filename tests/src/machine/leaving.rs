@@ -1,5 +1,6 @@
 //! Ours goes: what is left of it, and what must still happen without it.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use super::{Machine, OPEN, Power};
@@ -78,6 +79,11 @@ impl Machine<'_> {
             let names = "After,DropInPaths,Restart,RestartUSec,FreeBind";
             self.ok(&["systemctl", "show", "-p", names, unit])
         };
+        // systemd names what a unit comes after in any order, and not the same at each question.
+        let sorted = |shown: &str| {
+            let words = |line: &str| line.split(['=', ' ']).map(str::to_owned).collect::<BTreeSet<_>>();
+            shown.lines().map(words).collect::<Vec<_>>()
+        };
         let (service, socket) = (read("ssh.service"), read("ssh.socket"));
         // One name of sshd's unit is the other's alias here, and systemd reads one of the two drop-ins.
         for shown in [&service, &socket] {
@@ -88,7 +94,7 @@ impl Machine<'_> {
         }
         assert!(service.contains("Restart=always\n") && service.contains("RestartUSec=2s\n"), "{service}");
         assert!(service.contains("spokeguard-boot.service"), "{service}");
-        assert_eq!(read("sshd.service"), service);
+        assert_eq!(sorted(&read("sshd.service")), sorted(&service));
         assert!(socket.contains("FreeBind=yes\n"), "{socket}");
         // Sockets come before whatever has default dependencies: an nftables.service with those, as Fedora's has, comes
         // before our boot unit, and sshd's socket would be left out.
