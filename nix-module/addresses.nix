@@ -1,4 +1,4 @@
-# Addresses, prefixes, durations and openings as the policy writes them.
+# Addresses, prefixes, durations and openings as the policy writes them, and what NixOS' firewall is made by.
 { lib }:
 rec {
   isV6 = lib.hasInfix ":";
@@ -18,6 +18,10 @@ rec {
       udp = [ ];
       inherit (policy.ssh) from;
     };
+  # An option of its own in newer NixOS, which may differ from nftables.enable.
+  firewallBackend =
+    networking:
+    networking.firewall.backend or (if networking.nftables.enable then "nftables" else "iptables");
   isOutside = ssh: ssh.bind != "mesh" && builtins.isList ssh.from;
   # Of a keepalive; null where there is none.
   seconds =

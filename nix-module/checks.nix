@@ -53,7 +53,8 @@ let
   coversBy =
     wild: name: pattern:
     name == pattern || lib.hasSuffix wild pattern && lib.hasPrefix (lib.removeSuffix wild pattern) name;
-  gates = [ firewall ] ++ lib.attrValues (lib.filterAttrs (name: _: isPublic name) firewall.interfaces);
+  publicInterfaces = lib.filterAttrs (name: _: isPublic name) firewall.interfaces;
+  gates = [ firewall ] ++ lib.attrValues publicInterfaces;
   openTo = proto: lib.concatMap (opening: opening.${proto}) (net.openings policy);
   allowed = {
     # What openFirewall opens has an error of its own.
@@ -61,19 +62,39 @@ let
     udp = public.udp ++ openTo "udp" ++ lib.optional (mesh.listen_port != null) mesh.listen_port;
   };
   stray =
-    proto: ports: ranges:
+    gate: proto:
     let
+      allowedHere = "allowed${if proto == "tcp" then "TCP" else "UDP"}";
+      ports = gate."${allowedHere}Ports";
+      ranges = gate."${allowedHere}PortRanges";
       named = range: lib.count (port: port >= range.from && port <= range.to) (lib.unique allowed.${proto});
       isStray = range: named range < range.to - range.from + 1;
     in
     lib.unique (
-      map toString (lib.subtractLists allowed.${proto} (lib.concatMap (gate: gate.${ports}) gates))
-      ++ map (range: "${toString range.from}-${toString range.to}") (
-        lib.filter isStray (lib.concatMap (gate: gate.${ranges}) gates)
-      )
+      map toString (lib.subtractLists allowed.${proto} ports)
+      ++ map (range: "${toString range.from}-${toString range.to}") (lib.filter isStray ranges)
     );
-  strayTcp = stray "tcp" "allowedTCPPorts" "allowedTCPPortRanges";
-  strayUdp = stray "udp" "allowedUDPPorts" "allowedUDPPortRanges";
+  strayTo =
+    option: to: gate: proto: advice:
+    let
+      ports = stray gate proto;
+    in
+    unless (ports != [ ]) ([ "networking.firewall${option} opens ${proto} ${shown ports}${to}," ] ++ advice);
+  strayOn =
+    name: gate:
+    let
+      interface = builtins.replaceStrings [ "+" ] [ "*" ] name;
+      advice = proto: [
+        "and ${interface} is public by the policy, whose settings.public.${proto} does not:"
+        "name a LAN or a bridge of containers in settings.local, with its ports;"
+        "else name the port there, or remove it here"
+      ];
+      on = proto: strayTo ".interfaces.\"${name}\"" "" gate proto (advice proto);
+    in
+    [
+      (on "tcp")
+      (on "udp")
+    ];
   # Those of the ports that no gate lets in, alone or within a range.
   shut =
     proto: gates:
@@ -90,7 +111,7 @@ let
 
   # What has to get through or the host is out of reach: our trial takes our own table back, never
   # the rules of networking.firewall. Here is what those drop of it.
-  coversMesh = coversBy (if nftables.enable then "*" else "+") mesh.interface;
+  coversMesh = coversBy (if usesIptables then "+" else "*") mesh.interface;
   meshGates = [
     firewall
   ]
@@ -128,12 +149,13 @@ let
     + lib.optionalString (!cfg.manageFirewall) ", or set manageFirewall = true";
   # Who else may let it in, by rules that are not read here. NixOS itself always has commands in
   # extraCommands, which clear its NAT: those that matter name a chain of what comes in, or a file.
-  usesFirewalld = firewall.backend or "" == "firewalld";
-  usesIptables = !usesFirewalld && !nftables.enable;
+  backend = net.firewallBackend config.networking;
+  usesFirewalld = backend == "firewalld";
+  usesIptables = backend == "iptables";
   unread =
     lib.optional usesFirewalld "services.firewalld"
     ++ lib.optional (
-      !usesFirewalld && nftables.enable && firewall.extraInputRules != ""
+      backend == "nftables" && firewall.extraInputRules != ""
     ) "networking.firewall.extraInputRules"
     ++ lib.optional (
       usesIptables
@@ -147,9 +169,11 @@ let
     # Its rules come first there; nftables' tables are apart, and what one of them drops is gone.
     ++ lib.optional (usesIptables && !overWireguard) "tailscaled";
 
-  declared =
+  made =
     config.networking.wireguard.interfaces.${mesh.interface}
       or config.networking.wg-quick.interfaces.${mesh.interface} or null;
+  # A file says what is not read here.
+  declared = if made.configFile or null == null then made else null;
   declaredAddresses = map net.address (declared.ips or declared.address or [ ]);
   keepalive = net.seconds mesh.keepalive;
   otherKeepalives = lib.remove keepalive (map (peer: peer.persistentKeepalive) declared.peers);
@@ -227,16 +251,20 @@ in
         ]
 
         # The firewall.
-        ++ only firewall.enable [
-          (unless (strayTcp != [ ]) [
-            "networking.firewall opens tcp ${shown strayTcp} to everyone,"
-            "and settings.public.tcp does not: name it there, or remove it here"
-          ])
-          (unless (strayUdp != [ ]) [
-            "networking.firewall opens udp ${shown strayUdp} to everyone,"
-            "and settings.public.udp does not: name it there, or remove it here"
-          ])
-        ]
+        ++ only firewall.enable (
+          map
+            (
+              proto:
+              strayTo "" " to everyone" firewall proto [
+                "and settings.public.${proto} does not: name it there, or remove it here"
+              ]
+            )
+            [
+              "tcp"
+              "udp"
+            ]
+          ++ builtins.concatLists (lib.mapAttrsToList strayOn publicInterfaces)
+        )
         ++ only (firewall.enable && unread == [ ]) (
           map (
             way:
@@ -328,7 +356,7 @@ in
       ++ warn (overWireguard && !isHub && keepalive == null) [
         "mesh.keepalive is off: behind NAT the hub can't reach this node, once it is silent"
       ]
-      ++ warn (overWireguard && declared == null && !config.systemd.network.enable) [
+      ++ warn (overWireguard && made == null && !config.systemd.network.enable) [
         "nothing declares the interface ${mesh.interface}:"
         "set wireguard.privateKeyFile, or make it yourself"
       ]

@@ -18,11 +18,10 @@ let
     allowedTCPPorts = tcp;
     allowedUDPPorts = udp;
   };
+  byNftables = net.firewallBackend config.networking == "nftables";
   # iptables has a plus where nftables and the policy have a star.
   on = ports: pattern: {
-    interfaces.${
-      if config.networking.nftables.enable then pattern else builtins.replaceStrings [ "*" ] [ "+" ] pattern
-    } =
+    interfaces.${if byNftables then pattern else builtins.replaceStrings [ "*" ] [ "+" ] pattern} =
       open ports.tcp ports.udp;
   };
   keepalive = net.seconds mesh.keepalive;
@@ -101,14 +100,12 @@ in
             ) (lib.concatMap (service: service.udp) services);
           }
           # Where these rules can't name a source, spokeguard still does; an exception's day it alone knows.
-          (
-            if config.networking.nftables.enable then
-              { extraInputRules = openingRules; }
-            else
-              open (lib.concatMap (opening: opening.tcp) openings) (
-                lib.concatMap (opening: opening.udp) openings
-              )
-          )
+          (mkIf byNftables { extraInputRules = openingRules; })
+          (mkIf (!byNftables) (
+            open (lib.concatMap (opening: opening.tcp) openings) (
+              lib.concatMap (opening: opening.udp) openings
+            )
+          ))
         ]
         ++ (
           if public.interfaces == null then

@@ -352,10 +352,12 @@ fn the_host_is_set_up_as_the_policy_says() {
     let rule = "ip saddr 198.51.100.0/24 tcp dport { 22 } accept comment \"spokeguard: ssh\"\n";
     assert!(rules.contains(rule), "{rules}");
 
-    let iptables = &seen("iptables")["firewall"];
-    assert_eq!(iptables["allowedTCPPorts"], json!([80, 443, 2222]));
-    assert_eq!(iptables["interfaces"]["docker+"]["allowedUDPPorts"], json!([53]));
-    assert_eq!(iptables["extraInputRules"], "");
+    for host in ["iptables", "iptables-by-backend"] {
+        let iptables = &seen(host)["firewall"];
+        assert_eq!(iptables["allowedTCPPorts"], json!([80, 443, 2222]), "{host}");
+        assert_eq!(iptables["interfaces"]["docker+"]["allowedUDPPorts"], json!([53]), "{host}");
+        assert_eq!(iptables["extraInputRules"], "", "{host}");
+    }
 
     let sockets = seen("sockets");
     assert_eq!(sockets["sockets"]["sshd"]["socketConfig"]["FreeBind"], true);

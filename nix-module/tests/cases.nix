@@ -43,6 +43,31 @@ let
   shutOutOfTailscale =
     shutOut "tcp 22, 9984" "on tailscale0"
       "interfaces.\"tailscale0\".allowedTCPPorts = [ 22 9984 ]";
+  opensOn =
+    option: interface: ports: proto:
+    say [
+      "networking.firewall.interfaces.\"${option}\" opens ${ports}, and ${interface} is public by the policy,"
+      "whose settings.public.${proto} does not: name a LAN or a bridge of containers in settings.local, with"
+      "its ports; else name the port there, or remove it here"
+    ];
+  containersAndException = {
+    services.spokeguard.settings.local = [
+      {
+        name = "containers";
+        interfaces = [ "docker*" ];
+        udp = [ 53 ];
+      }
+    ];
+    services.spokeguard.settings.exception = [
+      {
+        name = "emergency-ssh";
+        tcp = [ 2222 ];
+        from = [ "198.51.100.0/24" ];
+        reason = "way in when the mesh is down";
+        until = "2099-01-31";
+      }
+    ];
+  };
   notRead =
     rules:
     say [
@@ -122,6 +147,10 @@ in
       };
       networking.wg-quick.interfaces.wg1.peers = [ { publicKey = other; } ];
     };
+    wg-quick-by-a-file.module = {
+      services.spokeguard.wireguard.privateKeyFile = null;
+      networking.wg-quick.interfaces.wg0.configFile = "/etc/wireguard/wg0.conf";
+    };
     both-families.module = mesh {
       address = [
         "10.84.0.16"
@@ -179,24 +208,12 @@ in
         ];
       };
     };
-    iptables.module = {
+    iptables.module = containersAndException // {
       networking.nftables.enable = false;
-      services.spokeguard.settings.local = [
-        {
-          name = "containers";
-          interfaces = [ "docker*" ];
-          udp = [ 53 ];
-        }
-      ];
-      services.spokeguard.settings.exception = [
-        {
-          name = "emergency-ssh";
-          tcp = [ 2222 ];
-          from = [ "198.51.100.0/24" ];
-          reason = "way in when the mesh is down";
-          until = "2099-01-31";
-        }
-      ];
+    };
+    # Nobody keeps the two from differing.
+    iptables-by-backend.module = containersAndException // {
+      networking.firewall.backend = "iptables";
     };
     sockets.module = {
       services.openssh.startWhenNeeded = true;
@@ -478,10 +495,22 @@ in
           "networking.firewall opens tcp 8080 to everyone, and settings.public.tcp does not: name"
           "it there, or remove it here"
         ])
-        (say [
-          "networking.firewall opens udp 5353 to everyone, and settings.public.udp does not: name"
-          "it there, or remove it here"
-        ])
+        (opensOn "eth1" "eth1" "udp 5353" "udp")
+      ];
+    };
+    # As NixOS has it for podman's names.
+    bridge-of-containers = {
+      module.networking.firewall.interfaces."podman+".allowedUDPPorts = [ 53 ];
+      errors = [ (opensOn "podman+" "podman*" "udp 53" "udp") ];
+    };
+    bridge-of-containers-named.module = {
+      networking.firewall.interfaces.podman0.allowedUDPPorts = [ 53 ];
+      services.spokeguard.settings.local = [
+        {
+          name = "containers";
+          interfaces = [ "podman*" ];
+          udp = [ 53 ];
+        }
       ];
     };
     port-range = {
@@ -549,10 +578,7 @@ in
         ];
       };
       errors = [
-        (say [
-          "networking.firewall opens tcp 22, 9984 to everyone, and settings.public.tcp does not: name"
-          "it there, or remove it here"
-        ])
+        (opensOn "wg+" "wg*" "tcp 22, 9984" "tcp")
       ];
     };
     # iptables takes the star for a part of the name; and NixOS' own commands let nothing in.

@@ -117,6 +117,7 @@ in
     })) { };
     networking.wg-quick.interfaces = option (types.attrsOf (sub {
       address = texts;
+      configFile = text;
       listenPort = number;
       privateKeyFile = text;
       peers = option (types.listOf (sub peer)) [ ];
