@@ -893,6 +893,8 @@ impl Ledger {
             .arg(format!("--unit={}", unit(&trial.id)))
             .arg("--description=Back to the rules before, unless these are confirmed (spokeguard)")
             .arg(format!("--on-active={}s", seconds(within)))
+            // Whoever has systemd read its units anew starts that one anew, and never this one, but in containers.
+            .arg(format!("--on-boot={}s", seconds(clock::monotonic() + within)))
             .arg(format!("--setenv=PATH={path}"))
             .args(plain_words(&self.watchdog("0", trial, nft))?)
             .stdin(Stdio::null())
@@ -1349,6 +1351,10 @@ mod tests {
         });
         started.expect("a timer");
         assert!(asked.contains(&"--on-active=60s".to_owned()) && asked.contains(&"--collect".to_owned()));
+        let by_boot = asked.iter().find_map(|word| word.strip_prefix("--on-boot=")?.strip_suffix('s'));
+        let left = by_boot.and_then(|text| text.parse::<f64>().ok()).expect("seconds")
+            - clock::monotonic().as_secs_f64();
+        assert!((50.0..=61.0).contains(&left), "{left} s: {asked:?}");
         assert!(asked.contains(&"--unit=spokeguard-rollback-a".to_owned()), "{asked:?}");
         assert!(asked.iter().any(|word| word.starts_with("--setenv=PATH=/")), "{asked:?}");
         // What systemd would take for variables of its own, or doesn't read as it wrote it.
