@@ -339,6 +339,23 @@ fn sshd_is_moved_to_the_mesh_address_even_before_that_is_there() {
     let released = spoke.spokeguard(&daemon.arguments(&["release"])).unwrap();
     assert_eq!(released.code, Some(0), "{}", released.all());
     assert_eq!(nonlocal(), "0\n0\n", "what we switched on is off again");
+
+    // With no IPv6 in the mesh. systemd would give up an ssh.socket one of whose two binds is refused.
+    let four = policy.replace(
+        &format!("address = [\"{SPOKE_MESH}\", \"{SPOKE_MESH_V6}\"]"),
+        &format!("address = [\"{SPOKE_MESH}\"]"),
+    );
+    assert_ne!(four, policy);
+    let mut daemon = spoke.daemon(&four).unwrap();
+    wait_until(LONG, "both are moved", || {
+        let moved = try_binds(spoke, &["tcp/0.0.0.0:22".to_owned(), "tcp/[::]:22".to_owned()]);
+        (moved == [format!("{SPOKE_MESH}:22"), "[::1]:22".to_owned()]).then_some(())
+    })
+    .unwrap();
+    daemon.running.signal(Signal::TERM).unwrap();
+    daemon.running.wait(LONG).unwrap();
+    assert_eq!(spoke.spokeguard(&daemon.arguments(&["release"])).unwrap().code, Some(0));
+
     let _wide = spoke.sshd(22, &["0.0.0.0", "::"], "").unwrap();
     wait_until(Duration::from_secs(5), "released", || open(&lab).then_some(())).unwrap();
 }

@@ -1,7 +1,7 @@
 //! Where the policy lets a port be bound, as the bind guard in the kernel is told.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use ipnet::IpNet;
 use sidecar_ebpf::bind::{self, Bind, Guard, Judgement, PLACE_KEY_HEAD_BITS, PlaceKey, Tables, kind, list};
@@ -170,12 +170,20 @@ impl BindRules {
 }
 
 /// A socket that takes both families is moved to the one that its users come by: it can be
-/// bound to one address only.
+/// bound to one address only. One of a family in which there is no such address goes to
+/// loopback: systemd gives up a whole ssh.socket, such as Ubuntu's of two listeners, where one
+/// of its binds is refused.
 fn moves(candidates: &[IpAddr], from: &[IpNet]) -> [Option<IpAddr>; 3] {
     let usable = || candidates.iter().copied().filter(|a| !a.is_loopback() && !a.is_unspecified());
     let (v4, v6) = (usable().find(IpAddr::is_ipv4), usable().find(IpAddr::is_ipv6));
     let by_v6 = matches!(from.first(), Some(IpNet::V6(_)));
-    [v4, v6, if by_v6 { v6.or(v4) } else { v4.or(v6) }]
+    let beside =
+        |own: Option<IpAddr>, other: Option<IpAddr>, loopback: IpAddr| own.or(other.map(|_| loopback));
+    [
+        beside(v4, v6, Ipv4Addr::LOCALHOST.into()),
+        beside(v6, v4, Ipv6Addr::LOCALHOST.into()),
+        if by_v6 { v6.or(v4) } else { v4.or(v6) },
+    ]
 }
 
 struct Values<'a> {
@@ -388,8 +396,8 @@ mod tests {
         let (four, six) = ("10.84.0.16", "fd84::16");
         assert_eq!(moved(&["10.84.0.1/32"], &[four, six]), [four, six, four]);
         assert_eq!(moved(&["fd84::1/128", "10.84.0.1/32"], &[four, six]), [four, six, six]);
-        assert_eq!(moved(&["10.84.0.1/32"], &[four]), [four, "refuse", four]);
-        assert_eq!(moved(&["fd84::1/128", "10.84.0.1/32"], &[four]), [four, "refuse", four]);
-        assert_eq!(moved(&["fd84::1/128"], &[six]), ["refuse", six, six]);
+        assert_eq!(moved(&["10.84.0.1/32"], &[four]), [four, "::1", four]);
+        assert_eq!(moved(&["fd84::1/128", "10.84.0.1/32"], &[four]), [four, "::1", four]);
+        assert_eq!(moved(&["fd84::1/128"], &[six]), ["127.0.0.1", six, six]);
     }
 }
