@@ -177,15 +177,18 @@ pub fn cloud_init(bundle: &Bundle) -> String {
     if let Some(interface) = tunnel {
         let _ = write!(
             out,
-            "  # Comes up once its private key is there, by the secrets of your choice.\n  \
+            "  # Comes up by `systemctl start`, or at the next boot, once its private key is there, by the secrets of your choice.\n  \
              - [systemctl, enable, \"wg-quick@{interface}.service\"]\n"
         );
     }
     // `install` refuses where the Debian package has put the units in place.
     let _ = writeln!(
         out,
-        "  - [sh, -c, \"if [ -e /{} ]; then spokeguard policy check && systemctl restart spokeguard; \
-         elif command -v spokeguard; then spokeguard policy check && spokeguard install; fi\"]",
+        "  # On trial: where nobody comes through the tunnel in time, as none does before it is up, the rules go back and are\n  \
+         # not tried again by themselves. Then, with the tunnel up: spokeguard apply --wait\n  \
+         - [sh, -c, \"if [ -e /{} ]; then spokeguard policy check && systemctl restart spokeguard; \
+         elif command -v spokeguard; then spokeguard policy check && spokeguard install; \
+         else echo 'spokeguard is not in this image' >&2; exit 1; fi\"]",
         PACKAGED
     );
     out
