@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 use vm::disk;
 use vm::image;
@@ -45,6 +45,20 @@ fn command() -> Command {
         .arg(Arg::new("jobs").long("jobs").value_name("N").value_parser(value_parser!(u8).range(1..=JOBS)).default_value("1").help("So many machines at once, each with a processor and up to 1.5 GiB"))
         .arg(flag("quick", "Only what is part of every `cargo xtask test`"))
         .arg(flag("list", "Say what there is, and end"))
+}
+
+/// Held for as long as machines of this clone run.
+fn alone(folder: &Path) -> Result<fs::File> {
+    fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
+    let path = folder.join("lock");
+    let lock = fs::File::create(&path).with_context(|| format!("create {}", path.display()))?;
+    match lock.try_lock() {
+        Ok(()) => Ok(lock),
+        Err(fs::TryLockError::WouldBlock) => {
+            bail!("another `cargo xtask vm` runs machines in this clone: wait for it, or use another clone")
+        }
+        Err(fs::TryLockError::Error(error)) => Err(error).with_context(|| format!("lock {}", path.display())),
+    }
 }
 
 fn run(matches: &ArgMatches) -> Result<bool> {
@@ -92,6 +106,8 @@ fn run(matches: &ArgMatches) -> Result<bool> {
         let any = arches.iter().flat_map(|arch| boots(*arch)).any(|(scenario, _)| scenario.name == **name);
         ensure!(any, "no machine of {name} is all of that: --list says which there are");
     }
+    // Each machine has one folder, which a second run would empty under the first.
+    let _alone = alone(&vm::target().join("vm"))?;
     let jobs = usize::from(matches.get_one::<u8>("jobs").copied().unwrap_or(1));
     let (mut count, mut failed) = (0, Vec::new());
     for arch in arches {
@@ -353,6 +369,16 @@ mod tests {
         let boot =
             |scenario| Boot { scenario, series: "6.12", arch: Arch::Amd64, quick: false, filters: &[] };
         ALL.iter().take(4).map(boot).collect()
+    }
+
+    #[test]
+    fn one_clone_runs_machines_once_at_a_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let first = alone(folder.path()).unwrap();
+        let said = alone(folder.path()).unwrap_err().to_string();
+        assert!(said.contains("another `cargo xtask vm`"), "{said}");
+        drop(first);
+        drop(alone(folder.path()).unwrap());
     }
 
     #[test]
